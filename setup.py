@@ -1,0 +1,308 @@
+"""Build of fastbert: what pyproject.toml cannot say, which is the compiled extension ``fastbert._C``.
+
+``csrc/*.cpp`` are compiled once; ``csrc/cpu/*.cpp`` once per instruction set that the compiler knows, so that one binary
+serves every CPU and chooses at load. Objects are kept in ``build/`` and compiled again only when their source, a header
+of ours, the flags, the compiler or torch has changed. Environment:
+
+    FASTBERT_BUILD_EXTENSION  auto (default): build if a compiler and torch are there, else install without it and say why;
+                              1: building is a must, without a compiler fail;  0: leave the extension out
+    FASTBERT_SANITIZE         e.g. address,undefined: an instrumented build, in a folder of its own (make sanitize)
+    CXX CXXFLAGS LDFLAGS      as everywhere
+    MAX_JOBS                  how many compilers at once (default: every core)
+
+A compile error in our own sources always fails the installation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError, SetupError
+
+ROOT = Path(__file__).resolve().parent
+TORCH_FLOOR = (2, 11)
+COMMON_FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
+X86_ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+
+
+class LeftOut(Exception):
+    """The extension cannot be built here, for a reason that lies outside our sources."""
+
+
+def version() -> str:
+    text = (ROOT / "fastbert" / "_version.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', text, re.M)[1]
+
+
+def find_torch() -> tuple[Path, str]:
+    """Folder and version of the torch to build against, found without the seconds that importing it takes."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise LeftOut("torch is not installed in the environment that builds (pip install torch, or drop --no-build-isolation)")
+    found = importlib.metadata.version("torch")
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < TORCH_FLOOR:
+        raise LeftOut(f"torch {found} is too old: the extension needs torch {'.'.join(map(str, TORCH_FLOOR))} or later")
+    return Path(spec.origin).parent, found
+
+
+class Compiler:
+    """A C++ compiler with the command line of GCC and Clang, tried out before it is trusted."""
+
+    def __init__(self) -> None:
+        if os.name == "nt":
+            raise LeftOut("building the extension is supported on Linux and macOS only")
+        named = os.environ.get("CXX")
+        configured = (sysconfig.get_config_var("CXX") or "c++").split()[0]
+        candidates = [shlex.split(named)] if named else [[c] for c in (configured, "c++", "g++", "clang++")]
+        self.command = next((c for c in candidates if shutil.which(c[0])), [])
+        if not self.command:
+            wanted = f"CXX={named}" if named else "a C++ compiler (c++, g++ or clang++; set CXX to name one)"
+            raise LeftOut(f"{wanted} was not found")
+        self.python_include = sysconfig.get_paths()["include"]
+        error = self.try_out(["-std=c++17"], "#include <vector>\nint f() { return std::vector<int>(3).size(); }\n")
+        if error:
+            raise LeftOut(f"{shlex.join(self.command)} cannot compile a small C++17 program:\n{error}")
+        error = self.try_out(["-std=c++17", f"-I{self.python_include}"], "#include <Python.h>\n")
+        if error:
+            raise LeftOut(f"Python's headers are missing (python3-dev or python3-devel brings them):\n{error}")
+        told = subprocess.run([*self.command, "--version"], capture_output=True, text=True)
+        self.version = (told.stdout.splitlines() or ["unknown"])[0]
+
+    def try_out(self, flags: list[str], source: str) -> str:
+        """Empty if ``source`` compiles with ``flags``, else what the compiler said."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "probe.cpp")
+            file.write_text(source)
+            command = [*self.command, *flags, "-Werror", "-c", str(file), "-o", str(Path(folder, "probe.o"))]
+            done = subprocess.run(command, capture_output=True, text=True)
+        return "" if done.returncode == 0 else (done.stderr.strip() or f"exit status {done.returncode}")
+
+    def isas(self) -> dict[str, list[str]]:
+        """Instruction sets to build for, with their flags."""
+        found: dict[str, list[str]] = {"baseline": []}
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            found |= {name: flags for name, flags in X86_ISAS.items() if not self.try_out(flags, "int x;\n")}
+        return found
+
+
+class Build:
+    """One build of the extension: its objects and its library, below a folder of ``build/`` of their own."""
+
+    def __init__(self, compiler: Compiler, torch: Path, torch_version: str) -> None:
+        self.compiler, self.torch, self.torch_version = compiler, torch, torch_version
+        self.sanitize = os.environ.get("FASTBERT_SANITIZE", "")
+        kind = re.sub(r"\W+", "-", f"ext-{self.sanitize}" if self.sanitize else "ext")
+        self.folder = ROOT / "build" / f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        self.isas = compiler.isas()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.jobs = int(os.environ.get("MAX_JOBS") or cores)
+
+    def info(self) -> dict[str, object]:
+        return {"compiler": self.compiler.version, "torch": self.torch_version, "isas": list(self.isas), "sanitize": self.sanitize}
+
+    def units(self) -> Iterator[tuple[Path, Path, list[str]]]:
+        """Every translation unit: source, object, and the flags that are its own."""
+        have = [f"-DFASTBERT_HAVE_{isa.upper()}" for isa in self.isas]
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            for isa, flags in self.isas.items():
+                yield source, self.folder / isa / f"{source.stem}.o", [f"-DFASTBERT_ISA={isa}", *flags]
+        for source in sorted((ROOT / "csrc").glob("*.cpp")):
+            yield source, self.folder / f"{source.stem}.o", [*have, f'-DFASTBERT_VERSION="{version()}"']
+
+    def compile(self, source: Path, target: Path, flags: list[str]) -> bool:
+        """Compile one unit if it is not up to date. Returns whether it had to."""
+        mode = ["-O1", "-g", f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        includes = [f"-I{ROOT / 'csrc'}", "-isystem", f"{self.torch / 'include'}", "-isystem", self.compiler.python_include]
+        user = shlex.split(os.environ.get("CXXFLAGS", ""))
+        command = [*self.compiler.command, *(mode if self.sanitize else ["-O3"]), *COMMON_FLAGS, *includes, *flags, *user]
+        command += ["-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source)]
+        signature = f"{self.compiler.version}\ntorch {self.torch_version}\n{shlex.join(command)}\n"
+        if up_to_date(target, signature):
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        print(f"compiling {source.relative_to(ROOT)} -> {target.relative_to(ROOT)}", flush=True)
+        run([*command, "-o", str(target)], f"compiling {source.relative_to(ROOT)}")
+        target.with_suffix(".cmd").write_text(signature)
+        return True
+
+    def library(self, name: str) -> Path:
+        """Bring the library called ``name`` up to date and return where it is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / "lock"):
+            units = list(self.units())
+            if not units:
+                raise SetupError("csrc/ holds no C++ source: this source tree is incomplete")
+            with ThreadPoolExecutor(self.jobs) as pool:
+                list(pool.map(lambda unit: self.compile(*unit), units))
+            objects = [str(target) for _, target, _ in units]
+            library = self.folder / name
+            command = [*self.compiler.command, "-pthread", *objects, *self.link_flags(), *shlex.split(os.environ.get("LDFLAGS", ""))]
+            stamp = library.with_suffix(".cmd")
+            newest = max(Path(o).stat().st_mtime_ns for o in objects)
+            fresh = library.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
+            if not fresh or library.stat().st_mtime_ns < newest:
+                print(f"linking {library.relative_to(ROOT)}", flush=True)
+                library.unlink(missing_ok=True)
+                run([*command, "-o", str(library)], "linking fastbert._C")
+                stamp.write_text(shlex.join(command))
+            return library
+
+    def link_flags(self) -> list[str]:
+        """torch is imported, and with it its libraries loaded, before ``fastbert._C``: the loader takes those, wherever
+        they are. The search path is for whoever imports ``_C`` first with torch beside it."""
+        libraries = [f"-L{self.torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+        sanitize = [f"-fsanitize={self.sanitize}"] if self.sanitize else []
+        if sys.platform == "darwin":
+            return [*sanitize, "-bundle", "-undefined", "dynamic_lookup", "-Wl,-rpath,@loader_path/../torch/lib", *libraries]
+        return [*sanitize, "-shared", "-Wl,--as-needed", "-Wl,-rpath,$ORIGIN/../torch/lib", *libraries]
+
+
+def run(command: list[str], what: str) -> None:
+    """Run a compiler; pass on its warnings; raise with its errors."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.stdout.strip():
+        print(done.stdout.rstrip(), flush=True)
+    if done.returncode:
+        raise CompileError(f"{what} failed with exit status {done.returncode}:\n{shlex.join(command)}\n{done.stdout}")
+
+
+def up_to_date(target: Path, signature: str) -> bool:
+    """Whether ``target`` was made by this very command from files that have not changed since."""
+    stamp, depends = target.with_suffix(".cmd"), target.with_suffix(".d")
+    if not (target.exists() and stamp.exists() and depends.exists() and stamp.read_text() == signature):
+        return False
+    _, _, listed = depends.read_text().replace("\\\n", " ").partition(": ")
+    made = target.stat().st_mtime_ns
+    try:
+        return all(os.stat(name.replace("\0", " ")).st_mtime_ns <= made for name in listed.replace("\\ ", "\0").split())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One build at a time in a checkout."""
+    import fcntl  # not on Windows, where nothing is built
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def install_file(source: Path, target: Path) -> None:
+    """Copy so that a process which has the old library mapped keeps it, and none ever sees half of the new one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", suffix=".tmp", delete=False) as file:
+        partial = Path(file.name)
+    shutil.copyfile(source, partial)
+    partial.chmod(0o755)
+    partial.replace(target)
+
+
+def write_note(package: Path) -> None:
+    """Tell the installed package how it was built, or why it has no extension; ``fastbert info`` shows it."""
+    note = {"extension": BUILD is not None, "reason": REASON, **(BUILD.info() if BUILD else {})}
+    (package / "_build.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+class BuildExtension(build_ext):
+    """``build_ext`` with the compilation above in place of distutils'."""
+
+    def run(self) -> None:
+        if BUILD is not None and BUILD.sanitize and self.inplace:
+            raise SetupError("FASTBERT_SANITIZE is for a build of its own: use `make sanitize`")
+        super().run()
+        if self.inplace:
+            write_note(ROOT / "fastbert")
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        install_file(BUILD.library(target.name), target)
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            name = Path(self.get_ext_filename(ext.name)).name
+            install_file(BUILD.folder / name, ROOT / "fastbert" / name)
+
+
+class BuildPython(build_py):
+    """``build_py`` that starts from an empty folder, so that nothing stale is packaged."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "fastbert", ignore_errors=True)
+        super().run()
+        folder = ROOT / "fastbert" if self.editable_mode else Path(self.build_lib) / "fastbert"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.editable_mode and BUILD is None:
+            for stale in folder.glob("_C.*"):
+                print(f"fastbert: removing {stale.name} of an earlier build")
+                stale.unlink()
+        write_note(folder)
+
+
+def plan() -> tuple[Build | None, str]:
+    """The build to make, or None and why there is none."""
+    wish = os.environ.get("FASTBERT_BUILD_EXTENSION", "auto")
+    if wish not in ("0", "1", "auto"):
+        raise SystemExit(f"FASTBERT_BUILD_EXTENSION={wish}: allowed are 0, 1 and auto")
+    try:
+        if wish == "0":
+            raise LeftOut("FASTBERT_BUILD_EXTENSION=0 was set when fastbert was installed")
+        compiler = Compiler()
+        return Build(compiler, *find_torch()), ""
+    except LeftOut as why:
+        if wish == "1":
+            raise SystemExit(f"FASTBERT_BUILD_EXTENSION=1, but the extension cannot be built: {why}") from None
+        return None, str(why)
+
+
+# sdist and egg_info build nothing: they must not depend on a compiler.
+BUILDS = bool({"build", "build_ext", "build_py", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv))
+BUILD, REASON = plan() if BUILDS else (None, "")
+if REASON:
+    line = "-" * 100
+    print(f"{line}\nfastbert: the C++ kernels are LEFT OUT of this installation, it will run on the PyTorch reference.\n"
+          f"reason: {REASON}\n{line}", file=sys.stderr, flush=True)  # fmt: skip
+
+setup(
+    packages=[
+        *find_packages(str(ROOT), include=["fastbert", "fastbert.*"]),
+        "fastbert.bench",
+        *(f"fastbert.bench.{name}" for name in find_packages(str(ROOT / "bench"))),
+    ],
+    package_dir={"fastbert": "fastbert", "fastbert.bench": "bench"},
+    package_data={"fastbert": ["py.typed"]},
+    ext_modules=[Extension("fastbert._C", [])] if BUILD or not BUILDS else [],
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+)
