@@ -1,11 +1,12 @@
 """Build of fastbert: what pyproject.toml cannot say, which is the compiled extension ``fastbert._C``.
 
-``csrc/*.cpp`` are compiled once; ``csrc/cpu/*.cpp`` once per instruction set that the compiler knows, so that one binary
-serves every CPU and chooses at load. Objects are kept in ``build/`` and compiled again only when their source, a header
-of ours, the flags, the compiler or torch has changed. Environment:
+``csrc/*.cpp`` are compiled once; ``csrc/cpu/*.cpp`` once per instruction set that the compiler knows, so that one
+binary serves every CPU and chooses at load. Objects are kept in ``build/`` and compiled again only when their source, a
+header of ours, the flags, the compiler or torch has changed. Environment:
 
-    FASTBERT_BUILD_EXTENSION  auto (default): build if a compiler and torch are there, else install without it and say why;
-                              1: building is a must, without a compiler fail;  0: leave the extension out
+    FASTBERT_BUILD_EXTENSION  auto (default): build if a compiler and torch are there, else install without and say why
+                              1: building is a must, fail without a compiler
+                              0: leave the extension out
     FASTBERT_SANITIZE         e.g. address,undefined: an instrumented build, in a folder of its own (make sanitize)
     CXX CXXFLAGS LDFLAGS      as everywhere
     MAX_JOBS                  how many compilers at once (default: every core)
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +56,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 X86_ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 
-class LeftOut(Exception):
+class LeftOut(Exception):  # noqa: N818
     """The extension cannot be built here, for a reason that lies outside our sources."""
 
 
@@ -67,7 +69,7 @@ def find_torch() -> tuple[Path, str]:
     """Folder and version of the torch to build against, found without the seconds that importing it takes."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise LeftOut("torch is not installed in the environment that builds (pip install torch, or drop --no-build-isolation)")
+        raise LeftOut("torch is not installed in the environment that builds")
     found = importlib.metadata.version("torch")
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < TORCH_FLOOR:
         raise LeftOut(f"torch {found} is too old: the extension needs torch {'.'.join(map(str, TORCH_FLOOR))} or later")
@@ -127,7 +129,12 @@ class Build:
         self.jobs = int(os.environ.get("MAX_JOBS") or cores)
 
     def info(self) -> dict[str, object]:
-        return {"compiler": self.compiler.version, "torch": self.torch_version, "isas": list(self.isas), "sanitize": self.sanitize}
+        return {
+            "compiler": self.compiler.version,
+            "torch": self.torch_version,
+            "isas": list(self.isas),
+            "sanitize": self.sanitize,
+        }
 
     def units(self) -> Iterator[tuple[Path, Path, list[str]]]:
         """Every translation unit: source, object, and the flags that are its own."""
@@ -141,9 +148,11 @@ class Build:
     def compile(self, source: Path, target: Path, flags: list[str]) -> bool:
         """Compile one unit if it is not up to date. Returns whether it had to."""
         mode = ["-O1", "-g", f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-        includes = [f"-I{ROOT / 'csrc'}", "-isystem", f"{self.torch / 'include'}", "-isystem", self.compiler.python_include]
+        mode = mode if self.sanitize else ["-O3"]
+        system = [str(self.torch / "include"), self.compiler.python_include]
+        includes = [f"-I{ROOT / 'csrc'}", *(word for folder in system for word in ("-isystem", folder))]
         user = shlex.split(os.environ.get("CXXFLAGS", ""))
-        command = [*self.compiler.command, *(mode if self.sanitize else ["-O3"]), *COMMON_FLAGS, *includes, *flags, *user]
+        command = [*self.compiler.command, *mode, *COMMON_FLAGS, *includes, *flags, *user]
         command += ["-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source)]
         signature = f"{self.compiler.version}\ntorch {self.torch_version}\n{shlex.join(command)}\n"
         if up_to_date(target, signature):
@@ -151,7 +160,9 @@ class Build:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         print(f"compiling {source.relative_to(ROOT)} -> {target.relative_to(ROOT)}", flush=True)
+        started = time.time_ns()
         run([*command, "-o", str(target)], f"compiling {source.relative_to(ROOT)}")
+        os.utime(target, ns=(started, started))  # a source that is edited while it compiles is newer than this
         target.with_suffix(".cmd").write_text(signature)
         return True
 
@@ -166,7 +177,8 @@ class Build:
                 list(pool.map(lambda unit: self.compile(*unit), units))
             objects = [str(target) for _, target, _ in units]
             library = self.folder / name
-            command = [*self.compiler.command, "-pthread", *objects, *self.link_flags(), *shlex.split(os.environ.get("LDFLAGS", ""))]
+            user = shlex.split(os.environ.get("LDFLAGS", ""))
+            command = [*self.compiler.command, "-pthread", *objects, *self.link_flags(), *user]
             stamp = library.with_suffix(".cmd")
             newest = max(Path(o).stat().st_mtime_ns for o in objects)
             fresh = library.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
@@ -180,11 +192,10 @@ class Build:
     def link_flags(self) -> list[str]:
         """torch is imported, and with it its libraries loaded, before ``fastbert._C``: the loader takes those, wherever
         they are. The search path is for whoever imports ``_C`` first with torch beside it."""
-        libraries = [f"-L{self.torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
-        sanitize = [f"-fsanitize={self.sanitize}"] if self.sanitize else []
+        flags = [f"-L{self.torch / 'lib'}", "-ltorch_cpu", *([f"-fsanitize={self.sanitize}"] if self.sanitize else [])]
         if sys.platform == "darwin":
-            return [*sanitize, "-bundle", "-undefined", "dynamic_lookup", "-Wl,-rpath,@loader_path/../torch/lib", *libraries]
-        return [*sanitize, "-shared", "-Wl,--as-needed", "-Wl,-rpath,$ORIGIN/../torch/lib", *libraries]
+            return ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-rpath,@loader_path/../torch/lib", *flags]
+        return ["-shared", "-Wl,-rpath,$ORIGIN/../torch/lib", *flags]
 
 
 def run(command: list[str], what: str) -> None:
@@ -193,7 +204,7 @@ def run(command: list[str], what: str) -> None:
     if done.stdout.strip():
         print(done.stdout.rstrip(), flush=True)
     if done.returncode:
-        raise CompileError(f"{what} failed with exit status {done.returncode}:\n{shlex.join(command)}\n{done.stdout}")
+        raise CompileError(f"{what} failed with exit status {done.returncode}: {shlex.join(command)}")
 
 
 def up_to_date(target: Path, signature: str) -> bool:
@@ -291,9 +302,9 @@ def plan() -> tuple[Build | None, str]:
 BUILDS = bool({"build", "build_ext", "build_py", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv))
 BUILD, REASON = plan() if BUILDS else (None, "")
 if REASON:
-    line = "-" * 100
-    print(f"{line}\nfastbert: the C++ kernels are LEFT OUT of this installation, it will run on the PyTorch reference.\n"
-          f"reason: {REASON}\n{line}", file=sys.stderr, flush=True)  # fmt: skip
+    rule = "-" * 100
+    left_out = "fastbert: the C++ kernels are LEFT OUT of this installation; it will run on the PyTorch reference."
+    print(rule, left_out, f"reason: {REASON}", rule, sep="\n", file=sys.stderr, flush=True)
 
 setup(
     packages=[
