@@ -1,0 +1,232 @@
+"""Which implementation runs an op, and why the others did not.
+
+Every op has a list of implementations under one signature (`fastbert.ops.<op>.implementations`), the preferred one
+first. The first one that gives no reason against runs. FASTBERT_BACKEND, or an op's `backend` argument, forces one:
+
+    FASTBERT_BACKEND=reference                      every op that has this implementation
+    FASTBERT_BACKEND=attention:cpu,ffn:reference    these ops; the others choose for themselves
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+OPS = ("attention", "embedding", "ffn", "layernorm", "linear", "mlm_loss")
+
+
+class Implementation(NamedTuple):
+    """One way to run an op.
+
+    name: one of BACKENDS. run: takes the op's checked arguments.
+    supports(device_type, dtype, requires) gives None, or the reason why it cannot run these.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[[str, torch.dtype, Any], str | None]
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_selected: dict[tuple[Hashable, ...], Implementation] = {}
+
+# os.environ.get encodes and decodes on every call, which is most of what a selection would cost.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_VARIABLE: Any = os.environ.encodekey("FASTBERT_BACKEND") if hasattr(os.environ, "_data") else "FASTBERT_BACKEND"
+
+
+def _load_extension() -> str | None:
+    """Import `fastbert._C`, which registers the C++ ops. Gives the reason if that fails."""
+    try:
+        importlib.import_module("fastbert._C")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "fastbert._C":
+            return "not built (fastbert was installed without its C++ extension)"
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+extension_error: str | None = _load_extension()
+
+
+def leaf(name: str) -> torch._ops.OpOverload | None:
+    """The C++ op `fastbert::<name>`, or None if the extension does not have it."""
+    if extension_error is not None:
+        return None
+    packet = getattr(torch.ops.fastbert, name, None)
+    return None if packet is None else packet.default
+
+
+def missing_leaf(name: str) -> str | None:
+    """Why the C++ op `fastbert::<name>` cannot be called, or None if it can."""
+    if extension_error is not None:
+        return extension_error
+    return None if leaf(name) is not None else f"not built (the C++ extension has no op {name})"
+
+
+def not_built(name: str) -> Implementation:
+    """A CUDA backend that this version does not have: reports and forced choices name it all the same."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"backend {name} is not built")
+
+    def supports(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        return "not built" if device_type == "cuda" else f"needs a tensor on cuda, this one is on {device_type}"
+
+    return Implementation(name, run, supports)
+
+
+def cpu_reason(missing: str | None, device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the C++ kernels cannot run, for what is common to all ops: the device, the build, the dtypes."""
+    if device_type != "cpu":
+        return f"needs a tensor on cpu, this one is on {device_type}"
+    if missing is not None:
+        return missing
+    for dtype in dtypes:
+        if dtype is not torch.float32 and dtype is not torch.bfloat16:
+            return f"has kernels for torch.float32 and torch.bfloat16, not {dtype}"
+    return None
+
+
+def always(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    """`supports` of the reference."""
+    return None
+
+
+def register(op: str, implementations: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
+    """Make an op's implementations, the preferred first, known here."""
+    _implementations[op] = {implementation.name: implementation for implementation in implementations}
+    return implementations
+
+
+def select(
+    op: str, *, device: str | torch.device, dtype: torch.dtype, requires: Hashable = None, backend: str | None = None
+) -> Implementation:
+    """The implementation that runs `op`.
+
+    device: the type of the inputs' device ("cpu", "cuda", ...), or the device. dtype: of the first input.
+    requires: what else decides; attention: head_dim; the other ops: a tuple of the further operands' dtypes.
+    backend: forces one, before FASTBERT_BACKEND does.
+
+    Raises ValueError if a name is unknown, RuntimeError with the reason if a forced backend cannot run.
+    """
+    if torch.compiler.is_compiling():
+        return _implementations[op][_selected_name(op, _device_type(device), dtype, requires, backend)]
+    key = (op, device, dtype, requires, backend, _environment.get(_VARIABLE))
+    found = _selected.get(key)
+    if found is None:
+        found = _selected[key] = _select(op, _device_type(device), dtype, requires, backend)
+    return found
+
+
+@torch.compiler.assume_constant_result
+def _selected_name(op: str, device_type: str, dtype: torch.dtype, requires: Any, backend: str | None) -> str:
+    """`select` for the compiler, which need not trace through the environment."""
+    return _select(op, device_type, dtype, requires, backend).name
+
+
+def _device_type(device: str | torch.device) -> str:
+    return device.type if isinstance(device, torch.device) else device.split(":")[0]
+
+
+def _select(op: str, device_type: str, dtype: torch.dtype, requires: Any, backend: str | None) -> Implementation:
+    candidates = _candidates(op)
+    forced, origin = (backend, "the backend argument") if backend is not None else _forced(op)
+    if forced is not None:
+        if forced not in candidates:
+            raise ValueError(f"{origin} asks for {op}:{forced}, allowed are {', '.join(candidates)}")
+        reason = candidates[forced].supports(device_type, dtype, requires)
+        if reason is not None:
+            raise RuntimeError(f"{origin} forces {op}:{forced}, which cannot run: {reason}")
+        return candidates[forced]
+    for implementation in candidates.values():
+        if implementation.supports(device_type, dtype, requires) is None:
+            return implementation
+    raise RuntimeError(f"{op}: no implementation runs on {device_type} in {dtype}")
+
+
+def _candidates(op: str) -> dict[str, Implementation]:
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}, allowed are {', '.join(OPS)}")
+    if op not in _implementations:
+        importlib.import_module(f"fastbert.ops.{op}")
+    return _implementations[op]
+
+
+def _forced(op: str) -> tuple[str | None, str]:
+    """The backend that FASTBERT_BACKEND forces on an op, and how to speak of it."""
+    setting = os.environ.get("FASTBERT_BACKEND", "").strip()
+    origin = f"FASTBERT_BACKEND={setting}"
+    everywhere, single = parse(setting)
+    if op in single:
+        return single[op], origin
+    return (everywhere if everywhere in _candidates(op) else None), origin
+
+
+def parse(setting: str) -> tuple[str | None, dict[str, str]]:
+    """Parse a value of FASTBERT_BACKEND into the backend for every op (or None) and those for single ops.
+
+    Raises ValueError, naming what is allowed, if it is malformed or a name is unknown.
+    """
+    everywhere: str | None = None
+    single: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in setting.split(","))):
+        op, colon, backend = (text.strip() for text in part.partition(":"))
+        if not colon:
+            op, backend = "", op
+        if op and op not in OPS:
+            raise ValueError(f"FASTBERT_BACKEND={setting}: unknown op {op!r}, allowed are {', '.join(OPS)}")
+        allowed = tuple(_candidates(op)) if op else BACKENDS
+        if backend not in allowed:
+            raise ValueError(
+                f"FASTBERT_BACKEND={setting}: unknown backend {backend!r}{' for ' + op if op else ''}, "
+                f"allowed are {', '.join(allowed)}"
+            )
+        if (op in single) if op else (everywhere is not None):
+            raise ValueError(f"FASTBERT_BACKEND={setting}: {op or 'the backend for every op'} is given twice")
+        if op:
+            single[op] = backend
+        else:
+            everywhere = backend
+    return everywhere, single
+
+
+def describe(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    head_dim: int | None = None,
+    ops: tuple[str, ...] = OPS,
+) -> dict[str, dict[str, Any]]:
+    """What each op would run on this device in this dtype: {op: {"backend": name, "rejected": {backend: reason}}}.
+
+    head_dim: the attention's head size, where it is known. Does not raise if a forced backend cannot run: then
+    "backend" is None and "rejected" holds the reason. An invalid FASTBERT_BACKEND does raise ValueError.
+    """
+    device_type = _device_type(device)
+    result: dict[str, dict[str, Any]] = {}
+    for op in ops:
+        candidates = _candidates(op)
+        requires = head_dim if op == "attention" else None
+        forced, origin = _forced(op)
+        chosen: str | None = None
+        rejected: dict[str, str] = {}
+        for name, implementation in candidates.items():
+            reason = implementation.supports(device_type, dtype, requires)
+            if reason is not None:
+                rejected[name] = reason
+            elif forced is not None and name != forced:
+                rejected[name] = f"{origin} forces {forced}"
+            elif chosen is not None:
+                rejected[name] = f"not needed, {chosen} comes first"
+            else:
+                chosen = name
+        result[op] = {"backend": chosen, "rejected": rejected}
+    return result

@@ -1,0 +1,78 @@
+"""Argument checks that the ops share. Each error names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(op: str, name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def floating(op: str, name: str, value: object) -> Tensor:
+    value = tensor(op, name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{op}: {name} must have one of the dtypes {allowed}; got {value.dtype}")
+    return value
+
+
+def operand(op: str, name: str, value: object, like: Tensor, like_name: str, *, same_dtype: bool = True) -> Tensor:
+    """A floating point tensor on the device (and by default in the dtype) of another argument."""
+    value = floating(op, name, value)
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} is on {value.device} but {like_name} is on {like.device}; they must agree")
+    if same_dtype and value.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} is {value.dtype} but {like_name} is {like.dtype}; they must agree")
+    return value
+
+
+def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{op}: {name} must have shape {meaning} = {list(expected)}, got {list(value.shape)}")
+
+
+def probability(op: str, name: str, value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: {name} must be between 0 and 1, got {value}")
+    return value
+
+
+def seed(op: str, value: object, like: Tensor) -> None:
+    value = tensor(op, "seed", value)
+    if value.dtype != torch.int64 or value.numel() != 1:
+        raise ValueError(
+            f"{op}: seed must be an int64 tensor of one element, got {value.dtype} of shape {list(value.shape)}"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{op}: seed is on {value.device} but the input is on {like.device}; they must agree")
+
+
+def integer_ids(op: str, name: str, value: object, device: torch.device) -> Tensor:
+    value = tensor(op, name, value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: {name} must be torch.int64 or torch.int32, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{op}: {name} is on {value.device} but the weights are on {device}; they must agree")
+    return value
+
+
+def in_range(op: str, name: str, value: Tensor, limit: int, what: str) -> None:
+    """Raises IndexError if an id lies outside [0, limit). Reads the data: not for compiled code."""
+    if value.numel() == 0 or value.is_meta:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(value))
+    if low < 0 or high >= limit:
+        raise IndexError(f"{op}: {name} has values from {low} to {high}, but {what} has only rows 0 to {limit - 1}")
+
+
+def autocast(value: Tensor) -> Tensor:
+    """Cast as autocast casts the input of a matrix product: float64 and integers stay."""
+    if value.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return value.to(torch.get_autocast_dtype(value.device.type))
+    return value

@@ -1,0 +1,202 @@
+"""BERT's embeddings: the sum of word, position and token type embedding, then LayerNorm and dropout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert import dispatch
+from fastbert.ops import checks, philox
+from fastbert.ops.layernorm import layernorm_ref
+
+
+def embedding_ref(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-12,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The specification, in plain PyTorch: sums and normalises in float32 (float64 for float64).
+
+    The three id tensors have one shape; the other shapes as in `embedding`.
+    """
+    accumulate = torch.promote_types(word.dtype, torch.float32)
+    z = F.embedding(input_ids, word, padding_idx).to(accumulate)
+    z = z + F.embedding(token_type_ids, token_type).to(accumulate)
+    z = z + F.embedding(position_ids, position).to(accumulate)
+    y = layernorm_ref(z, weight, bias, eps=eps)
+    if dropout_p > 0.0:
+        assert seed is not None
+        keep = philox.keep_rows(seed, dropout_p, input_ids.numel(), word.size(1))
+        y = philox.drop(y, keep.view(y.shape), dropout_p)
+    return y.to(word.dtype)
+
+
+def embedding(
+    input_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-12,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(word[input_ids] + position[position_ids] + token_type[token_type_ids])).
+
+    input_ids: [B, S] int64 or int32. position_ids, token_type_ids: of a shape that broadcasts to [B, S]; by
+        default 0, 1, ... S - 1 and 0.
+    word: [V, H]. position: [P, H]. token_type: [Y, H]. weight, bias: [H], of the LayerNorm. One dtype and device.
+    padding_idx: the row of `word` that gets no gradient.
+    dropout_p: probability of dropping an element. seed: int64, one element, on word's device; drawn from PyTorch's
+        default generator if None.
+    backend: forces an implementation (see `fastbert.dispatch`).
+
+    Returns [B, S, H]. Differentiable once. Raises IndexError if an id has no row in its table, ValueError or
+    TypeError for wrong shapes, dtypes or devices.
+    """
+    padding_idx = _check(input_ids, word, position, token_type, weight, bias, padding_idx, dropout_p, seed)
+    if position_ids is None:
+        if input_ids.size(1) > position.size(0):
+            raise IndexError(
+                f"embedding: input_ids has sequences of {input_ids.size(1)} tokens, but position has only "
+                f"{position.size(0)} rows"
+            )
+        position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
+    if token_type_ids is None:
+        token_type_ids = torch.zeros((), dtype=torch.int64, device=input_ids.device)
+    position_ids = _like_input(position_ids, "position_ids", input_ids)
+    token_type_ids = _like_input(token_type_ids, "token_type_ids", input_ids)
+    chosen = dispatch.select(
+        "embedding", device=word.device, dtype=word.dtype, requires=(weight.dtype,), backend=backend
+    )
+    if dropout_p > 0.0 and seed is None:
+        seed = philox.draw_seed(word.device)
+    return chosen.run(
+        input_ids.long(),
+        position_ids,
+        token_type_ids,
+        word,
+        position,
+        token_type,
+        weight,
+        bias,
+        padding_idx,
+        dropout_p,
+        eps,
+        seed,
+    )
+
+
+def _check(
+    input_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding_idx: int | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> int | None:
+    """Checks all but the other ids. Returns padding_idx counted from 0."""
+    checks.floating("embedding", "word", word)
+    checks.integer_ids("embedding", "input_ids", input_ids, word.device)
+    if input_ids.dim() != 2:
+        raise ValueError(f"embedding: input_ids must have shape [batch, tokens], got {list(input_ids.shape)}")
+    if word.dim() != 2 or word.size(1) == 0:
+        raise ValueError(f"embedding: word must have shape [rows, hidden] with hidden > 0, got {list(word.shape)}")
+    hidden = word.size(1)
+    for name, table in (("position", position), ("token_type", token_type)):
+        checks.operand("embedding", name, table, word, "word")
+        if table.dim() != 2 or table.size(1) != hidden:
+            raise ValueError(f"embedding: {name} must have shape [rows, {hidden}], got {list(table.shape)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        checks.operand("embedding", name, value, word, "word", same_dtype=False)
+        checks.shape("embedding", name, value, (hidden,), "[hidden]")
+    if dropout_p != 0.0:
+        checks.probability("embedding", "dropout_p", dropout_p)
+    if seed is not None:
+        checks.seed("embedding", seed, word)
+    if padding_idx is None:
+        return None
+    rows = word.size(0)
+    if not -rows <= padding_idx < rows:
+        raise ValueError(f"embedding: padding_idx must lie in [-{rows}, {rows}), the rows of word; got {padding_idx}")
+    return padding_idx % rows
+
+
+def _like_input(ids: Tensor, name: str, input_ids: Tensor) -> Tensor:
+    checks.integer_ids("embedding", name, ids, input_ids.device)
+    try:
+        return ids.long().expand(input_ids.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"embedding: {name} must have a shape that broadcasts to that of input_ids, {list(input_ids.shape)}; "
+            f"got {list(ids.shape)}"
+        ) from None
+
+
+def check_ids(
+    input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor
+) -> None:
+    """Raises IndexError if an id has no row in its table. Reads the data."""
+    checks.in_range("embedding", "input_ids", input_ids, word.size(0), "word")
+    checks.in_range("embedding", "position_ids", position_ids, position.size(0), "position")
+    checks.in_range("embedding", "token_type_ids", token_type_ids, token_type.size(0), "token_type")
+
+
+def _run_reference(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding_idx: int | None,
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
+) -> Tensor:
+    if word.is_cpu and not torch.compiler.is_compiling():
+        check_ids(input_ids, position_ids, token_type_ids, word, position, token_type)
+    return embedding_ref(
+        input_ids,
+        position_ids,
+        token_type_ids,
+        word,
+        position,
+        token_type,
+        weight,
+        bias,
+        padding_idx,
+        dropout_p,
+        eps,
+        seed,
+    )
+
+
+implementations = dispatch.register(
+    "embedding",
+    (
+        dispatch.not_built("triton"),
+        dispatch.Implementation("reference", _run_reference, dispatch.always),
+    ),
+)

@@ -1,0 +1,137 @@
+"""Masked language model loss at the labelled positions only: transform, decoder and cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert import dispatch
+from fastbert.ops import checks
+from fastbert.ops.layernorm import layernorm
+from fastbert.ops.linear import linear
+
+
+def mlm_loss_ref(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The specification, in plain PyTorch, of what follows the transform: the sum of the cross-entropies.
+
+    hidden: [N, H]. labels: int64 [N]. weight: [V, H]. bias: [V] or None. Returns a scalar, float32 (float64 for
+    float64).
+    """
+    logits = F.linear(hidden, weight, bias)
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        labels,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+
+
+def mlm_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    decoder_weight: Tensor,
+    decoder_bias: Tensor | None,
+    transform_weight: Tensor,
+    transform_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float = 1e-12,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items: int | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of BERT's masked language model head, computed only where there is a label.
+
+    hidden: [..., H]. labels: int64 [...], in [0, V) or ignore_index. decoder_weight: [V, H]. decoder_bias: [V].
+    transform_weight: [H, H]. transform_bias, norm_weight, norm_bias: [H].
+    num_items: what the sum is divided by, in place of the number of labels (gradient accumulation).
+    backend: forces the implementation of the decoder and loss (see `fastbert.dispatch`).
+
+    Returns (loss, count): a float32 scalar (float64 for float64), and the number of labels, int64. Without any
+    label the loss is NaN, as PyTorch's own mean is, and the gradients are 0. Differentiable once.
+    Raises IndexError if a label has no row in decoder_weight, ValueError or TypeError for wrong shapes, dtypes or
+    devices.
+    """
+    checks.floating("mlm_loss", "hidden", hidden)
+    _check(hidden, labels, decoder_weight, decoder_bias, label_smoothing)
+    hidden = hidden.reshape(-1, hidden.size(-1))
+    labels = labels.reshape(-1)
+    labelled = labels != ignore_index
+    count = labelled.sum()
+    if not torch.compiler.is_compiling():  # there, a shape that depends on the data would break the graph
+        index = labelled.nonzero().squeeze(1)
+        hidden, labels = hidden[index], labels[index]
+    transformed = layernorm(F.gelu(linear(hidden, transform_weight, transform_bias)), norm_weight, norm_bias, eps=eps)
+    if torch.is_autocast_enabled(hidden.device.type):
+        transformed, decoder_weight = checks.autocast(transformed), checks.autocast(decoder_weight)
+        decoder_bias = None if decoder_bias is None else checks.autocast(decoder_bias)
+    chosen = dispatch.select("mlm_loss", device=transformed.device, dtype=transformed.dtype, backend=backend)
+    total = chosen.run(transformed, labels, decoder_weight, decoder_bias, ignore_index, label_smoothing)
+    if num_items is not None:
+        return total / num_items, count
+    # 0 / 0 would make the gradients NaN where PyTorch's are 0.
+    return total / count.clamp(min=1) + torch.where(count == 0, torch.nan, 0.0).to(total.dtype), count
+
+
+def _check(
+    hidden: Tensor, labels: Tensor, decoder_weight: Tensor, decoder_bias: Tensor | None, label_smoothing: float
+) -> None:
+    """Checks all but the transform, which `linear` and `layernorm` check."""
+    checks.tensor("mlm_loss", "labels", labels)
+    if labels.dtype is not torch.int64:
+        raise TypeError(f"mlm_loss: labels must be torch.int64, got {labels.dtype}")
+    if labels.device != hidden.device:
+        raise ValueError(f"mlm_loss: labels is on {labels.device} but hidden is on {hidden.device}; they must agree")
+    if hidden.dim() == 0 or tuple(labels.shape) != tuple(hidden.shape[:-1]):
+        raise ValueError(
+            f"mlm_loss: hidden must have shape [..., features] and labels [...], got {list(hidden.shape)} and "
+            f"{list(labels.shape)}"
+        )
+    checks.operand("mlm_loss", "decoder_weight", decoder_weight, hidden, "hidden", same_dtype=False)
+    if decoder_weight.dim() != 2 or decoder_weight.size(0) == 0 or decoder_weight.size(1) != hidden.size(-1):
+        raise ValueError(
+            f"mlm_loss: decoder_weight must have shape [vocabulary, {hidden.size(-1)}], got "
+            f"{list(decoder_weight.shape)}"
+        )
+    if decoder_bias is not None:
+        checks.operand("mlm_loss", "decoder_bias", decoder_bias, decoder_weight, "decoder_weight")
+        checks.shape("mlm_loss", "decoder_bias", decoder_bias, (decoder_weight.size(0),), "[vocabulary]")
+    checks.probability("mlm_loss", "label_smoothing", label_smoothing)
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raises IndexError if a label is neither ignore_index nor a row of the decoder. Reads the data."""
+    checks.in_range("mlm_loss", "labels", labels[labels != ignore_index], vocabulary, "decoder_weight")
+
+
+def _run_reference(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    if hidden.is_cpu and not torch.compiler.is_compiling():
+        check_labels(labels, weight.size(0), ignore_index)
+    return mlm_loss_ref(hidden, labels, weight, bias, ignore_index, label_smoothing)
+
+
+implementations = dispatch.register(
+    "mlm_loss",
+    (
+        dispatch.not_built("triton"),
+        dispatch.Implementation("reference", _run_reference, dispatch.always),
+    ),
+)
