@@ -84,8 +84,8 @@ sanitize: env  ## the C++ under AddressSanitizer and UndefinedBehaviorSanitizer 
 	@export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 		PYTHONPATH=$(SANITIZE) PYTHONMALLOC=malloc; \
-	$(BIN)/python -c 'import fastbert, pathlib, sys; p = pathlib.Path(fastbert.__file__); sys.exit(None if "sanitize" in p.parts else f"{p} is not the sanitized build")'; \
-	$(BIN)/pytest -p no:cacheprovider $(PYTEST_ARGS) $(if $(filter tests,$(TESTS)),tests/ops,$(TESTS))
+	$(BIN)/python -P -c 'import fastbert, pathlib, sys; p = pathlib.Path(fastbert.__file__); sys.exit(None if "sanitize" in p.parts else f"{p} is not the sanitized build")'; \
+	$(BIN)/pytest -p no:cacheprovider -p no:faulthandler --capture=sys $(PYTEST_ARGS) $(if $(filter tests,$(TESTS)),tests/ops,$(TESTS))
 
 .PHONY: dist
 dist: env  ## source archive and wheel, in dist/
