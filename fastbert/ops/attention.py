@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastbert import dispatch
-from fastbert.ops import checks, philox
+from fastbert.ops import checks, leaf, philox
 
 
 def attention_ref(
@@ -141,7 +143,7 @@ def check_lengths(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
             f"attention: cu_seqlens must start at 0 and end at the number of tokens {total}, "
             f"got {bounds[0]} and {bounds[-1]}"
         )
-    for sequence, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for sequence, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end < start:
             raise ValueError(f"attention: cu_seqlens must not decrease, but sequence {sequence} has {start} to {end}")
         if end - start > max_seqlen:
@@ -164,9 +166,120 @@ def _run_reference(
     return attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, bias, seed)
 
 
+_forward: Any = dispatch.leaf("attention_fwd_cpu")
+_backward: Any = dispatch.leaf("attention_bwd_cpu")
+_missing = dispatch.missing_leaf("attention_fwd_cpu") or dispatch.missing_leaf("attention_bwd_cpu")
+
+
+def _run_cpu(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.contiguous()
+    if bias is not None:
+        bias = _dense_bias(bias)
+    try:
+        if leaf.needs_grad(qkv, bias):
+            return _forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
+        with leaf.below_autograd():
+            return _forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
+    except RuntimeError:  # the kernel checks the lengths too, but can raise nothing else
+        check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
+        raise
+
+
+def _dense_bias(bias: Tensor) -> Tensor:
+    """The bias as the kernels want it, float32 and contiguous, without writing out dimensions that were expanded."""
+    if not bias.is_contiguous():
+        for dim in range(3):
+            if bias.stride(dim) == 0 and bias.size(dim) > 1:
+                bias = bias.narrow(dim, 0, 1)
+    return bias.to(torch.float32).contiguous()
+
+
+def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    reason = dispatch.cpu_reason(_missing, device_type, (dtype,))
+    if reason is None and requires is not None and requires % 8 != 0:
+        return f"has kernels for head sizes that are multiples of 8, not {requires}"
+    return reason
+
+
+def _forward_fake(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    total, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(total, heads * head_dim), qkv.new_empty(heads, total, dtype=torch.float32)
+
+
+def _backward_fake(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(qkv), torch.empty_like(bias) if need_dbias and bias is not None else lse.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, seed, bias = inputs
+    out, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse, cu_seqlens, seed, bias)
+
+
+def _autograd(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Any, ...]:
+    if dout is None:
+        return (None,) * 7
+    qkv, out, lse, cu_seqlens, seed, bias = ctx.saved_tensors
+    need_dbias = ctx.needs_input_grad[6]
+    dqkv, dbias = _backward(
+        dout.contiguous(),
+        qkv,
+        out,
+        lse,
+        cu_seqlens,
+        ctx.max_seqlen,
+        ctx.scale,
+        ctx.dropout_p,
+        seed,
+        bias,
+        need_dbias,
+    )
+    return dqkv, None, None, None, None, None, dbias if need_dbias else None
+
+
+if _missing is None:
+    leaf.register(
+        "attention",
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
+
 implementations = dispatch.register(
     "attention",
     (
+        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
         dispatch.not_built("cuda"),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", _run_reference, dispatch.always),

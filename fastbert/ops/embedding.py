@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import dispatch
-from fastbert.ops import checks, philox
+from fastbert.ops import checks, leaf, philox
 from fastbert.ops.layernorm import layernorm_ref
 
 
@@ -193,9 +195,137 @@ def _run_reference(
     )
 
 
+_forward: Any = dispatch.leaf("embedding_fwd_cpu")
+_backward: Any = dispatch.leaf("embedding_bwd_cpu")
+_missing = dispatch.missing_leaf("embedding_fwd_cpu") or dispatch.missing_leaf("embedding_bwd_cpu")
+
+
+def _run_cpu(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding_idx: int | None,
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
+) -> Tensor:
+    arguments = (
+        input_ids.reshape(-1).contiguous(),
+        position_ids.reshape(-1).contiguous(),
+        token_type_ids.reshape(-1).contiguous(),
+        word.contiguous(),
+        position.contiguous(),
+        token_type.contiguous(),
+        weight.contiguous(),
+        bias.contiguous(),
+        -1 if padding_idx is None else padding_idx,
+        eps,
+        dropout_p,
+        seed,
+    )
+    try:
+        if leaf.needs_grad(word, position, token_type, weight, bias):
+            y = _forward(*arguments, True)[0]
+        else:
+            with leaf.below_autograd():
+                y = _forward(*arguments, False)[0]
+    except RuntimeError:  # the kernel checks the ids too, but can raise nothing else
+        check_ids(input_ids, position_ids, token_type_ids, word, position, token_type)
+        raise
+    return y.view(*input_ids.shape, y.size(1))
+
+
+def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return dispatch.cpu_reason(_missing, device_type, (dtype, *(requires or ())))
+
+
+def _forward_fake(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding_idx: int,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = word.new_empty(input_ids.size(0), word.size(1))
+    rows = input_ids.size(0) if save else 0
+    return y, torch.empty_like(y) if save else y.new_empty(0), word.new_empty(rows, dtype=torch.float32)
+
+
+def _backward_fake(
+    dy: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    weight: Tensor,
+    num_words: int,
+    num_positions: int,
+    num_types: int,
+    padding_idx: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden = dy.size(1)
+    return (
+        dy.new_empty(num_words, hidden),
+        dy.new_empty(num_positions, hidden),
+        dy.new_empty(num_types, hidden),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias = inputs[:8]
+    ctx.padding_idx, _, ctx.dropout_p, seed, ctx.saved = inputs[8:]
+    _, xhat, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(xhat, rstd)
+    ctx.save_for_backward(xhat, rstd, input_ids, position_ids, token_type_ids, weight, seed)
+    ctx.rows = word.size(0), position.size(0), token_type.size(0)
+    ctx.bias_dtype = bias.dtype
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dxhat: None, drstd: None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 13
+    if not ctx.saved:
+        raise RuntimeError(leaf.unsaved_message("embedding"))
+    *tensors, seed = ctx.saved_tensors
+    dword, dposition, dtoken_type, dweight, dbias = _backward(
+        dy.contiguous(), *tensors, *ctx.rows, ctx.padding_idx, ctx.dropout_p, seed
+    )
+    gradients = dword, dposition, dtoken_type, dweight, dbias.to(ctx.bias_dtype)
+    return (None, None, None, *gradients, None, None, None, None, None)
+
+
+if _missing is None:
+    leaf.register(
+        "embedding",
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
+
 implementations = dispatch.register(
     "embedding",
     (
+        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", _run_reference, dispatch.always),
     ),

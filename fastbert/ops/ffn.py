@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import dispatch
-from fastbert.ops import checks
+from fastbert.ops import checks, leaf
 
 
 def ffn_ref(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
@@ -50,9 +52,65 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
         )
 
 
+_forward: Any = dispatch.leaf("ffn_fwd_cpu")
+_backward: Any = dispatch.leaf("ffn_bwd_cpu")
+_missing = dispatch.missing_leaf("ffn_fwd_cpu") or dispatch.missing_leaf("ffn_bwd_cpu")
+
+
+def _run_cpu(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
+    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+    rows, weight1, bias1, weight2 = rows.contiguous(), weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
+    if leaf.needs_grad(rows, weight1, bias1, weight2):
+        y = _forward(rows, weight1, bias1, weight2, True)[0]
+    else:
+        with leaf.below_autograd():
+            y = _forward(rows, weight1, bias1, weight2, False)[0]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(1))
+
+
+def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return dispatch.cpu_reason(_missing, device_type, (dtype,))
+
+
+def _forward_fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.size(0), w2.size(0)), x.new_empty(x.size(0), w1.size(0)) if save else x.new_empty(0)
+
+
+def _backward_fake(dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(w1), w1.new_empty(w1.size(0)), torch.empty_like(w2)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w1, _, w2, save = inputs
+    pre = output[1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(pre)
+    ctx.saved = save
+    ctx.save_for_backward(x, pre, w1, w2)
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dpre: None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 5
+    if not ctx.saved:
+        raise RuntimeError(leaf.unsaved_message("ffn"))
+    dx, dw1, db1, dw2 = _backward(dy.contiguous(), *ctx.saved_tensors)
+    return dx, dw1, db1, dw2, None
+
+
+if _missing is None:
+    leaf.register(
+        "ffn",
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
+
 implementations = dispatch.register(
     "ffn",
     (
+        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
         dispatch.not_built("cuda"),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", ffn_ref, dispatch.always),

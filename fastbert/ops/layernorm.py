@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastbert import dispatch
-from fastbert.ops import checks, philox
+from fastbert.ops import checks, leaf, philox
 
 
 def layernorm_ref(
@@ -92,9 +94,130 @@ def _check(
         checks.seed("layernorm", seed, x)
 
 
+_forward: Any = dispatch.leaf("layernorm_fwd_cpu")
+_backward: Any = dispatch.leaf("layernorm_bwd_cpu")
+_missing = dispatch.missing_leaf("layernorm_fwd_cpu") or dispatch.missing_leaf("layernorm_bwd_cpu")
+
+
+def _run_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
+) -> Tensor:
+    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+    rows, weight, bias = rows.contiguous(), weight.contiguous(), bias.contiguous()
+    if x_bias is not None:
+        x_bias = x_bias.contiguous()
+    if residual is not None:
+        residual = (residual if x.dim() == 2 else residual.reshape(-1, x.size(-1))).contiguous()
+    if leaf.needs_grad(rows, x_bias, residual, weight, bias):
+        y = _forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, True)[0]
+    else:
+        with leaf.below_autograd():
+            y = _forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, False)[0]
+    return y if x.dim() == 2 else y.view(x.shape)
+
+
+def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    others = tuple(other for other in requires or () if other is not None)
+    return dispatch.cpu_reason(_missing, device_type, (dtype, *others))
+
+
+def _saves_sum(x_bias: Tensor | None, residual: Tensor | None, dropout_p: float) -> bool:
+    """Whether the pre-norm sum differs from x, so that the forward has to save it."""
+    return x_bias is not None or residual is not None or dropout_p > 0.0
+
+
+def _forward_fake(
+    x: Tensor,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = x.new_empty(x.shape, dtype=dtype)
+    z = torch.empty_like(y) if save and _saves_sum(x_bias, residual, dropout_p) else y.new_empty(0)
+    rows = x.size(0) if save else 0
+    return y, z, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+
+
+def _backward_fake(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_x_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(z),
+        torch.empty_like(z) if dropout_p > 0.0 else z.new_empty(0),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+        mean.new_empty(z.size(1) if need_x_bias else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, x_bias, residual, weight, bias, _, ctx.dropout_p, seed, ctx.saved = inputs
+    _, z, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(z, mean, rstd)
+    ctx.save_for_backward(z if _saves_sum(x_bias, residual, ctx.dropout_p) else x, weight, mean, rstd, seed)
+    ctx.dtypes = [None if value is None else value.dtype for value in (x, x_bias, residual, bias)]
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dz: None, dmean: None, drstd: None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 9
+    if not ctx.saved:
+        raise RuntimeError(leaf.unsaved_message("layernorm"))
+    z, weight, mean, rstd, seed = ctx.saved_tensors
+    need_x, need_x_bias, need_residual = ctx.needs_input_grad[:3]
+    dsum, dx, dweight, dbias, dx_bias = _backward(
+        dy.contiguous(), z, weight, mean, rstd, ctx.dropout_p, seed, need_x_bias
+    )
+    if ctx.dropout_p == 0.0:
+        dx = dsum
+    x_dtype, x_bias_dtype, residual_dtype, bias_dtype = ctx.dtypes
+    return (
+        dx.to(x_dtype) if need_x else None,
+        dx_bias.to(x_bias_dtype) if need_x_bias else None,
+        dsum.to(residual_dtype) if need_residual else None,
+        dweight,
+        dbias.to(bias_dtype),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+if _missing is None:
+    leaf.register(
+        "layernorm",
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
+
 implementations = dispatch.register(
     "layernorm",
     (
+        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
         dispatch.not_built("cuda"),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", layernorm_ref, dispatch.always),

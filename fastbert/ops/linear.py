@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import dispatch
-from fastbert.ops import checks
+from fastbert.ops import checks, leaf
 
 
 def linear_ref(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -67,4 +68,78 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
             checks.shape("linear", name, biases[i], (w.size(0),), "[out_features]")
 
 
-implementations = dispatch.register("linear", (dispatch.Implementation("reference", linear_ref, dispatch.always),))
+_forward: Any = dispatch.leaf("linear_fwd_cpu")
+_backward: Any = dispatch.leaf("linear_bwd_cpu")
+_missing = dispatch.missing_leaf("linear_fwd_cpu") or dispatch.missing_leaf("linear_bwd_cpu")
+
+
+def _run_cpu(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+    rows = rows.contiguous()
+    weights = [weight.contiguous() for weight in weights]
+    biases = [bias.contiguous() for bias in biases]
+    if leaf.needs_grad(x, *weights, *biases):
+        y = _forward(rows, weights, biases)
+    else:
+        with leaf.below_autograd():
+            y = _forward(rows, weights, biases)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(1))
+
+
+def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return dispatch.cpu_reason(_missing, device_type, (dtype,))
+
+
+def _forward_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    return x.new_empty(x.size(0), sum(weight.size(0) for weight in weights))
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, weights: list[Tensor], need_dx: bool, need_dw: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    columns = sum(weight.size(0) for weight in weights)
+    return (
+        torch.empty_like(x) if need_dx else x.new_empty(0),
+        x.new_empty(columns, x.size(1)) if need_dw else x.new_empty(0),
+        x.new_empty(columns) if need_db else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, biases = inputs
+    ctx.save_for_backward(x, *weights)
+    ctx.num_biases = len(biases)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, *weights = ctx.saved_tensors
+    need_dx, need_dw, need_db = ctx.needs_input_grad
+    dx, dw, db = _backward(dy.contiguous(), x, weights, need_dx, any(need_dw), any(need_db))
+    dweights: list[Tensor | None] = []
+    dbiases: list[Tensor | None] = []
+    start = 0
+    for i, weight in enumerate(weights):
+        size = weight.size(0)
+        dweights.append(dw.narrow(0, start, size) if need_dw[i] else None)
+        if ctx.num_biases:
+            dbiases.append(db.narrow(0, start, size) if need_db[i] else None)
+        start += size
+    return dx if need_dx else None, dweights, dbiases
+
+
+if _missing is None:
+    leaf.register(
+        "linear",
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
+
+implementations = dispatch.register(
+    "linear",
+    (
+        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
+        dispatch.Implementation("reference", linear_ref, dispatch.always),
+    ),
+)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import dispatch
-from fastbert.ops import checks
+from fastbert.ops import checks, leaf
 from fastbert.ops.layernorm import layernorm
 from fastbert.ops.linear import linear
 
@@ -128,9 +130,77 @@ def _run_reference(
     return mlm_loss_ref(hidden, labels, weight, bias, ignore_index, label_smoothing)
 
 
+_forward: Any = dispatch.leaf("mlm_loss_fwd_cpu")
+_missing = dispatch.missing_leaf("mlm_loss_fwd_cpu")
+
+
+def _run_cpu(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    hidden, labels, weight = hidden.contiguous(), labels.contiguous(), weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    try:
+        if leaf.needs_grad(hidden, weight, bias):
+            return _forward(hidden, labels, weight, bias, ignore_index, label_smoothing, True)[0]
+        with leaf.below_autograd():
+            return _forward(hidden, labels, weight, bias, ignore_index, label_smoothing, False)[0]
+    except RuntimeError:  # the kernel checks the labels too, but can raise nothing else
+        check_labels(labels, weight.size(0), ignore_index)
+        raise
+
+
+def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return dispatch.cpu_reason(_missing, device_type, (dtype,))
+
+
+def _forward_fake(
+    h: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        h.new_empty((), dtype=torch.float32),
+        torch.empty_like(h) if need_grad else h.new_empty(0),
+        torch.empty_like(weight) if need_grad else weight.new_empty(0),
+        torch.empty_like(bias) if need_grad and bias is not None else weight.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.has_bias, ctx.saved = inputs[3] is not None, inputs[6]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _autograd(ctx: Any, dloss: Tensor | None, *unused: None) -> tuple[Any, ...]:
+    if dloss is None:
+        return (None,) * 7
+    if not ctx.saved:
+        raise RuntimeError(leaf.unsaved_message("mlm_loss"))
+    if torch.is_grad_enabled():  # the saved gradients are constants: a second derivative would silently lack them
+        raise RuntimeError(leaf.second_order_message("mlm_loss"))
+    dh, dweight, dbias = (gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors)
+    return dh, None, dweight, dbias if ctx.has_bias else None, None, None, None
+
+
+if _missing is None:
+    leaf.register("mlm_loss", forward_fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+
 implementations = dispatch.register(
     "mlm_loss",
     (
+        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", _run_reference, dispatch.always),
     ),
