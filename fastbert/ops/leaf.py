@@ -1,0 +1,50 @@
+"""Registers what PyTorch needs to know of a C++ op besides its kernel: shapes for tracing, and the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Below autograd an op costs a few microseconds less. Only for calls that need no gradient, and not while compiling.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def register(
+    op: str,
+    *,
+    forward_fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    backward_fake: Callable[..., Any] | None = None,
+) -> None:
+    """Register fake kernels and autograd for `fastbert::<op>_fwd_cpu` and, if it has a fake, `<op>_bwd_cpu`."""
+    name = f"fastbert::{op}_fwd_cpu"
+    torch.library.register_fake(name, forward_fake)
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
+    if backward_fake is None:
+        return
+
+    def second_order(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(second_order_message(op))
+
+    name = f"fastbert::{op}_bwd_cpu"
+    torch.library.register_fake(name, backward_fake)
+    torch.library.register_autograd(name, second_order)
+
+
+def second_order_message(op: str) -> str:
+    return f'{op}: the cpu backend has no second-order gradients; use backend="reference" for them'
+
+
+def unsaved_message(op: str) -> str:
+    return f"{op}: this call was made without saving what the backward needs"
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record a call with these arguments."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
