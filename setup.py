@@ -7,6 +7,7 @@ header of ours, the flags, the compiler or torch has changed. Environment:
     FASTBERT_BUILD_EXTENSION  auto (default): build if a compiler and torch are there, else install without and say why
                               1: building is a must, fail without a compiler
                               0: leave the extension out
+    FASTBERT_BUILD_ISAS       e.g. avx2: only these beside the baseline (default: all that the compiler knows)
     FASTBERT_SANITIZE         e.g. address,undefined: an instrumented build, in a folder of its own (make sanitize)
     CXX CXXFLAGS LDFLAGS      as everywhere
     MAX_JOBS                  how many compilers at once (default: every core)
@@ -39,7 +40,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, SetupError
 
-ROOT = Path(__file__).resolve().parent
+# Every path is relative, on the compiler's command line too: objects stay good when the tree is copied or moved.
+os.chdir(Path(__file__).resolve().parent)
+CSRC, PACKAGE = Path("csrc"), Path("fastbert")
 TORCH_FLOOR = (2, 11)
 COMMON_FLAGS = [
     "-std=c++17",
@@ -61,7 +64,7 @@ class LeftOut(Exception):  # noqa: N818
 
 
 def version() -> str:
-    text = (ROOT / "fastbert" / "_version.py").read_text(encoding="utf-8")
+    text = (PACKAGE / "_version.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"', text, re.M)[1]
 
 
@@ -113,7 +116,10 @@ class Compiler:
         found: dict[str, list[str]] = {"baseline": []}
         if platform.machine().lower() in ("x86_64", "amd64"):
             found |= {name: flags for name, flags in X86_ISAS.items() if not self.try_out(flags, "int x;\n")}
-        return found
+        wanted = os.environ.get("FASTBERT_BUILD_ISAS", ",".join(found)).split(",")
+        if missing := set(wanted) - set(found):
+            raise SystemExit(f"FASTBERT_BUILD_ISAS: {', '.join(sorted(missing))}: allowed here are {', '.join(found)}")
+        return {name: flags for name, flags in found.items() if name in ("baseline", *wanted)}
 
 
 class Build:
@@ -123,7 +129,7 @@ class Build:
         self.compiler, self.torch, self.torch_version = compiler, torch, torch_version
         self.sanitize = os.environ.get("FASTBERT_SANITIZE", "")
         kind = re.sub(r"\W+", "-", f"ext-{self.sanitize}" if self.sanitize else "ext")
-        self.folder = ROOT / "build" / f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        self.folder = Path("build") / f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         self.isas = compiler.isas()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.jobs = int(os.environ.get("MAX_JOBS") or cores)
@@ -137,31 +143,32 @@ class Build:
         }
 
     def units(self) -> Iterator[tuple[Path, Path, list[str]]]:
-        """Every translation unit: source, object, and the flags that are its own."""
-        have = [f"-DFASTBERT_HAVE_{isa.upper()}" for isa in self.isas]
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        """Every translation unit: source, object, and the flags that are its own. The kernels know nothing of torch."""
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
             for isa, flags in self.isas.items():
                 yield source, self.folder / isa / f"{source.stem}.o", [f"-DFASTBERT_ISA={isa}", *flags]
-        for source in sorted((ROOT / "csrc").glob("*.cpp")):
-            yield source, self.folder / f"{source.stem}.o", [*have, f'-DFASTBERT_VERSION="{version()}"']
+        about = {"FASTBERT_VERSION": version(), "FASTBERT_TORCH_VERSION": self.torch_version}
+        host = [f"-DFASTBERT_HAVE_{isa.upper()}" for isa in self.isas]
+        host += [f'-D{name}="{text}"' for name, text in about.items()]
+        host += ["-isystem", str(self.torch / "include"), "-isystem", self.compiler.python_include]
+        for source in sorted(CSRC.glob("*.cpp")):
+            yield source, self.folder / f"{source.stem}.o", host
 
     def compile(self, source: Path, target: Path, flags: list[str]) -> bool:
         """Compile one unit if it is not up to date. Returns whether it had to."""
         mode = ["-O1", "-g", f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
         mode = mode if self.sanitize else ["-O3"]
-        system = [str(self.torch / "include"), self.compiler.python_include]
-        includes = [f"-I{ROOT / 'csrc'}", *(word for folder in system for word in ("-isystem", folder))]
         user = shlex.split(os.environ.get("CXXFLAGS", ""))
-        command = [*self.compiler.command, *mode, *COMMON_FLAGS, *includes, *flags, *user]
+        command = [*self.compiler.command, *mode, *COMMON_FLAGS, f"-I{CSRC}", *flags, *user]
         command += ["-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source)]
-        signature = f"{self.compiler.version}\ntorch {self.torch_version}\n{shlex.join(command)}\n"
+        signature = f"{self.compiler.version}\n{shlex.join(command)}\n"
         if up_to_date(target, signature):
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        print(f"compiling {source.relative_to(ROOT)} -> {target.relative_to(ROOT)}", flush=True)
+        print(f"compiling {source} -> {target}", flush=True)
         started = time.time_ns()
-        run([*command, "-o", str(target)], f"compiling {source.relative_to(ROOT)}")
+        run([*command, "-o", str(target)], f"compiling {source}")
         os.utime(target, ns=(started, started))  # a source that is edited while it compiles is newer than this
         target.with_suffix(".cmd").write_text(signature)
         return True
@@ -183,7 +190,7 @@ class Build:
             newest = max(Path(o).stat().st_mtime_ns for o in objects)
             fresh = library.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
             if not fresh or library.stat().st_mtime_ns < newest:
-                print(f"linking {library.relative_to(ROOT)}", flush=True)
+                print(f"linking {library}", flush=True)
                 library.unlink(missing_ok=True)
                 run([*command, "-o", str(library)], "linking fastbert._C")
                 stamp.write_text(shlex.join(command))
@@ -215,7 +222,8 @@ def up_to_date(target: Path, signature: str) -> bool:
     _, _, listed = depends.read_text().replace("\\\n", " ").partition(": ")
     made = target.stat().st_mtime_ns
     try:
-        return all(os.stat(name.replace("\0", " ")).st_mtime_ns <= made for name in listed.replace("\\ ", "\0").split())
+        names = [name.replace("\0", " ") for name in listed.replace("\\ ", "\0").split()]
+        return all(os.stat(name).st_mtime_ns <= made for name in names)
     except FileNotFoundError:
         return False
 
@@ -254,7 +262,7 @@ class BuildExtension(build_ext):
             raise SetupError("FASTBERT_SANITIZE is for a build of its own: use `make sanitize`")
         super().run()
         if self.inplace:
-            write_note(ROOT / "fastbert")
+            write_note(PACKAGE)
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -263,7 +271,7 @@ class BuildExtension(build_ext):
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
             name = Path(self.get_ext_filename(ext.name)).name
-            install_file(BUILD.folder / name, ROOT / "fastbert" / name)
+            install_file(BUILD.folder / name, PACKAGE / name)
 
 
 class BuildPython(build_py):
@@ -271,9 +279,9 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         if not self.editable_mode:
-            shutil.rmtree(Path(self.build_lib) / "fastbert", ignore_errors=True)
+            shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
         super().run()
-        folder = ROOT / "fastbert" if self.editable_mode else Path(self.build_lib) / "fastbert"
+        folder = PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE
         folder.mkdir(parents=True, exist_ok=True)
         if self.editable_mode and BUILD is None:
             for stale in folder.glob("_C.*"):
@@ -308,9 +316,9 @@ if REASON:
 
 setup(
     packages=[
-        *find_packages(str(ROOT), include=["fastbert", "fastbert.*"]),
+        *find_packages(include=["fastbert", "fastbert.*"]),
         "fastbert.bench",
-        *(f"fastbert.bench.{name}" for name in find_packages(str(ROOT / "bench"))),
+        *(f"fastbert.bench.{name}" for name in find_packages("bench")),
     ],
     package_dir={"fastbert": "fastbert", "fastbert.bench": "bench"},
     package_data={"fastbert": ["py.typed"]},
