@@ -1,0 +1,273 @@
+// Attention over packed sequences, forward and backward, with the online softmax of FlashAttention (Dao et al. 2022): a
+// block of queries meets a block of keys at a time, so that memory grows with the sequence and not with its square.
+#include "gemm.h"
+#include "table.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+constexpr int64_t kKeys = 512;       // keys a block of scores holds: BERT's whole sequence, no rescaling needed
+constexpr int64_t kForwardRows = 2 * MR;
+constexpr int64_t kBackwardRows = 4 * MR;
+
+// One head of one sequence.
+template <class T>
+struct Head {
+  const AttentionShape& shape;
+  int64_t b, h, first, length;
+  const T* qkv;
+
+  Head(const AttentionShape& s, const void* data, int64_t batch, int64_t head)
+      : shape(s), b(batch), h(head), first(s.cu_seqlens[batch]), length(s.cu_seqlens[batch + 1] - first),
+        qkv(static_cast<const T*>(data) + first * 3 * s.heads * s.head_dim + head * s.head_dim) {}
+
+  static constexpr DType dtype() { return sizeof(T) == 4 ? DType::kFloat32 : DType::kBFloat16; }
+  int64_t stride() const { return 3 * shape.heads * shape.head_dim; }
+  // which: 0 query, 1 key, 2 value; element (token, dim).
+  Matrix matrix(int which) const { return {qkv + which * shape.heads * shape.head_dim, stride(), 1, dtype()}; }
+  const float* bias_row(int64_t query) const {
+    return shape.bias == nullptr ? nullptr : shape.bias + bias_offset(query);
+  }
+  int64_t bias_offset(int64_t query) const {
+    return b * shape.bias_strides[0] + h * shape.bias_strides[1] + query * shape.bias_strides[2];
+  }
+};
+
+FASTBERT_INLINE Matrix transposed(const Matrix& m) { return {m.data, m.col_stride, m.row_stride, m.dtype}; }
+
+// All panels of m [depth, n].
+inline void pack_all(const Matrix& m, int64_t depth, int64_t n, float* out) {
+  for (int64_t j = 0; j < n; j += NR) pack_panel(m, depth, j, smaller(NR, n - j), out + j * depth);
+}
+
+inline int64_t panel_floats(int64_t depth, int64_t n) { return panel_count(n) * NR * depth; }
+
+// c [rows, n] (+)= A [rows, depth] panels [full_depth, n] from row k on.
+template <bool Columns>
+void multiply(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* panels, int64_t full_depth,
+              int64_t k, int64_t n, float* c, int64_t ldc, bool add) {
+  for (int64_t j = 0; j < n; j += NR) {
+    const int64_t width = panel_width(n - j);
+    multiply_panel<Columns>(rows, depth, a, stride, panels + j * full_depth + k * width, width, c + j, ldc, add);
+  }
+}
+
+// Rows of m from `first` on in fp32: where they lie, or converted into `space`.
+struct Lines {
+  const float* data;
+  int64_t stride;
+};
+inline Lines lines_of(const Matrix& m, int64_t first, int64_t rows, int64_t depth, float* space) {
+  if (m.dtype == DType::kFloat32) return {static_cast<const float*>(m.data) + first * m.row_stride, m.row_stride};
+  const int64_t stride = ceil_div(depth, VLEN) * VLEN;
+  gather_lines<bf16>(m, first, rows, 0, depth, stride, space);
+  return {space, stride};
+}
+
+// s[0 .. n) = s * scale + bias, and minus infinity up to the next multiple of VLEN. Returns the largest.
+FASTBERT_INLINE float scale_scores(float* s, int64_t n, float scale, const float* bias) {
+  const vf lowest = splat(-__builtin_inff());
+  vf top = lowest;
+  for (int64_t j = 0; j < n; j += VLEN) {
+    vf x = load(s + j) * scale;
+    if (bias != nullptr) x += load_n(bias + j, n - j);
+    if (n - j < VLEN) x = iota() < static_cast<int32_t>(n - j) ? x : lowest;
+    store(s + j, x);
+    top = x > top ? x : top;
+  }
+  return max(top);
+}
+
+template <class T>
+void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T* out, float* lse,
+                  const Dropout& dropout) {
+  const AttentionShape& shape = head.shape;
+  const int64_t d = shape.head_dim, length = head.length, dp = ceil_div(d, NR) * NR;
+  const int64_t block = smaller(ceil_div(length, 4 * VLEN) * 4 * VLEN, kKeys);
+  const int64_t key_floats = panel_floats(d, length), value_floats = panel_floats(length, d);
+  float* keys = static_cast<float*>(
+      scratch(kScratchRows, 4 * (key_floats + value_floats + kForwardRows * (block + 2 * dp) + block)));
+  float* values = keys + key_floats;
+  float* scores = values + value_floats;
+  float* result = scores + kForwardRows * block;
+  float* queries = result + kForwardRows * dp;
+  float* factors = queries + kForwardRows * dp;
+  pack_all(transposed(head.matrix(1)), d, length, keys);
+  pack_all(head.matrix(2), length, d, values);
+
+  for (int64_t q = query_begin; q < query_end; q += kForwardRows) {
+    const int64_t rows = smaller(kForwardRows, query_end - q);
+    const Lines query = lines_of(head.matrix(0), q, rows, d, queries);
+    float top[kForwardRows], total[kForwardRows];
+    for (int64_t r = 0; r < rows; ++r) top[r] = -__builtin_inff(), total[r] = 0.0f;
+    for (int64_t k = 0; k < length; k += block) {
+      const int64_t n = smaller(block, length - k);
+      multiply<false>(rows, d, query.data, query.stride, keys + k * d, d, 0, n, scores, block, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* s = scores + r * block;
+        const float* bias = head.bias_row(q + r);
+        const float high = scale_scores(s, n, shape.scale, bias == nullptr ? nullptr : bias + k);
+        if (high > top[r]) {
+          const float shrink = k > 0 ? sum(exp(splat(top[r] - high))) / VLEN : 0.0f;
+          for (int64_t j = 0; k > 0 && j < dp; j += VLEN) store(result + r * dp + j, load(result + r * dp + j) * shrink);
+          total[r] *= shrink;
+          top[r] = high;
+        }
+        // A row whose every score is minus infinity gives zeros.
+        const float base = top[r] == -__builtin_inff() ? 0.0f : top[r];
+        vf part = {};
+        for (int64_t j = 0; j < n; j += VLEN) {
+          const vf p = exp(load(s + j) - base);
+          part += p;
+          store(s + j, p);
+        }
+        total[r] += sum(part);
+        if (dropout.active) {
+          dropout.factors(factors, k, n, static_cast<uint32_t>(head.first + q + r), static_cast<uint32_t>(head.h),
+                          kStreamAttention);
+          for (int64_t j = 0; j < n; j += VLEN) store(s + j, load(s + j) * load(factors + j));
+        }
+      }
+      multiply<false>(rows, n, scores, block, values, length, k, d, result, dp, k > 0);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float inverse = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
+      T* o = out + ((head.first + q + r) * shape.heads + head.h) * d;
+      for (int64_t j = 0; j < d; j += VLEN) store_n(o + j, load(result + r * dp + j) * inverse, d - j);
+      lse[head.h * shape.total + head.first + q + r] = top[r] + __builtin_logf(total[r]);
+    }
+  }
+}
+
+template <class T>
+void attention_fwd_as(const Executor& executor, const AttentionShape& shape, const void* qkv, T* out, float* lse) {
+  const Dropout dropout = make_dropout(shape.dropout_p, shape.seed);
+  // Few heads for many threads: split the queries as well.
+  const int64_t heads = shape.batch * shape.heads;
+  const int64_t wanted = ceil_div(3 * executor.workers, larger(heads, 1));
+  const int64_t split = larger(1, smaller(wanted, shape.max_seqlen / (2 * kForwardRows)));
+  parallel_tasks(executor, heads * split, [&](int64_t task, int) {
+    const Head<T> head(shape, qkv, task / split / shape.heads, task / split % shape.heads);
+    const int64_t share = ceil_div(ceil_div(head.length, split), kForwardRows) * kForwardRows;
+    const int64_t begin = task % split * share, end = smaller(begin + share, head.length);
+    if (begin < end) forward_head(head, begin, end, out, lse, dropout);
+  });
+}
+
+void attention_fwd(const Executor& executor, DType dtype, const AttentionShape& shape, const void* qkv, void* out,
+                   float* lse) {
+  if (dtype == DType::kFloat32) {
+    attention_fwd_as(executor, shape, qkv, static_cast<float*>(out), lse);
+  } else {
+    attention_fwd_as(executor, shape, qkv, static_cast<bf16*>(out), lse);
+  }
+}
+
+template <class T>
+void store_rows(const float* rows, int64_t count, int64_t ld, int64_t d, T* out, int64_t stride) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t j = 0; j < d; j += VLEN) store_n(out + r * stride + j, load(rows + r * ld + j), d - j);
+}
+
+template <class T>
+void backward_head(const Head<T>& head, const T* dout, const T* out, const float* lse, T* dqkv, float* dbias,
+                   const Dropout& dropout) {
+  const AttentionShape& shape = head.shape;
+  const int64_t d = shape.head_dim, length = head.length, dp = ceil_div(d, NR) * NR, width = shape.heads * d;
+  const int64_t block = smaller(ceil_div(length, 4 * VLEN) * 4 * VLEN, kKeys);
+  constexpr int64_t kRows = kBackwardRows;
+  const int64_t along_keys = panel_floats(d, length), along_dims = panel_floats(length, d);
+  float* next = static_cast<float*>(scratch(
+      kScratchRows, 4 * (2 * along_keys + along_dims + 2 * length * dp + kRows * (2 * block + 5 * dp) + block)));
+  const auto take = [&next](int64_t floats) { return (next += floats) - floats; };
+  float *keys = take(along_keys), *values = take(along_keys), *key_rows = take(along_dims);
+  float *dkeys = take(length * dp), *dvalues = take(length * dp);
+  float *scores = take(kRows * block), *grads = take(kRows * block);
+  float *dqueries = take(kRows * dp), *query_panels = take(kRows * dp), *dout_panels = take(kRows * dp);
+  float *query_space = take(kRows * dp), *dout_space = take(kRows * dp), *factors = take(block);
+  pack_all(transposed(head.matrix(1)), d, length, keys);
+  pack_all(transposed(head.matrix(2)), d, length, values);
+  pack_all(head.matrix(1), length, d, key_rows);
+  std::memset(dkeys, 0, 2 * length * dp * 4);
+
+  const int64_t place = head.first * width + head.h * d;
+  const Matrix upstream{dout + place, width, 1, head.dtype()};
+  const int64_t grad_place = head.first * 3 * width + head.h * d;
+  for (int64_t q = 0; q < length; q += kRows) {
+    const int64_t rows = smaller(kRows, length - q);
+    const Lines query = lines_of(head.matrix(0), q, rows, d, query_space);
+    const Lines grad = lines_of(upstream, q, rows, d, dout_space);
+    pack_all({query.data, query.stride, 1, DType::kFloat32}, rows, d, query_panels);
+    pack_all({grad.data, grad.stride, 1, DType::kFloat32}, rows, d, dout_panels);
+    float delta[kRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* o = out + place + (q + r) * width;
+      vf part = {};
+      for (int64_t j = 0; j < d; j += VLEN) part += load_n(o + j, d - j) * load_n(grad.data + r * grad.stride + j, d - j);
+      delta[r] = sum(part);
+    }
+    for (int64_t k = 0; k < length; k += block) {
+      const int64_t n = smaller(block, length - k);
+      multiply<false>(rows, d, query.data, query.stride, keys + k * d, d, 0, n, scores, block, false);
+      multiply<false>(rows, d, grad.data, grad.stride, values + k * d, d, 0, n, grads, block, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        float *s = scores + r * block, *g = grads + r * block;
+        const float* bias = head.bias_row(q + r);
+        scale_scores(s, n, shape.scale, bias == nullptr ? nullptr : bias + k);
+        const float row_lse = lse[head.h * shape.total + head.first + q + r];
+        const float base = row_lse == -__builtin_inff() ? 0.0f : row_lse;
+        if (dropout.active)
+          dropout.factors(factors, k, n, static_cast<uint32_t>(head.first + q + r), static_cast<uint32_t>(head.h),
+                          kStreamAttention);
+        float* db = dbias == nullptr ? nullptr : dbias + head.bias_offset(q + r) + k;
+        for (int64_t j = 0; j < n; j += VLEN) {
+          const vf p = exp(load(s + j) - base);
+          const vf f = dropout.active ? load(factors + j) : splat(1.0f);
+          // Beyond the last key p is 0, but what the panels were padded with may have met an infinity.
+          const vf ds = p * (load(g + j) * f - delta[r]);
+          store(s + j, p * f);
+          store(g + j, ds * shape.scale);
+          if (db != nullptr) store_n(db + j, load_n(db + j, n - j) + ds, n - j);
+        }
+      }
+      multiply<false>(rows, n, grads, block, key_rows, length, k, d, dqueries, dp, k > 0);
+      multiply<true>(n, rows, scores, block, dout_panels, rows, 0, d, dvalues + k * dp, dp, true);
+      multiply<true>(n, rows, grads, block, query_panels, rows, 0, d, dkeys + k * dp, dp, true);
+    }
+    store_rows(dqueries, rows, dp, d, dqkv + grad_place + q * 3 * width, 3 * width);
+  }
+  store_rows(dkeys, length, dp, d, dqkv + grad_place + width, 3 * width);
+  store_rows(dvalues, length, dp, d, dqkv + grad_place + 2 * width, 3 * width);
+}
+
+template <class T>
+void attention_bwd_as(const Executor& executor, const AttentionShape& shape, const T* dout, const void* qkv,
+                      const T* out, const float* lse, T* dqkv, float* dbias) {
+  const Dropout dropout = make_dropout(shape.dropout_p, shape.seed);
+  // Heads that add to the same part of dbias belong to one task and take turns: no atomics, one order.
+  const int64_t shared_batch = dbias != nullptr && shape.bias_strides[0] == 0 ? shape.batch : 1;
+  const int64_t shared_heads = dbias != nullptr && shape.bias_strides[1] == 0 ? shape.heads : 1;
+  const int64_t head_groups = shape.heads / shared_heads;
+  parallel_tasks(executor, shape.batch / larger(shared_batch, 1) * head_groups, [&](int64_t task, int) {
+    for (int64_t i = 0; i < shared_batch * shared_heads; ++i) {
+      const int64_t b = task / head_groups * shared_batch + i / shared_heads;
+      const int64_t h = task % head_groups * shared_heads + i % shared_heads;
+      const Head<T> head(shape, qkv, b, h);
+      if (head.length > 0) backward_head(head, dout, out, lse, dqkv, dbias, dropout);
+    }
+  });
+}
+
+void attention_bwd(const Executor& executor, DType dtype, const AttentionShape& shape, const void* dout,
+                   const void* qkv, const void* out, const float* lse, void* dqkv, float* dbias) {
+  if (dtype == DType::kFloat32) {
+    attention_bwd_as(executor, shape, static_cast<const float*>(dout), qkv, static_cast<const float*>(out), lse,
+                     static_cast<float*>(dqkv), dbias);
+  } else {
+    attention_bwd_as(executor, shape, static_cast<const bf16*>(dout), qkv, static_cast<const bf16*>(out), lse,
+                     static_cast<bf16*>(dqkv), dbias);
+  }
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

@@ -1,0 +1,141 @@
+// The feed-forward network: linear, exact GELU, linear, with the activation between them kept in cache.
+#include "gemm.h"
+#include "table.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+// Up to this many tokens the weights are read in place, and both products are formed transposed.
+constexpr int64_t kFewTokens = 4 * NR;
+
+// What leaves the first product of few tokens: rows are units, columns tokens. The activation goes straight into the
+// panels that the second product reads.
+template <class T>
+struct GeluToPanels {
+  float* panels;  // as PackedB of tokens, depth n1
+  int64_t n1;
+  const T* bias;
+  T* pre;  // [m, n1] or null
+
+  void operator()(float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
+    const int64_t width = panel_width(cols);
+    float* out = panels + j * n1 + i * width;
+    for (int64_t r = 0; r < rows; ++r) {
+      const vf b = splat(to_float(bias[i + r]));
+      for (int64_t c = 0; c < width; c += VLEN) {
+        const vf x = load(tile + r * ld + c) + b;
+        if (pre != nullptr) store(tile + r * ld + c, x);
+        store(out + r * width + c, gelu(x));
+      }
+    }
+    if (pre != nullptr) StoreTransposed<T>{pre, n1, nullptr}(tile, ld, i, rows, j, cols);
+  }
+};
+
+// What leaves the first product of many tokens: rows are tokens.
+template <class T>
+struct GeluRows {
+  float* out;  // row 0 is token `first`
+  int64_t first, n1;
+  const T* bias;
+  T* pre;  // [m, n1] or null
+
+  void operator()(const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
+    for (int64_t c = 0; c < cols; c += VLEN) {
+      const int64_t n = smaller(cols - c, VLEN);
+      const vf b = load_n(bias + j + c, n);
+      for (int64_t r = 0; r < rows; ++r) {
+        const vf x = load(tile + r * ld + c) + b;
+        if (pre != nullptr) store_n(pre + (i + r) * n1 + j + c, x, n);
+        store_n(out + (i + r - first) * n1 + j + c, gelu(x), n);
+      }
+    }
+  }
+};
+
+template <class T>
+void ffn_fwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* x,
+                const void* w1, const T* b1, const void* w2, T* y, T* pre) {
+  if (m <= kFewTokens) {
+    const PackedB tokens = pack(executor, single({x, 1, k, dtype}, m), k, kScratchPackB);
+    PackedB hidden = tokens;
+    hidden.depth = n1;
+    float* panels = static_cast<float*>(scratch(kScratchPackB2, hidden.panels() * n1 * NR * 4));
+    hidden.data = panels;
+    gemm(executor, single({w1, k, 1, dtype}, n1), tokens, nullptr, GeluToPanels<T>{panels, n1, b1, pre});
+    gemm(executor, single({w2, n1, 1, dtype}, n2), hidden, nullptr, StoreTransposed<T>{y, n2, nullptr});
+    return;
+  }
+  const PackedB up = pack(executor, single({w1, 1, k, dtype}, n1), k, kScratchPackB);
+  const PackedB down = pack(executor, single({w2, 1, n1, dtype}, n2), n1, kScratchPackB2);
+  // The activation of one task, rows x n1, has to stay in L2.
+  int64_t rows = task_rows(m, executor.workers);
+  while (rows > 2 * MR && rows * n1 * 4 > 2 * kTaskBytes) rows /= 2;
+  parallel_tasks(executor, ceil_div(m, rows), [&](int64_t task, int) {
+    const int64_t first = task * rows, count = smaller(rows, m - first);
+    float* hidden = static_cast<float*>(scratch(kScratchRows, rows * n1 * 4));
+    multiply_task({x, k, 1, dtype}, first, count, up, 0, up.panels(), nullptr, GeluRows<T>{hidden, first, n1, b1, pre});
+    const StoreRows<T> rows_of_y{y + first * n2, n2, nullptr};
+    multiply_task({hidden, n1, 1, DType::kFloat32}, 0, count, down, 0, down.panels(), nullptr, rows_of_y);
+  });
+}
+
+void ffn_fwd(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* x,
+             const void* w1, const void* b1, const void* w2, void* y, void* pre) {
+  if (dtype == DType::kFloat32) {
+    ffn_fwd_as(executor, dtype, m, k, n1, n2, x, w1, static_cast<const float*>(b1), w2, static_cast<float*>(y),
+               static_cast<float*>(pre));
+  } else {
+    ffn_fwd_as(executor, dtype, m, k, n1, n2, x, w1, static_cast<const bf16*>(b1), w2, static_cast<bf16*>(y),
+               static_cast<bf16*>(pre));
+  }
+}
+
+// d pre = d hidden * gelu'(pre), and hidden = gelu(pre) for the gradient of the second weight.
+template <class T>
+struct GeluGradient {
+  const T* pre;
+  float *dpre, *hidden;
+  int64_t n1;
+
+  void operator()(const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (i + r) * n1 + j;
+      for (int64_t c = 0; c < cols; c += VLEN) {
+        const int64_t n = smaller(cols - c, VLEN);
+        const vf x = load_n(pre + at + c, n);
+        const NormalCdf normal = normal_cdf(x);
+        store_n(dpre + at + c, load(tile + r * ld + c) * (normal.cdf + x * normal.density), n);
+        store_n(hidden + at + c, x * normal.cdf, n);
+      }
+    }
+  }
+};
+
+template <class T>
+void ffn_bwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* dy,
+                const void* x, const T* pre, const void* w1, const void* w2, T* dx, T* dw1, T* db1, T* dw2,
+                float* workspace) {
+  float *dpre = workspace, *hidden = workspace + m * n1;
+  const PackedB down = pack_rows(executor, single({w2, n1, 1, dtype}, n2), n1, kScratchPackB);
+  gemm(executor, single({dy, n2, 1, dtype}, m), down, nullptr, GeluGradient<T>{pre, dpre, hidden, n1});
+  weight_gradient<T>(executor, m, n2, n1, {dy, n2, 1, dtype}, {hidden, n1, 1, DType::kFloat32}, dw2, nullptr);
+  weight_gradient<T>(executor, m, n1, k, {dpre, n1, 1, DType::kFloat32}, {x, k, 1, dtype}, dw1, db1);
+  const PackedB up = pack_rows(executor, single({w1, k, 1, dtype}, n1), k, kScratchPackB);
+  gemm(executor, single({dpre, n1, 1, DType::kFloat32}, m), up, nullptr, StoreRows<T>{dx, k, nullptr});
+}
+
+void ffn_bwd(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* dy,
+             const void* x, const void* pre, const void* w1, const void* w2, void* dx, void* dw1, void* db1, void* dw2,
+             float* workspace) {
+  if (dtype == DType::kFloat32) {
+    ffn_bwd_as(executor, dtype, m, k, n1, n2, dy, x, static_cast<const float*>(pre), w1, w2, static_cast<float*>(dx),
+               static_cast<float*>(dw1), static_cast<float*>(db1), static_cast<float*>(dw2), workspace);
+  } else {
+    ffn_bwd_as(executor, dtype, m, k, n1, n2, dy, x, static_cast<const bf16*>(pre), w1, w2, static_cast<bf16*>(dx),
+               static_cast<bf16*>(dw1), static_cast<bf16*>(db1), static_cast<bf16*>(dw2), workspace);
+  }
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

@@ -1,0 +1,412 @@
+// C = A B for the shapes of an encoder, in fp32 with fp32 or bf16 operands, after Goto & van de Geijn 2008 with one
+// departure: only B is packed, the rows of A are read where they lie, so that whichever operand is smaller can be the
+// packed one and no packed copy of a weight has to be kept (and kept fresh) between calls.
+//
+//   B    panels of NR = 2 VLEN columns, each [K][NR], the last one [K][VLEN] if that is enough
+//   A    strips of MR rows, broadcast element by element into MR x 2 accumulators
+//   task rows_per_task rows by a range of panels; its result lies in L1/L2 until the epilogue takes it
+//
+// An epilogue is called as epilogue(tile, ld, i, rows, j, cols): the finished block C[i : i+rows, j : j+cols] is
+// tile[r * ld + c]; the tile may be overwritten, and has ld >= cols rounded up to VLEN readable columns.
+#pragma once
+#include "parallel.h"
+#include "vec.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+constexpr int MR = FASTBERT_VREGS == 32 ? 12 : 6;
+constexpr int NR = 2 * VLEN;
+constexpr int64_t KC = 256;            // a KC x NR piece of a panel stays in L1
+constexpr int64_t kTaskRows = 96;      // and kTaskRows x K of A in L2
+constexpr int64_t kTaskBytes = 256 << 10;
+constexpr int kMaxStack = 4;
+
+// (row in strip, row whose pointer is kept, rows from it): few pointers, the rest is address arithmetic.
+#define FASTBERT_STRIP(X) \
+  X(0, 0, 0) X(1, 0, 1) X(2, 0, 2) X(3, 3, 0) X(4, 3, 1) X(5, 3, 2) X(6, 6, 0) X(7, 6, 1) X(8, 6, 2) X(9, 9, 0) X(10, 9, 1) X(11, 9, 2)
+
+// c [R][ldc] (+)= A [R][depth] b [depth][V * VLEN]. A(i, k) is a[i * stride + k], or a[k * stride + i] if Columns.
+// The accumulators are named one by one: GCC 12 keeps an array of them in memory.
+template <int R, int V, bool Columns>
+void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, float* c, int64_t ldc, bool add) {
+#define X(i, base, more) vf c##i##_0 = {}, c##i##_1 = {};
+  FASTBERT_STRIP(X)
+#undef X
+  const float *p0 = a, *p3 = a + 3 * stride, *p6 = a + 6 * stride, *p9 = a + 9 * stride;
+  for (int64_t k = 0; k < depth; ++k) {
+    const vf b0 = load(b);
+    vf b1 = {};
+    if constexpr (V > 1) b1 = load(b + VLEN);
+#define X(i, base, more)                                         \
+  if constexpr (R > i) {                                         \
+    const vf s = splat(Columns ? p0[i] : p##base[more * stride]); \
+    c##i##_0 += s * b0;                                          \
+    if constexpr (V > 1) c##i##_1 += s * b1;                     \
+  }
+    FASTBERT_STRIP(X)
+#undef X
+    b += V * VLEN;
+    if constexpr (Columns) {
+      p0 += stride;
+    } else {
+      ++p0, ++p3, ++p6, ++p9;
+    }
+  }
+#define X(i, base, more)                                                   \
+  if constexpr (R > i) {                                                   \
+    float* row = c + i * ldc;                                              \
+    store(row, add ? load(row) + c##i##_0 : c##i##_0);                     \
+    if constexpr (V > 1) store(row + VLEN, add ? load(row + VLEN) + c##i##_1 : c##i##_1); \
+  }
+  FASTBERT_STRIP(X)
+#undef X
+}
+
+using MicroKernel = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, bool);
+
+template <int V, bool Columns>
+FASTBERT_INLINE MicroKernel micro_kernel_for(int64_t rows) {
+  static constexpr MicroKernel table[] = {
+      micro_kernel<1, V, Columns>, micro_kernel<2, V, Columns>, micro_kernel<3, V, Columns>,
+      micro_kernel<4, V, Columns>, micro_kernel<5, V, Columns>, micro_kernel<6, V, Columns>,
+#if FASTBERT_VREGS == 32
+      micro_kernel<7, V, Columns>, micro_kernel<8, V, Columns>, micro_kernel<9, V, Columns>,
+      micro_kernel<10, V, Columns>, micro_kernel<11, V, Columns>, micro_kernel<12, V, Columns>,
+#endif
+  };
+  return table[rows - 1];
+}
+
+// c [rows][width] (+)= A [rows][depth] panel [depth][width], width VLEN or NR.
+template <bool Columns>
+FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* panel,
+                                    int64_t width, float* c, int64_t ldc, bool add) {
+  for (int64_t r = 0; r < rows; r += MR) {
+    const int64_t strip = smaller(rows - r, MR);
+    const float* ar = Columns ? a + r : a + r * stride;
+    const MicroKernel kernel =
+        width > VLEN ? micro_kernel_for<2, Columns>(strip) : micro_kernel_for<1, Columns>(strip);
+    kernel(depth, ar, stride, panel, c + r * ldc, ldc, add);
+  }
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------------
+
+// rows[i] holds VLEN elements of line i; afterwards of column i.
+FASTBERT_INLINE void transpose(vf (&rows)[VLEN]) {
+#pragma GCC unroll 4
+  for (int s = VLEN / 2; s > 0; s /= 2) {
+    vi low, high;
+    for (int j = 0; j < VLEN; ++j) {
+      low[j] = (j & s) ? VLEN + j - s : j;
+      high[j] = (j & s) ? VLEN + j : j + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VLEN; ++i) {
+      if (i & s) continue;
+      const vf a = rows[i], b = rows[i + s];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+FASTBERT_INLINE int64_t panel_width(int64_t cols) { return cols > VLEN ? NR : VLEN; }
+FASTBERT_INLINE int64_t panel_count(int64_t n) { return ceil_div(n, NR); }
+
+// One panel of up to NR columns: out [depth][panel_width(cols)] with out[k][c] = src[k * row_stride + c * col_stride].
+template <class T>
+void pack_panel(const T* src, int64_t row_stride, int64_t col_stride, int64_t depth, int64_t cols, float* out) {
+  const int64_t width = panel_width(cols);
+  if (col_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t c = 0; c < width; c += VLEN)
+        store(out + k * width + c, c < cols ? load_n(src + k * row_stride + c, cols - c) : vf{});
+    return;
+  }
+  for (int64_t c0 = 0; c0 < width; c0 += VLEN) {
+    const int64_t lines = smaller(larger(cols - c0, 0), VLEN);
+    for (int64_t k = 0; k < depth; k += VLEN) {
+      const int64_t n = smaller(depth - k, VLEN);
+      vf block[VLEN];
+#pragma GCC unroll 16
+      for (int i = 0; i < VLEN; ++i)
+        block[i] = i < lines ? load_n(src + (c0 + i) * col_stride + k * row_stride, n) : vf{};
+      transpose(block);
+      float* o = out + k * width + c0;
+      if (n == VLEN) {
+#pragma GCC unroll 16
+        for (int i = 0; i < VLEN; ++i) store(o + i * width, block[i]);
+      } else {
+        float rest[VLEN][VLEN];
+        for (int i = 0; i < VLEN; ++i) store(rest[i], block[i]);
+        for (int64_t i = 0; i < n; ++i) store(o + i * width, load(rest[i]));
+      }
+    }
+  }
+}
+
+FASTBERT_INLINE void pack_panel(const Matrix& m, int64_t depth, int64_t j, int64_t cols, float* out) {
+  if (m.dtype == DType::kFloat32) {
+    pack_panel(static_cast<const float*>(m.data) + j * m.col_stride, m.row_stride, m.col_stride, depth, cols, out);
+  } else {
+    pack_panel(static_cast<const bf16*>(m.data) + j * m.col_stride, m.row_stride, m.col_stride, depth, cols, out);
+  }
+}
+
+// Matrices that share strides and stand one after another along their rows (A) or columns (B).
+struct Stack {
+  int count;
+  Matrix part[kMaxStack];
+  int64_t extent[kMaxStack];
+};
+
+FASTBERT_INLINE Stack single(const Matrix& m, int64_t extent) { return {1, {m}, {extent}}; }
+
+// B packed: the panels of each part in turn, panel p of all at data + p * K * NR.
+struct PackedB {
+  const float* data;
+  int64_t depth;
+  int count;
+  int64_t first_panel[kMaxStack + 1], first_col[kMaxStack], extent[kMaxStack];
+
+  int64_t panels() const { return first_panel[count]; }
+  void locate(int64_t panel, int64_t* col, int64_t* cols) const {
+    int i = 0;
+    while (panel >= first_panel[i + 1]) ++i;
+    const int64_t inner = (panel - first_panel[i]) * NR;
+    *col = first_col[i] + inner;
+    *cols = smaller(extent[i] - inner, NR);
+  }
+};
+
+// Packs b, whose parts stand side by side (their columns make N), each of `depth` rows.
+inline PackedB pack(const Executor& executor, const Stack& b, int64_t depth, ScratchSlot slot) {
+  PackedB packed;
+  packed.depth = depth;
+  packed.count = b.count;
+  packed.first_panel[0] = 0;
+  int64_t col = 0;
+  for (int i = 0; i < b.count; ++i) {
+    packed.first_panel[i + 1] = packed.first_panel[i] + panel_count(b.extent[i]);
+    packed.first_col[i] = col;
+    packed.extent[i] = b.extent[i];
+    col += b.extent[i];
+  }
+  float* out = static_cast<float*>(scratch(slot, packed.panels() * depth * NR * 4));
+  packed.data = out;
+  // Packing a few columns of x for a latency call is cheaper than waking the other threads.
+  const int64_t grain = larger(1, ceil_div(int64_t{32} << 10, depth * NR));
+  parallel_tasks(executor, ceil_div(packed.panels(), grain), [&](int64_t task, int) {
+    for (int64_t p = task * grain; p < smaller((task + 1) * grain, packed.panels()); ++p) {
+      int i = 0;
+      while (p >= packed.first_panel[i + 1]) ++i;
+      const int64_t j = (p - packed.first_panel[i]) * NR;
+      pack_panel(b.part[i], depth, j, smaller(b.extent[i] - j, NR), out + p * depth * NR);
+    }
+  });
+  return packed;
+}
+
+// Packs b, whose parts stand one below another (their rows make K), each of n columns.
+inline PackedB pack_rows(const Executor& executor, const Stack& b, int64_t n, ScratchSlot slot) {
+  int64_t depth = 0;
+  for (int i = 0; i < b.count; ++i) depth += b.extent[i];
+  PackedB packed{nullptr, depth, 1, {0, panel_count(n)}, {0}, {n}};
+  float* out = static_cast<float*>(scratch(slot, packed.panels() * depth * NR * 4));
+  packed.data = out;
+  parallel_tasks(executor, packed.panels(), [&](int64_t p, int) {
+    float* panel = out + p * depth * NR;
+    const int64_t cols = smaller(n - p * NR, NR);
+    for (int i = 0; i < b.count; ++i) {
+      pack_panel(b.part[i], b.extent[i], p * NR, cols, panel);
+      panel += b.extent[i] * panel_width(cols);
+    }
+  });
+  return packed;
+}
+
+// ---- one task: rows of A against a range of panels ---------------------------------------------------------------
+
+// `rows` lines of A from line `first` on, elements k .. k+depth of each, in fp32: out[r * stride + k], or
+// out[k * stride + r] if it is A's columns that are contiguous.
+template <class T>
+void gather_lines(const Matrix& m, int64_t first, int64_t rows, int64_t k, int64_t depth, int64_t stride, float* out) {
+  const bool columns = m.col_stride != 1;
+  const T* src = static_cast<const T*>(m.data) + first * m.row_stride + k * m.col_stride;
+  const int64_t lines = columns ? depth : rows, length = columns ? rows : depth;
+  const int64_t line_stride = columns ? m.col_stride : m.row_stride;
+  for (int64_t i = 0; i < lines; ++i)
+    for (int64_t j = 0; j < length; j += VLEN) store(out + i * stride + j, load_n(src + i * line_stride + j, length - j));
+}
+
+// sums[r] += the sum over k of column-contiguous lines (out[k * stride + r]).
+inline void add_line_sums(const float* lines, int64_t rows, int64_t depth, int64_t stride, float* sums) {
+  for (int64_t r = 0; r < rows; r += VLEN) {
+    vf total = {};
+    for (int64_t k = 0; k < depth; ++k) total += load(lines + k * stride + r);
+    store(sums + r, load(sums + r) + total);
+  }
+}
+
+// sums (null, or rows rounded up to VLEN floats; A's columns contiguous) receives the sum of each line of A.
+template <class Epilogue>
+void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& b, int64_t panel_begin,
+                   int64_t panel_end, float* sums, const Epilogue& epilogue) {
+  const int64_t depth = b.depth;
+  const bool columns = a.col_stride != 1;
+  const bool in_place = !columns && a.dtype == DType::kFloat32;
+  // Either A's lines stay in cache while every panel passes (one tile at a time), or, where they are too long or have
+  // to be converted first, the results of many panels do while A passes once.
+  const bool stay = in_place && rows * depth * 4 <= kTaskBytes;
+  const int64_t tile_panels = stay ? 1 : larger(1, smaller(panel_end - panel_begin, 2 * kTaskBytes / (rows * NR * 4)));
+  float* tiles = static_cast<float*>(scratch(kScratchTile, tile_panels * rows * NR * 4));
+  const int64_t padded = ceil_div(rows, VLEN) * VLEN;
+  float* gathered = in_place ? nullptr : static_cast<float*>(scratch(kScratchPackA, padded * KC * 4));
+  if (sums != nullptr)
+    for (int64_t r = 0; r < padded; ++r) sums[r] = 0.0f;
+  for (int64_t p0 = panel_begin; p0 < panel_end; p0 += tile_panels) {
+    const int64_t p1 = smaller(p0 + tile_panels, panel_end);
+    for (int64_t k = 0; k < depth || k == 0; k += KC) {
+      const int64_t kc = smaller(depth - k, KC);
+      const float* lines = gathered;
+      int64_t stride = columns ? padded : KC;
+      if (in_place) {
+        lines = static_cast<const float*>(a.data) + first * a.row_stride + k;
+        stride = a.row_stride;
+      } else if (a.dtype == DType::kFloat32) {
+        gather_lines<float>(a, first, rows, k, kc, stride, gathered);
+      } else {
+        gather_lines<bf16>(a, first, rows, k, kc, stride, gathered);
+      }
+      if (sums != nullptr && p0 == panel_begin) add_line_sums(lines, padded, kc, stride, sums);
+      for (int64_t p = p0; p < p1; ++p) {
+        int64_t col, cols;
+        b.locate(p, &col, &cols);
+        const int64_t width = panel_width(cols);
+        const float* panel = b.data + p * depth * NR + k * width;
+        float* tile = tiles + (p - p0) * rows * NR;
+        if (columns) {
+          multiply_panel<true>(rows, kc, lines, stride, panel, width, tile, NR, k > 0);
+        } else {
+          multiply_panel<false>(rows, kc, lines, stride, panel, width, tile, NR, k > 0);
+        }
+      }
+    }
+    for (int64_t p = p0; p < p1; ++p) {
+      int64_t col, cols;
+      b.locate(p, &col, &cols);
+      epilogue(tiles + (p - p0) * rows * NR, NR, first, rows, col, cols);
+    }
+  }
+}
+
+// Rows a task takes: the most that leaves no worker idle for more than a few per cent of the time.
+inline int64_t task_rows(int64_t rows, int workers) {
+  int64_t best = MR;
+  double least = 1e30;
+  for (int64_t r = kTaskRows; r >= MR; r /= 2) {
+    const int64_t rounds = ceil_div(ceil_div(rows, r), workers);
+    const double cost = static_cast<double>(rounds * r * workers) * (1.0 + 0.04 * (kTaskRows / r > 2 ? kTaskRows / r : 0));
+    if (cost < 0.97 * least) least = cost, best = r;
+  }
+  return best;
+}
+
+// The whole product, A's parts one below another. sums (null or [rows]) as in multiply_task.
+template <class Epilogue>
+void gemm(const Executor& executor, const Stack& a, const PackedB& b, float* sums, const Epilogue& epilogue) {
+  int64_t total = 0;
+  for (int i = 0; i < a.count; ++i) total += a.extent[i];
+  const int64_t rows = task_rows(total, executor.workers);
+  int64_t blocks[kMaxStack + 1] = {0};
+  for (int i = 0; i < a.count; ++i) blocks[i + 1] = blocks[i] + ceil_div(a.extent[i], rows);
+  // Few rows: share out the columns too.
+  const int64_t row_blocks = blocks[a.count];
+  const int64_t groups = row_blocks >= 2 * executor.workers
+                             ? 1
+                             : smaller(b.panels(), ceil_div(4 * executor.workers, larger(row_blocks, 1)));
+  const int64_t group_panels = ceil_div(b.panels(), groups);
+  parallel_tasks(executor, row_blocks * groups, [&](int64_t task, int) {
+    const int64_t block = task / groups, group = task % groups;
+    int i = 0;
+    int64_t above = 0;
+    while (block >= blocks[i + 1]) above += a.extent[i++];
+    const int64_t first = (block - blocks[i]) * rows;
+    const int64_t count = smaller(a.extent[i] - first, rows);
+    float own_sums[kTaskRows];
+    multiply_task(a.part[i], first, count, b, group * group_panels, smaller((group + 1) * group_panels, b.panels()),
+                  sums != nullptr && group == 0 ? own_sums : nullptr,
+                  [&](float* tile, int64_t ld, int64_t r, int64_t n, int64_t j, int64_t cols) {
+                    epilogue(tile, ld, above + r, n, j, cols);
+                  });
+    if (sums != nullptr && group == 0)
+      for (int64_t r = 0; r < count; ++r) sums[above + first + r] = own_sums[r];
+  });
+}
+
+// ---- epilogues ---------------------------------------------------------------------------------------------------
+
+// out[i][j] = tile + bias[j]; bias null or of the output's type.
+template <class T>
+struct StoreRows {
+  T* out;
+  int64_t ld_out;
+  const T* bias;
+
+  void operator()(const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
+    for (int64_t c = 0; c < cols; c += VLEN) {
+      const vf b = bias != nullptr ? load_n(bias + j + c, cols - c) : vf{};
+      T* o = out + i * ld_out + j + c;
+      if (cols - c >= VLEN) {
+        for (int64_t r = 0; r < rows; ++r) store(o + r * ld_out, load(tile + r * ld + c) + b);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) store_n(o + r * ld_out, load(tile + r * ld + c) + b, cols - c);
+      }
+    }
+  }
+};
+
+// The product was formed as C^T: out[j][i] = tile + bias[i].
+template <class T>
+struct StoreTransposed {
+  T* out;
+  int64_t ld_out;
+  const T* bias;
+
+  void operator()(const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
+    for (int64_t r = 0; r < rows; r += VLEN) {
+      const int64_t n = smaller(rows - r, VLEN);
+      const vf b = bias != nullptr ? load_n(bias + i + r, n) : vf{};
+      for (int64_t c = 0; c < cols; c += VLEN) {
+        vf block[VLEN];
+#pragma GCC unroll 16
+        for (int k = 0; k < VLEN; ++k) block[k] = k < n ? load(tile + (r + k) * ld + c) : vf{};
+        transpose(block);
+        T* o = out + (j + c) * ld_out + i + r;
+        if (n == VLEN && cols - c >= VLEN) {
+#pragma GCC unroll 16
+          for (int k = 0; k < VLEN; ++k) store(o + k * ld_out, block[k] + b);
+        } else {
+          float rest[VLEN][VLEN];
+          for (int k = 0; k < VLEN; ++k) store(rest[k], block[k] + b);
+          for (int64_t k = 0; k < smaller(cols - c, VLEN); ++k) store_n(o + k * ld_out, load(rest[k]), n);
+        }
+      }
+    }
+  }
+};
+
+// dw [n, k] = dy [m, n]^T x [m, k], db [n] (or null) = column sums of dy. sums: n floats, or null with db.
+template <class T>
+void weight_gradient(const Executor& executor, int64_t m, int64_t n, int64_t k, const Matrix& dy, const Matrix& x,
+                     T* dw, T* db) {
+  const PackedB packed = pack(executor, single(x, k), m, kScratchPackB);
+  float* sums = db == nullptr ? nullptr : static_cast<float*>(scratch(kScratchSums, n * 4));
+  gemm(executor, single({dy.data, dy.col_stride, dy.row_stride, dy.dtype}, n), packed, sums, StoreRows<T>{dw, k, nullptr});
+  for (int64_t i = 0; db != nullptr && i < n; ++i) from_float(sums[i], db + i);
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

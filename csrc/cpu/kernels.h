@@ -1,0 +1,62 @@
+// What one instruction set offers: plain pointers in, plain pointers out, no PyTorch. csrc/ops.cpp checks arguments,
+// allocates, and calls the table that cpuid chose.
+#pragma once
+#include <cstdint>
+
+namespace fastbert {
+
+enum class DType : int { kFloat32, kBFloat16 };
+
+// Runs body(context, worker) for worker = 0 .. workers-1, perhaps at once, perhaps one after another: a body may not wait
+// for another. Returns when all have.
+struct Executor {
+  int workers;
+  void (*run)(int workers, void (*body)(void* context, int worker), void* context);
+};
+
+// Memory of the calling thread that lives until its next request for the same slot; 64-byte aligned.
+enum ScratchSlot { kScratchPackA, kScratchPackB, kScratchPackB2, kScratchTile, kScratchRows, kScratchSums, kScratchSlots };
+void* scratch(ScratchSlot slot, int64_t bytes);
+
+// Element (i, j) at data + i * row_stride + j * col_stride, counted in elements.
+struct Matrix {
+  const void* data;
+  int64_t row_stride, col_stride;
+  DType dtype;
+};
+
+struct AttentionShape {
+  int64_t batch, total, heads, head_dim, max_seqlen;
+  const int32_t* cu_seqlens;  // [batch + 1]
+  float scale;
+  double dropout_p;
+  uint64_t seed;
+  const float* bias;          // null or additive, [batch|1, heads|1, rows|1, keys], strides in elements (0 = broadcast)
+  int64_t bias_strides[3];
+};
+
+struct Kernels {
+  const char* isa;
+
+  // y [m, sum n_i] = x [m, k] w_i [n_i, k]^T + b_i, the outputs side by side. bias may be null, and so may its entries.
+  void (*linear_fwd)(const Executor&, DType, int64_t m, int64_t k, const void* x, int count, const int64_t* n,
+                     const void* const* weight, const void* const* bias, void* y);
+  // Null outputs are not computed. dw [sum n_i, k], db [sum n_i].
+  void (*linear_bwd)(const Executor&, DType, int64_t m, int64_t k, const void* dy, const void* x, int count,
+                     const int64_t* n, const void* const* weight, void* dx, void* dw, void* db);
+  // y [m, n2] = gelu(x [m, k] w1 [n1, k]^T + b1) w2 [n2, n1]^T; pre (null or [m, n1]) gets what went into GELU.
+  void (*ffn_fwd)(const Executor&, DType, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* x, const void* w1,
+                  const void* b1, const void* w2, void* y, void* pre);
+  void (*ffn_bwd)(const Executor&, DType, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* dy, const void* x,
+                  const void* pre, const void* w1, const void* w2, void* dx, void* dw1, void* db1, void* dw2,
+                  float* workspace);  // 2 m n1 floats
+
+  // qkv [total, 3, heads, head_dim] -> out [total, heads * head_dim], lse [heads, total]
+  void (*attention_fwd)(const Executor&, DType, const AttentionShape&, const void* qkv, void* out, float* lse);
+  // dbias (null or zeroed, shaped like bias) receives the bias gradient.
+  void (*attention_bwd)(const Executor&, DType, const AttentionShape&, const void* dout, const void* qkv, const void* out,
+                        const float* lse, void* dqkv, float* dbias);
+  double (*fma_rate)(double seconds);
+};
+
+}  // namespace fastbert

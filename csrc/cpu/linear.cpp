@@ -1,0 +1,100 @@
+// Linear layers, forward and backward. No weight is kept packed between calls: of the two operands of a product the
+// smaller one is packed anew, which costs a fraction of the product that grows as small as the other operand is large.
+#include "gemm.h"
+#include "table.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+// Up to this many rows of x the weights are read in place and x is packed.
+constexpr int64_t kFewRows = 4 * NR;
+
+template <class T>
+const T* bias_of(const void* const* bias, int i) {
+  return bias == nullptr ? nullptr : static_cast<const T*>(bias[i]);
+}
+
+template <class T>
+void linear_fwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, const void* x, int count,
+                   const int64_t* n, const void* const* weight, const void* const* bias, T* y) {
+  Stack weights{count, {}, {}};
+  int64_t total = 0;
+  for (int i = 0; i < count; ++i) total += weights.extent[i] = n[i];
+  // The parts of y that belong to one weight have that weight's bias.
+  const auto bias_at = [&](int64_t col) {
+    int i = 0;
+    int64_t before = 0;
+    while (col >= before + n[i]) before += n[i++];
+    const T* b = bias_of<T>(bias, i);
+    return b == nullptr ? nullptr : b - before;
+  };
+  if (m <= kFewRows) {
+    for (int i = 0; i < count; ++i) weights.part[i] = {weight[i], k, 1, dtype};
+    const PackedB packed = pack(executor, single({x, 1, k, dtype}, m), k, kScratchPackB);
+    gemm(executor, weights, packed, nullptr,
+         [&](const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+           StoreTransposed<T>{y, total, bias_at(i)}(tile, ld, i, rows, j, cols);
+         });
+  } else {
+    for (int i = 0; i < count; ++i) weights.part[i] = {weight[i], 1, k, dtype};
+    const PackedB packed = pack(executor, weights, k, kScratchPackB);
+    gemm(executor, single({x, k, 1, dtype}, m), packed, nullptr,
+         [&](const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+           StoreRows<T>{y, total, bias_at(j)}(tile, ld, i, rows, j, cols);
+         });
+  }
+}
+
+void linear_fwd(const Executor& executor, DType dtype, int64_t m, int64_t k, const void* x, int count, const int64_t* n,
+                const void* const* weight, const void* const* bias, void* y) {
+  if (dtype == DType::kFloat32) {
+    linear_fwd_as(executor, dtype, m, k, x, count, n, weight, bias, static_cast<float*>(y));
+  } else {
+    linear_fwd_as(executor, dtype, m, k, x, count, n, weight, bias, static_cast<bf16*>(y));
+  }
+}
+
+template <class T>
+void column_sums(const Executor& executor, int64_t m, int64_t n, const T* x, T* out) {
+  parallel_tasks(executor, ceil_div(n, 4 * VLEN), [&](int64_t task, int) {
+    for (int64_t c = task * 4 * VLEN; c < smaller(n, (task + 1) * 4 * VLEN); c += VLEN) {
+      vf total = {};
+      for (int64_t r = 0; r < m; ++r) total += load_n(x + r * n + c, n - c);
+      store_n(out + c, total, n - c);
+    }
+  });
+}
+
+template <class T>
+void linear_bwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, const T* dy, const void* x, int count,
+                   const int64_t* n, const void* const* weight, T* dx, T* dw, T* db) {
+  Stack weights{count, {}, {}};
+  int64_t total = 0;
+  for (int i = 0; i < count; ++i) {
+    weights.part[i] = {weight[i], k, 1, dtype};
+    total += weights.extent[i] = n[i];
+  }
+  if (dx != nullptr) {
+    const PackedB packed = pack_rows(executor, weights, k, kScratchPackB);
+    gemm(executor, single({dy, total, 1, dtype}, m), packed, nullptr, StoreRows<T>{dx, k, nullptr});
+  }
+  if (dw != nullptr) {
+    weight_gradient(executor, m, total, k, {dy, total, 1, dtype}, {x, k, 1, dtype}, dw, db);
+  } else if (db != nullptr) {
+    column_sums(executor, m, total, dy, db);
+  }
+}
+
+void linear_bwd(const Executor& executor, DType dtype, int64_t m, int64_t k, const void* dy, const void* x, int count,
+                const int64_t* n, const void* const* weight, void* dx, void* dw, void* db) {
+  if (dtype == DType::kFloat32) {
+    linear_bwd_as(executor, dtype, m, k, static_cast<const float*>(dy), x, count, n, weight, static_cast<float*>(dx),
+                  static_cast<float*>(dw), static_cast<float*>(db));
+  } else {
+    linear_bwd_as(executor, dtype, m, k, static_cast<const bf16*>(dy), x, count, n, weight, static_cast<bf16*>(dx),
+                  static_cast<bf16*>(dw), static_cast<bf16*>(db));
+  }
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

@@ -1,0 +1,38 @@
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011), scalar form, usable on host and device.
+// The vector forms in cpu/ and the ones in Triton must produce these very numbers.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FASTBERT_HOST_DEVICE __host__ __device__
+#else
+#define FASTBERT_HOST_DEVICE
+#endif
+
+namespace fastbert {
+
+// Fourth counter word: which family of elements a stream belongs to, so that no two share numbers.
+enum PhiloxStream : uint32_t { kStreamAttention = 0, kStreamRows = 1 };
+
+struct Philox4 {
+  uint32_t word[4];
+};
+
+FASTBERT_HOST_DEVICE inline Philox4 philox4x32(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
+    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(p1), c3 = static_cast<uint32_t>(p0), c0 = n0, c2 = n2;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// An element is kept when its word is at least this; p in [0, 1].
+FASTBERT_HOST_DEVICE inline uint32_t dropout_threshold(double p) {
+  const double t = p * 4294967296.0;
+  return t >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(t);
+}
+
+}  // namespace fastbert

@@ -1,0 +1,87 @@
+// Checks and allocation shared by the torch side of every CPU op. Errors name the op, the argument, what was given and
+// what is allowed.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fastbert {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline std::string dtype_text(ScalarType type) {
+  std::ostringstream text;
+  text << type;
+  return text.str();
+}
+
+inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float) return DType::kFloat32;
+  if (t.scalar_type() == ScalarType::BFloat16) return DType::kBFloat16;
+  fail(op, ": ", name, " is ", dtype_text(t.scalar_type()), "; the CPU kernel takes float32 and bfloat16");
+}
+
+inline void check_layout(const char* op, const char* name, const Tensor& t) {
+  if (!t.is_cpu()) fail(op, ": ", name, " is not on the CPU");
+  if (!t.is_contiguous()) fail(op, ": ", name, " of shape ", shape_text(t), " is not contiguous");
+}
+
+// A CPU tensor, contiguous, of this type and shape (-1 stands for any size).
+inline void check(const char* op, const char* name, const Tensor& t, ScalarType type, const std::vector<int64_t>& shape) {
+  check_layout(op, name, t);
+  if (t.scalar_type() != type)
+    fail(op, ": ", name, " is ", dtype_text(t.scalar_type()), "; it must be ", dtype_text(type));
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || shape[i] == t.size(i);
+  if (same) return;
+  std::string wanted = "[";
+  for (size_t i = 0; i < shape.size(); ++i) wanted += (i ? ", " : "") + (shape[i] < 0 ? "any" : std::to_string(shape[i]));
+  fail(op, ": ", name, " has shape ", shape_text(t), "; it must be ", wanted, "]");
+}
+
+inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::empty(shape, type);
+}
+
+// Stands for an output that was not asked for.
+inline Tensor none(ScalarType type) { return new_tensor({0}, type); }
+
+inline double checked_dropout(const char* op, double p, const OptionalTensor& seed) {
+  if (!(p >= 0.0 && p <= 1.0)) fail(op, ": dropout_p is ", p, "; it must be between 0 and 1");
+  if (p > 0.0) {
+    if (!seed.has_value()) fail(op, ": dropout_p is ", p, " but seed is missing");
+    check_layout(op, "seed", *seed);
+    if (seed->scalar_type() != ScalarType::Long || seed->numel() != 1)
+      fail(op, ": seed must be one int64, not ", dtype_text(seed->scalar_type()), " of shape ", shape_text(*seed));
+  }
+  return p;
+}
+
+inline uint64_t seed_value(double p, const OptionalTensor& seed) {
+  return p > 0.0 ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())) : 0;
+}
+
+}  // namespace fastbert
