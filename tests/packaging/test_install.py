@@ -1,0 +1,149 @@
+"""The package as people get it: editable, wheel, sdist, without a compiler; each in a clean environment."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+VERSION = re.search(r'"(.+)"', (ROOT / "fastbert" / "_version.py").read_text().split("__version__")[1])[1]
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+# An op through the public function, on the backend named, against PyTorch's own.
+LAYERNORM = """
+import torch, fastbert
+from fastbert import ops
+x, weight, bias = torch.randn(5, 40), torch.randn(40), torch.randn(40)
+y = ops.layernorm(x, weight, bias, eps=1e-12, backend={backend!r})
+result = (y - torch.nn.functional.layer_norm(x, (40,), weight, bias, 1e-12)).abs().max().item()
+"""
+WHERE = "import fastbert, fastbert.bench; result = [fastbert.__file__, fastbert.bench.__file__, fastbert.__version__]"
+
+
+def assert_works(environment: Any, package: Path, bench: Path, backend: str, **env: str) -> str:
+    """What is imported is what was installed, an op runs on ``backend``; returns what ``fastbert info`` prints."""
+    where, bench_where, version = environment.evaluate(WHERE)
+    assert Path(where).parent == package
+    assert Path(bench_where).parent == bench
+    assert version == VERSION
+    assert environment.evaluate(LAYERNORM.format(backend=backend), **env) < 1e-5
+    info = environment.run("info", program="fastbert", **env).stdout
+    assert VERSION in info
+    return info
+
+
+@needs_compiler
+def test_editable(environment: Any, source_tree: Any) -> None:
+    tree = source_tree(built=True)
+    environment.install("-e", str(tree))
+    assert_works(environment, tree / "fastbert", tree / "bench", "cpu")
+    (tree / "fastbert" / "added.py").write_text("result = 1\n")
+    assert environment.evaluate("from fastbert.added import result") == 1
+    (tree / "bench" / "added.py").write_text("result = 2\n")
+    assert environment.evaluate("from fastbert.bench.added import result") == 2
+
+
+@needs_compiler
+def test_wheel(environment: Any, source_tree: Any, tmp_path: Path) -> None:
+    tree = source_tree(built=True)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path)]
+    environment.run("-m", "pip", "wheel", *options, str(tree))
+    (wheel,) = tmp_path.glob("fastbert-*.whl")
+    assert f"cp{sys.version_info.major}{sys.version_info.minor}" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [n for n in names if re.fullmatch(r"fastbert/_C\..*so", n)]
+    assert {"fastbert/py.typed", "fastbert/ops/attention.py", "fastbert/bench/__init__.py"} <= set(names)
+    tops = {n.split("/")[0] for n in names}
+    assert tops == {"fastbert", f"fastbert-{VERSION}.dist-info"}
+    environment.install(str(wheel))
+    assert_works(environment, environment.site / "fastbert", environment.site / "fastbert" / "bench", "cpu")
+    metadata = environment.evaluate("import importlib.metadata as m; result = m.requires('fastbert')")
+    assert "torch>=2.11" in metadata
+    assert "transformers>=5.17" in metadata
+
+
+@needs_compiler
+def test_sdist(environment: Any, source_tree: Any, tmp_path: Path) -> None:
+    """The archive alone is enough to build from; unoptimised and for the baseline, so that it is quick."""
+    tree = source_tree()
+    environment.run(str(tree / "setup.py"), "-q", "sdist", "--dist-dir", str(tmp_path))
+    (archive,) = tmp_path.glob("fastbert-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")}
+    assert sources <= names
+    assert {"LICENSE", "README.md", "Makefile", "setup.py", "pyproject.toml", "fastbert/py.typed"} <= names
+    assert not [n for n in names if n.endswith((".so", ".o")) or n.startswith(("build/", ".venv"))]
+    environment.install(str(archive), FASTBERT_BUILD_EXTENSION="1", FASTBERT_BUILD_ISAS="baseline", CXXFLAGS="-O0")
+    package = environment.site / "fastbert"
+    info = assert_works(environment, package, package / "bench", "cpu")
+    assert "baseline" in info
+
+
+def test_without_a_compiler(environment: Any, source_tree: Any) -> None:
+    said = environment.install(str(source_tree()), CXX="/nonexistent/c++")
+    reason = "CXX=/nonexistent/c++ was not found"
+    assert "LEFT OUT" in said.stdout + said.stderr
+    assert reason in said.stdout + said.stderr
+    package = environment.site / "fastbert"
+    assert not list(package.glob("_C*"))
+    info = assert_works(environment, package, package / "bench", "reference")
+    assert reason in info, "fastbert info says why there are no kernels"
+    backend = "import fastbert; from fastbert import ops; " + LAYERNORM.format(backend=None)
+    assert environment.evaluate(backend) < 1e-5
+    forced = environment.run("-c", LAYERNORM.format(backend="cpu"), check=False)
+    assert forced.returncode != 0
+    assert reason in forced.stderr
+
+
+def test_a_compile_error_fails_the_installation(environment: Any, source_tree: Any) -> None:
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    tree = source_tree()
+    for source in [*tree.glob("csrc/*.cpp"), *tree.glob("csrc/cpu/*.cpp")]:
+        source.write_text("this is not C++\n")
+    said = environment.install(str(tree), check=False)
+    assert said.returncode != 0
+    assert "this is not C++" in said.stdout + said.stderr
+    assert not (environment.site / "fastbert").exists()
+
+
+@needs_compiler
+@pytest.mark.skipif(not shutil.which("nm") or sys.platform != "linux", reason="nm is not there")
+def test_the_binary_keeps_to_the_stable_abi() -> None:
+    """No C++ symbol of torch: one binary serves every torch from the oldest that it was built for."""
+    (library,) = (ROOT / "fastbert").glob("_C.*.so")
+    listed = subprocess.run(
+        ["nm", "-D", "-C", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+    )
+    symbols = [line.split(maxsplit=1)[1] for line in listed.stdout.splitlines()]
+    assert not [s for s in symbols if s.startswith(("c10::", "at::", "torch::"))]
+    assert [s for s in symbols if s.startswith(("aoti_torch", "torch_"))]
+
+
+@needs_compiler
+@pytest.mark.skipif(not shutil.which("nm") or sys.platform != "linux", reason="nm is not there")
+def test_no_instruction_set_leaks_through_a_shared_symbol() -> None:
+    """The linker keeps one copy of a weak symbol. Were one compiled for AVX-512, the baseline would run it too: a weak
+    symbol of a kernel's object must carry its instruction set in its name."""
+    kernels = {p.stem for p in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+    objects = [
+        o for o in (ROOT / "build").glob("ext-linux*/*/*.o") if o.stem in kernels and o.parent.name != "baseline"
+    ]
+    if not objects:
+        pytest.skip("only the baseline was built")
+    leaks = []
+    for o in objects:
+        listed = subprocess.run(["nm", "-C", "--defined-only", str(o)], capture_output=True, text=True, check=True)
+        for line in listed.stdout.splitlines():
+            kind, name = line.split(maxsplit=2)[1:]
+            if kind in "WVu" and o.parent.name not in name:
+                leaks.append(f"{o.parent.name}/{o.name}: {name}")
+    assert not leaks, "\n".join(leaks)
