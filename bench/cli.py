@@ -1,0 +1,153 @@
+"""``fastbert bench``: arguments, progress, and where results go."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine, report
+
+COMMANDS = ("model", "training", "op")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    top = argparse.ArgumentParser(
+        prog="fastbert bench",
+        description="Measures against Hugging Face, ONNX Runtime, OpenVINO and CTranslate2, in turn and each in a process "
+        "of its own, and against the machine's peak. Results go to the screen, to JSON and to a plot.",
+    )
+    what = top.add_subparsers(dest="command", required=True, metavar="{model,training,op}")
+    for name, text in zip(COMMANDS, ("inference of whole models", "a training step", "single operations")):
+        sub = what.add_parser(name, help=text, description=f"Measures {text}.")
+        sub.add_argument("--row", default=None, metavar="A,B", help="rows to run (default: all; 'list' lists them)")
+        sub.add_argument(
+            "--contestants", default=None, metavar="A,B", help="who takes part (default: all that compile nothing; 'all')"
+        )
+        sub.add_argument("--threads", type=_positive, default=machine.cores(), help="threads of each (default: all cores)")
+        sub.add_argument("--repeats", type=_positive, default=7, help="interleaved rounds (default: 7)")
+        sub.add_argument("--seconds", type=float, default=0.5, help="length of a turn, at least one call (default: 0.5)")
+        sub.add_argument("--output", type=Path, default=Path("bench/results"), metavar="DIR", help="for JSON and plot")
+        sub.add_argument("--data", type=Path, default=None, metavar="DIR", help="cache of real weights and texts")
+        sub.add_argument("--no-plot", action="store_true", help="write no plot")
+        if name == "training":
+            sub.add_argument("--no-memory", action="store_true", help="skip the peak memory, which takes some steps more")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark named by ``argv`` and returns the exit status (130 after Ctrl-C, 1 if nothing got a speed)."""
+    arguments = parser().parse_args(argv)
+    from . import contestants, runner
+
+    kind = {"model": "inference", "training": "training", "op": "op"}[arguments.command]
+    try:
+        rows = _rows(arguments)
+        names = contestants.choose(kind, arguments.contestants)
+        if arguments.row == "list":
+            print("rows:        " + " ".join(rows) + "\ncontestants: " + " ".join(contestants.BY_KIND[kind]))
+            return 0
+        content = report.result(arguments.command, machine.describe(), arguments.threads, arguments.repeats, [])
+        path = arguments.output / f"{report.stem(content)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"fastbert bench: {error}", file=sys.stderr)
+        return 2
+    stopped = False
+    for row in rows:
+        progress = _progress(row)
+        try:
+            progress("preparing the batch")
+            workload = rows[row]()
+            record = runner.run(
+                workload,
+                names,
+                arguments.threads,
+                arguments.repeats,
+                arguments.seconds,
+                memory=kind == "training" and not arguments.no_memory,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            stopped = True
+            break
+        except (runner.WorkerError, RuntimeError, OSError) as error:
+            progress("")
+            print(f"fastbert bench: row {row}: {error}", file=sys.stderr)
+            continue
+        progress("")
+        content["rows"].append(record)
+        report.write(content, path)
+        print(report.table(record) + "\n", flush=True)
+        stopped = not record["complete"]
+        if stopped:
+            break
+    if not content["rows"]:
+        return 130 if stopped else 1
+    print(f"results: {path}")
+    if not arguments.no_plot:
+        _plot(content, path.with_suffix(".png"))
+    if stopped:
+        return 130
+    return 0 if any("median_s" in c for r in content["rows"] for c in r["contestants"].values()) else 1
+
+
+def _rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """The chosen rows: name -> what makes the workload."""
+    from . import data, ops, workloads
+
+    if arguments.command == "op":
+        table = ops.workloads()
+    else:
+        cache = arguments.data or data.default_cache()
+        known = workloads.INFERENCE_ROWS if arguments.command == "model" else workloads.TRAINING_ROWS
+        table = {name: lambda name=name: workloads.build(name, cache) for name in known}
+    if arguments.row in (None, "list"):
+        return table
+    chosen: dict[str, Callable[[], Any]] = {}
+    for wanted in (name.strip() for name in arguments.row.split(",")):
+        found = {name: make for name, make in table.items() if name == wanted or _is_op(name, wanted)}
+        if not found:
+            raise ValueError(f"--row has {wanted!r}; it may have: {', '.join(table)}")
+        chosen |= found
+    return chosen
+
+
+def _is_op(name: str, wanted: str) -> bool:
+    """Whether ``wanted`` ("attention", "attention_fwd") names the op row ``name`` ("attention_fwd[minilm]") in part."""
+    return name.startswith((wanted + "_", wanted + "["))
+
+
+def _plot(content: dict[str, Any], path: Path) -> None:
+    try:
+        from . import plots
+
+        plots.bars(content, path)
+    except ImportError as error:
+        print(f"no plot: {error} (pip install 'fastbert[bench]')", file=sys.stderr)
+    except OSError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    else:
+        print(f"plot:    {path}")
+
+
+def _progress(row: str) -> Callable[[str], None]:
+    """One line on a terminal that is written over; a line a message elsewhere. An empty text clears it."""
+    terminal = sys.stderr.isatty()
+
+    def show(text: str) -> None:
+        if terminal:
+            sys.stderr.write(f"\r\033[K{row}: {text}" if text else "\r\033[K")
+        elif text:
+            sys.stderr.write(f"{row}: {text}\n")
+        sys.stderr.flush()
+
+    return show
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value

@@ -1,0 +1,100 @@
+"""Who takes part: the names, what each needs, and the class that runs it (imported in the contestant's own process)."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .workloads import Workload
+
+TRUTH = "truth"
+"""Not a contestant: Hugging Face's eager model (or the plain formula of an op) in float64, which outputs are held to."""
+
+
+class Contestant(Protocol):
+    """One way to do a workload's work. Built once in its own process, then checked, then timed in turns."""
+
+    def __init__(self, name: str, workload: Workload) -> None: ...
+
+    def run(self) -> Any:
+        """The timed call: one forward, or one training step."""
+
+    def outputs(self) -> dict[str, torch.Tensor]:
+        """What is compared with the truth: hidden states at real tokens, or loss and gradients (dropout off)."""
+
+    def details(self) -> dict[str, Any]:
+        """What goes into the record: versions, backends, notes."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant's class as ``module:class`` below this package, and the modules it cannot run without."""
+
+    target: str
+    needs: tuple[str, ...] = ()
+    optional: bool = False
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        absent = [name for name in self.needs if not _installed(name)]
+        return f"not installed: {', '.join(absent)}" if absent else None
+
+    def load(self) -> type[Contestant]:
+        module, name = self.target.split(":")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+INFERENCE: Mapping[str, Entry] = {
+    "hf-eager": Entry("models:HuggingFace"),
+    "hf-sdpa": Entry("models:HuggingFace"),
+    "hf-compile": Entry("models:Compiled", optional=True),
+    "onnxruntime": Entry("peers:OnnxRuntime", ("onnxruntime", "onnx")),
+    "openvino": Entry("peers:OpenVino", ("openvino",)),
+    "ctranslate2": Entry("peers:CTranslate2", ("ctranslate2",)),
+    "fastbert": Entry("models:FastBert", ("fastbert",)),
+}
+TRAINING: Mapping[str, Entry] = {
+    "hf-eager": Entry("training:HuggingFace"),
+    "hf-sdpa": Entry("training:HuggingFace"),
+    "hf-compile": Entry("training:Compiled", optional=True),
+    "fastbert": Entry("training:FastBert", ("fastbert",)),
+}
+OPS: Mapping[str, Entry] = {
+    "pytorch": Entry("ops:Torch"),
+    "fastbert": Entry("ops:FastBert", ("fastbert",)),
+}
+BY_KIND: Mapping[str, Mapping[str, Entry]] = {"inference": INFERENCE, "training": TRAINING, "op": OPS}
+
+
+def entry(kind: str, name: str) -> Entry:
+    """The entry of contestant ``name`` for workloads of ``kind``; the truth is the stock one in float64."""
+    if name == TRUTH:
+        name = {"inference": "hf-eager", "training": "hf-eager", "op": "pytorch"}[kind]
+    return BY_KIND[kind][name]
+
+
+def choose(kind: str, names: str | None) -> list[str]:
+    """The contestants named in a comma-separated list; "all" is every one, None all but the optional ones.
+
+    Raises ValueError for a name that this kind does not have.
+    """
+    table = BY_KIND[kind]
+    if names is None:
+        return [name for name, item in table.items() if not item.optional]
+    if names == "all":
+        return list(table)
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in table]
+    if unknown or not chosen:
+        raise ValueError(f"--contestants has {', '.join(unknown) or 'none'}; it may have: {', '.join(table)}")
+    return list(dict.fromkeys(chosen))

@@ -1,0 +1,95 @@
+"""The results as table and as JSON."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+"""Version of the JSON layout, see bench/README.md."""
+
+
+def result(command: str, machine: dict[str, Any], threads: int, repeats: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of a result file: where, how and what was measured."""
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": machine,
+        "threads": threads,
+        "repeats": repeats,
+        "rows": rows,
+    }
+
+
+def stem(content: dict[str, Any]) -> str:
+    """File name without ending: command, processor, threads, time."""
+    device = re.sub(r"[^a-z0-9]+", "-", content["machine"]["device"].lower()).strip("-")
+    stamp = re.sub(r"[-:Z]", "", content["time"]).replace("T", "-")
+    return f"{content['command']}-{device}-{content['threads']}t-{stamp}"
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """Writes JSON whole or not at all. Raises OSError (disk full, no permission) with the path in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def table(row: dict[str, Any]) -> str:
+    """One row's record as text: contestants from slow to fast, then those without a speed and why."""
+    unit, peak = row["unit"], row["peak"]
+    facts = row["facts"]
+    fill = f", {facts['fill']:.1%} full, {facts['tokens']} tokens" if "fill" in facts else ""
+    amount = f"{row['work'] / 1e9:.4g} {'GB moved' if unit == 'GB/s' else 'GFLOP useful'}"
+    lines = [f"{row['row']}: {row['title']}{fill}"]
+    held = f"peak {peak['rate']:.0f} {unit} ({peak['how']})" if peak["rate"] else "peak not measured"
+    state = "" if row["complete"] else f", INTERRUPTED after {row['rounds']} rounds"
+    lines.append(f"  {amount}, {row['threads']} threads, {held}, {row['rounds']} interleaved rounds{state}")
+    timed = {n: c for n, c in row["contestants"].items() if "median_s" in c}
+    ours = timed.get("fastbert", {}).get("median_s")
+    head = ["contestant", "median", "min", unit, "of peak", "error"]
+    memory = any(c.get("memory") for c in timed.values())
+    head += ["peak memory", "above start"] if memory else []
+    head += ["fastbert is"] if ours else []
+    body = []
+    for name, item in sorted(timed.items(), key=lambda pair: -pair[1]["median_s"]):
+        share = item["share_of_peak"]
+        cells = [name, milliseconds(item["median_s"]), milliseconds(item["min_s"]), f"{item['rate']:.1f}"]
+        cells += [f"{share:.0%}" if share is not None else "-", f"{item['error']:.0e}"]
+        if memory:
+            used = item.get("memory")
+            cells += [mebibytes(used["peak"]), mebibytes(used["peak"] - used["before"])] if used else ["-", "-"]
+        cells += [f"{item['median_s'] / ours:.2f}x" if name != "fastbert" else ""] if ours else []
+        body.append(cells)
+    if body:
+        lines += [f"  {line}" for line in _columns([head, *body])]
+    for name, item in row["contestants"].items():
+        if name not in timed:
+            lines.append(f"  {name}: no speed, {item['status']}{': ' + item['reason'] if item['reason'] else ''}")
+        elif item.get("details", {}).get("note"):
+            lines.append(f"  {name}: {item['details']['note']}")
+    return "\n".join(lines)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits in ms."""
+    value = seconds * 1e3
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def mebibytes(count: int) -> str:
+    """Whole MiB."""
+    return f"{count / 2**20:.0f} MiB"
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    aligned = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in rows]
+    return ["  ".join(cells).rstrip() for cells in aligned]
