@@ -1,0 +1,1 @@
+"""Fine-tuning on top of HF Trainer: what ``fastbert finetune`` runs."""

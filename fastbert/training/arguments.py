@@ -1,0 +1,325 @@
+"""Flags of ``fastbert finetune``: transformers' ``TrainingArguments`` and the names of its example scripts."""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from .errors import CommandError, first_line
+
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+# TrainingArguments has more than a hundred flags; --help shows these, --help_all every one.
+COMMON_TRAINING_FLAGS = {
+    "output_dir",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "logging_steps",
+    "train_sampling_strategy",
+    "seed",
+    "data_seed",
+    "full_determinism",
+    "bf16",
+    "use_cpu",
+    "torch_compile",
+    "disable_tqdm",
+    "report_to",
+    "resume_from_checkpoint",
+}
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    _argument_group_name = "data"
+
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Training data: .csv, .tsv, .jsonl, .parquet, or a folder saved by datasets' save_to_disk."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Validation data. Without it a seeded part of the training data is held out."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Labelled data to test the best model on."})
+    text_column_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--text_column_names"],
+            "help": "Column with the text; several columns are joined by --text_column_delimiter. "
+            "Default: 'text' or 'sentence', whichever the file has.",
+        },
+    )
+    text_column_delimiter: str = field(default=" ", metadata={"help": "Joins several text columns."})
+    text_pair_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the second sentence of a pair."}
+    )
+    label_column_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--label_column_names"],
+            "help": "Column with the label (default: 'label'). Several columns: one 0/1 column per label "
+            "(multi-label), or one number each (regression).",
+        },
+    )
+    label_delimiter: str = field(
+        default=",", metadata={"help": "Separates the labels in a cell of a multi-label CSV or TSV file."}
+    )
+    problem_type: str | None = field(
+        default=None,
+        metadata={"help": "Kind of task. Default: told from the labels.", "choices": list(PROBLEM_TYPES)},
+    )
+    do_regression: bool = field(default=False, metadata={"help": "Same as --problem_type regression."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Longer texts are cut to this many tokens. Default: what the model allows."}
+    )
+    validation_split_percentage: float = field(
+        default=10.0, metadata={"help": "Share of the training data held out when there is no validation data."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows of the file."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows of the file."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first rows of the file."})
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with rows that cannot be read or have no text or label: stop, or leave them out. "
+            "They are reported by line either way.",
+            "choices": ["error", "skip"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.text_column_name = _names(self.text_column_name)
+        self.label_column_name = _names(self.label_column_name)
+        if self.do_regression:
+            if self.problem_type not in (None, "regression"):
+                raise ValueError(f"--do_regression contradicts --problem_type {self.problem_type}")
+            self.problem_type = "regression"
+        if not 0 <= self.validation_split_percentage < 100:
+            raise ValueError(
+                "--validation_split_percentage must be at least 0 and below 100, "
+                f"got {self.validation_split_percentage}"
+            )
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.max_seq_length is not None and self.max_seq_length < 3:
+            raise ValueError(f"--max_seq_length must be at least 3, got {self.max_seq_length}")
+
+
+def _names(values: list[str] | None) -> list[str] | None:
+    """Column names given as ``a b`` or, as in transformers' example scripts, ``a,b``."""
+    if values is None:
+        return None
+    return [name for value in values for name in value.split(",") if name]
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(metadata={"help": "Folder with a Hugging Face checkpoint, or a name on the hub."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the hub are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Accept a checkpoint whose head has another number of labels."}
+    )
+    optimize: bool = field(
+        default=True, metadata={"help": "Train with fastbert.optimize(model); false trains stock Hugging Face code."}
+    )
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """transformers' TrainingArguments; defaults that differ are repeated here."""
+
+    _argument_group_name = "training (transformers' TrainingArguments; --help_all shows every flag)"
+
+    do_train: bool = field(default=True, metadata={"help": "Train."})
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation data."})
+    do_predict: bool = field(default=True, metadata={"help": "Test the best model, if there is a --test_file."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str | None = field(
+        default=None, metadata={"help": "When to save: no, steps, epoch or best. Default: --eval_strategy."}
+    )
+    save_steps: float | None = field(
+        default=None, metadata={"help": "Steps between checkpoints; below 1 a share of all. Default: --eval_steps."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; the best is always kept."})
+    load_best_model_at_end: bool | None = field(
+        default=None,
+        metadata={
+            "help": "End with the best checkpoint. Default: true if there is evaluation.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the best checkpoint is best at. Default: accuracy (single-label), f1_micro (multi-label), "
+            "rmse (regression)."
+        },
+    )
+    logging_steps: float = field(
+        default=0.02, metadata={"help": "Steps between two points of the loss curve; below 1 a share of all steps."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and infinite losses out of logs."})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the training data: group_by_length (least padding), random or sequential.",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
+    )
+    report_to: str = field(default="none", metadata={"help": "Loggers to report to besides report.json."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory in the data loaders."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "'true': go on from the last complete checkpoint in --output_dir (from the start, if there is none "
+            "yet); or the folder of a checkpoint.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in an --output_dir that holds an earlier run, replacing it."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a new best."}
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "How much better an evaluation must be to count as a new best."}
+    )
+
+    def __post_init__(self) -> None:
+        self.default_metric = self.metric_for_best_model is None
+        self.default_direction = self.greater_is_better is None
+        if not self.do_eval:
+            self.eval_strategy = "no"
+        evaluates = getattr(self.eval_strategy, "value", self.eval_strategy) != "no"
+        if self.save_strategy is None:
+            self.save_strategy = self.eval_strategy if evaluates else "epoch"
+        if self.save_steps is None:
+            self.save_steps = self.eval_steps or 500
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = evaluates and self.save_strategy != "no"
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise ValueError(f"--early_stopping_patience must be at least 1, got {self.early_stopping_patience}")
+            if not self.load_best_model_at_end:
+                raise ValueError("--early_stopping_patience needs --eval_strategy and --save_strategy")
+        super().__post_init__()
+
+
+Parsed = tuple[ModelArguments, DataArguments, FinetuneArguments]
+
+
+class ArgumentParser(HfArgumentParser):
+    """HfArgumentParser that rejects unknown flags and whose help is short."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n(see {self.prog} --help)\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling a flag, defaults only where they say something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        spelling = action.option_strings[0] if action.dest != "help" else ", ".join(action.option_strings)
+        if action.nargs == 0:
+            return spelling
+        if action.choices:
+            return f"{spelling} {{{','.join(map(str, action.choices))}}}"
+        return f"{spelling} {'true|false' if action.nargs == '?' and action.const is True else 'X'}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, argparse.SUPPRESS) or "default:" in (action.help or "").lower():
+            return action.help
+        return super()._get_help_string(action)
+
+
+def build_parser(everything: bool = False) -> ArgumentParser:
+    """The parser of ``fastbert finetune``; ``everything`` shows all of TrainingArguments in the help."""
+    parser = ArgumentParser(
+        (ModelArguments, DataArguments, FinetuneArguments),
+        prog="fastbert finetune",
+        usage="fastbert finetune --model_name_or_path MODEL --train_file FILE --output_dir DIR [flags]\n"
+        "       fastbert finetune FLAGS.json",
+        description="Fine-tune a BERT for classification (single-label, multi-label), regression or sentence pairs.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help_all", action="store_true", help="Show every flag of TrainingArguments too.")
+    own = {name for base in (ModelArguments, DataArguments) for name in base.__dataclass_fields__}
+    own |= set(FinetuneArguments.__annotations__) - {"logging_nan_inf_filter", "dataloader_pin_memory"}
+    for action in parser._actions:
+        shown = everything or action.dest in own | COMMON_TRAINING_FLAGS | {"help", "help_all"}
+        if not shown or isinstance(action, argparse._StoreFalseAction):
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def parse(argv: list[str]) -> Parsed:
+    """Parse the flags of ``fastbert finetune``, or one .json file of flags. Exits with status 2 on a wrong flag."""
+    if "--help_all" in argv:
+        build_parser(everything=True).print_help()
+        raise SystemExit(0)
+    parser = build_parser()
+    try:
+        if len(argv) == 1 and argv[0].endswith(".json"):
+            return _from_json(parser, argv[0])
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError) as error:
+        parser.error(first_line(error))
+    except ImportError as error:
+        raise CommandError(f"{first_line(error)} (fastbert[train] brings what training needs)") from error
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return tuple(parsed)
+
+
+def _from_json(parser: ArgumentParser, path: str) -> Parsed:
+    try:
+        flags: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{path}: cannot be read as JSON: {first_line(error)}") from error
+    return parser.parse_dict(flags)

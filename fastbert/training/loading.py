@@ -1,0 +1,121 @@
+"""Load a tokenizer and a sequence classifier, with the errors a user can act on."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from .errors import CommandError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, pickle.UnpicklingError)
+# These families number positions from padding_idx + 1, so that many of their position embeddings are never used.
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "mpnet", "longformer"}
+
+
+def quiet_transformers() -> None:
+    """No bars for loading and saving, no table of new weights: the commands say in one line what matters."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _check_place(name: str) -> None:
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise CommandError(f"--model_name_or_path {name}: no Hugging Face model: the folder has no config.json")
+    elif os.path.exists(name):
+        raise CommandError(f"--model_name_or_path {name}: a file; the folder that holds the model is wanted")
+    elif os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
+        raise CommandError(f"--model_name_or_path {name}: no such folder")
+
+
+def load_config(name: str, **hub: Any) -> PreTrainedConfig:
+    """The model's configuration. Raises CommandError."""
+    _check_place(name)
+    try:
+        return AutoConfig.from_pretrained(name, **hub)
+    except _LOAD_ERRORS as error:
+        raise CommandError(f"--model_name_or_path {name}: cannot load config.json: {first_line(error)}") from error
+
+
+def load_tokenizer(name: str, argument: str = "--model_name_or_path", **hub: Any) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer. Raises CommandError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **hub)
+    except _LOAD_ERRORS as error:
+        raise CommandError(f"{argument} {name}: cannot load a tokenizer: {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise CommandError(f"{argument} {name}: has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token is None:
+        raise CommandError(f"{argument} {name}: the tokenizer has no padding token")
+    return tokenizer
+
+
+def load_classifier(
+    name: str, config: PreTrainedConfig, *, trained: bool, ignore_mismatched_sizes: bool = False, **hub: Any
+) -> PreTrainedModel:
+    """A sequence classifier in float32.
+
+    ``trained`` insists that every weight is in the checkpoint; otherwise the head may be new (it is drawn from torch's
+    generator). Raises CommandError for a corrupt checkpoint, one of another shape, NaN or infinite weights.
+    """
+    try:
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **hub,
+        )
+    except _LOAD_ERRORS as error:
+        hint = ""
+        if "mismatch" in str(error):
+            hint = " (its head has another number of labels? --ignore_mismatched_sizes starts with a new head)"
+        raise CommandError(f"--model_name_or_path {name}: cannot load weights: {first_line(error)}{hint}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing and trained:
+        raise CommandError(
+            f"--model_name_or_path {name}: not a trained classifier: the checkpoint lacks {', '.join(missing[:4])}"
+            f"{' …' if len(missing) > 4 else ''}; fine-tune it first"
+        )
+    encoder_missing = [key for key in missing if not key.startswith(("classifier", "score")) and ".pooler." not in key]
+    if encoder_missing and not trained:
+        raise CommandError(
+            f"--model_name_or_path {name}: the checkpoint lacks encoder weights: {', '.join(encoder_missing[:4])}"
+            f"{' …' if len(encoder_missing) > 4 else ''}"
+        )
+    for key, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise CommandError(f"--model_name_or_path {name}: the weights hold NaN or infinite numbers, first in {key}")
+    return model
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Raise CommandError if the tokenizer can produce ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise CommandError(
+            f"--model_name_or_path {name}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}; "
+            "they do not belong together"
+        )
+
+
+def sequence_limit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
+    """The number of tokens a text is cut to. Raises CommandError if ``asked`` is more than the model has positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in _OFFSET_POSITIONS:
+        positions -= (config.pad_token_id or 0) + 1
+    if asked is not None:
+        if positions is not None and asked > positions:
+            raise CommandError(f"--max_seq_length {asked}: the model has {positions} positions")
+        return asked
+    return min(limit for limit in (positions, tokenizer.model_max_length, 8192) if limit is not None)

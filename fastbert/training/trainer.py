@@ -1,0 +1,202 @@
+"""HF Trainer with what a run that may be killed needs: safe checkpoints, a replayable data order, a clean Ctrl-C."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .checkpoints import checkpoints
+from .errors import CommandError, first_line, is_disk_full
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """LengthGroupedSampler whose order depends on the seed and the epoch only, so that a resumed epoch repeats it."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class FinetuneTrainer(Trainer):
+    """Trainer for sequence classifiers; ``train_lengths`` are the token counts of the training rows."""
+
+    def __init__(self, *args: Any, train_lengths: list[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.train_lengths = train_lengths
+        self.train_sampler: EpochLengthGroupedSampler | None = None
+        # BERT's classification heads swallow num_items_in_batch unused: with it, accumulation would add up the mean
+        # losses of the micro-batches instead of averaging them.
+        self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self.train_sampler = EpochLengthGroupedSampler(batch, self.train_lengths, seed)
+        return self.train_sampler
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and folder.exists():
+            # Written over in place, a folder could hold files of two runs when the process is killed.
+            shutil.rmtree(folder)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            kept = [path.name for path in checkpoints(self.args.output_dir)]
+            raise CommandError(
+                f"--output_dir {self.args.output_dir}: no space left for {folder.name} ({first_line(error)}). "
+                f"Finished checkpoints, intact: {', '.join(kept) or 'none yet'}. "
+                "Free some space and go on with --resume_from_checkpoint true"
+            ) from error
+
+
+class ReplayCallback(TrainerCallback):
+    """Tells the sampler its epoch, also where the trainer starts in the middle of one; finds the best checkpoint."""
+
+    trainer: FinetuneTrainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A folder that was moved, or named in another way, since the checkpoint was written.
+        if state.best_model_checkpoint is None and state.best_global_step:
+            folder = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            if folder.is_dir():
+                state.best_model_checkpoint = str(folder)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class PatienceCallback(EarlyStoppingCallback):
+    """EarlyStoppingCallback that takes its count up again from a checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = saved_patience(state.stateful_callbacks)
+
+
+def saved_patience(callbacks: dict[str, Any]) -> int:
+    """Evaluations without a new best that a checkpoint's state has counted."""
+    saved = callbacks.get(PatienceCallback.__name__) or {}
+    if isinstance(saved, list):
+        saved = saved[-1] if saved else {}
+    return int(saved.get("attributes", {}).get("early_stopping_patience_counter", 0))
+
+
+class NanCallback(TrainerCallback):
+    """Stops a run whose loss is no number, before it costs more time or a good checkpoint."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        for name in ("loss", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise CommandError(
+                    f"{name} is {value} at step {state.global_step}: training diverged; "
+                    f"try a smaller --learning_rate (now {args.learning_rate:g}) or more --warmup_steps"
+                )
+
+
+class QuietProgressCallback(ProgressCallback):
+    """The progress bar, with the loss in it, and one line an evaluation."""
+
+    def __init__(self, metric: str) -> None:
+        super().__init__()
+        self.metric = metric
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}")
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().on_evaluate(args, state, control, **kwargs)
+        if not state.is_world_process_zero or not metrics:
+            return
+        names = [name for name in ("loss", self.metric) if f"eval_{name}" in metrics]
+        text = "  ".join(f"{name} {metrics[f'eval_{name}']:.4f}" for name in dict.fromkeys(names))
+        seconds = time.perf_counter() - self.started
+        line = f"epoch {state.epoch or 0:.3g}  step {state.global_step}  {text}  ({seconds:.0f} s)"
+        if self.training_bar is not None:
+            self.training_bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr)
+
+
+class StopOnSignal(TrainerCallback):
+    """Turns the first SIGINT or SIGTERM into: finish the step, write a checkpoint, stop. The second one kills.
+
+    Use as a context manager around ``Trainer.train``; ``caught`` is the signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self.saved = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None:
+            raise KeyboardInterrupt
+        self.caught = number
+        print("\nstopping after this step, then writing a checkpoint (once more: stop now)", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.caught is None:
+            return
+        control.should_training_stop = True
+        # At the end of an epoch the trainer evaluates and saves by itself, right after this.
+        if not float(state.epoch).is_integer():
+            control.should_evaluate = False
+            control.should_save = self.saved = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.caught is None:
+            return
+        control.should_training_stop = True
+        if self.saved:
+            control.should_evaluate = control.should_save = False
+        else:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A signal that came during the evaluation or the writing before.
+        if self.caught is not None:
+            control.should_training_stop = True
