@@ -1,0 +1,180 @@
+"""The packed forward of the encoder, of one layer, and of the embeddings.
+
+Plain functions over tensors and the stock modules' parts; which calls come here, and which go to the stock forward, is
+decided in `patch.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops
+from fastbert.packing import PackedBatch
+
+
+class LayerNames(NamedTuple):
+    """Where a family keeps the parts of a layer, as paths below it."""
+
+    query: str
+    key: str
+    value: str
+    attention_dropout: str
+    attention_out: str
+    attention_out_dropout: str | None
+    attention_norm: str
+    up: str
+    activation: str
+    down: str
+    down_dropout: str
+    norm: str
+
+
+BERT = LayerNames(
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    attention_dropout="attention.self.dropout",
+    attention_out="attention.output.dense",
+    attention_out_dropout="attention.output.dropout",
+    attention_norm="attention.output.LayerNorm",
+    up="intermediate.dense",
+    activation="intermediate.intermediate_act_fn",
+    down="output.dense",
+    down_dropout="output.dropout",
+    norm="output.LayerNorm",
+)
+DISTILBERT = LayerNames(
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    attention_dropout="attention.dropout",
+    attention_out="attention.out_lin",
+    attention_out_dropout=None,
+    attention_norm="sa_layer_norm",
+    up="ffn.lin1",
+    activation="ffn.activation",
+    down="ffn.lin2",
+    down_dropout="ffn.dropout",
+    norm="output_layer_norm",
+)
+
+# The modules with weights, in the order in which `layer` takes them.
+WEIGHTED = ("query", "key", "value", "attention_out", "attention_norm", "up", "down", "norm")
+
+
+class LayerSettings(NamedTuple):
+    """What a layer needs besides x and its weights. The dropout probabilities are 0 outside training."""
+
+    heads: int
+    scale: float
+    eps1: float
+    eps2: float
+    attention_dropout: float
+    hidden_dropout: float
+    ffn_dropout: float
+    deterministic: bool
+
+
+def layer(x: Tensor, batch: PackedBatch, weights: tuple[Tensor, ...], settings: LayerSettings) -> Tensor:
+    """One post-norm transformer layer on packed tokens: x [T, H] -> [T, H].
+
+    weights: weight and bias of each module of WEIGHTED.
+    """
+    wq, bq, wk, bk, wv, bv, wo, bo, g1, b1, w_up, b_up, w_down, b_down, g2, b2 = weights
+    heads, scale, eps1, eps2, attention_dropout, hidden_dropout, ffn_dropout, deterministic = settings
+
+    qkv = ops.linear(x, (wq, wk, wv), (bq, bk, bv))
+    qkv = qkv.view(x.shape[0], 3, heads, qkv.shape[1] // (3 * heads))
+    a = ops.attention(
+        qkv,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        scale,
+        attention_dropout,
+        batch.bias,
+        deterministic=deterministic,
+    )
+    a = ops.linear(a, wo)
+    x = ops.layernorm(a, g1, b1, x_bias=bo, residual=x, dropout_p=hidden_dropout, eps=eps1)
+    f = ops.ffn(x, w_up, b_up, w_down)
+    return ops.layernorm(f, g2, b2, x_bias=b_down, residual=x, dropout_p=ffn_dropout, eps=eps2)
+
+
+def encode(
+    layers: nn.ModuleList,
+    hidden_states: Tensor,
+    batch: PackedBatch,
+    takes_packed: Callable[[nn.Module], bool],
+    stock_mask: Callable[[], Tensor | None],
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """All layers: hidden_states [B, S, H] -> [B, S, H], packed once.
+
+    A layer that somebody watches (takes_packed is False) gets and gives padded tensors and the stock mask, with the
+    further arguments that the stock encoder would hand it; the others exchange packed tensors.
+    """
+    x, packed = hidden_states, False
+    for module in layers:
+        if takes_packed(module):
+            x = module(x if packed else batch.pack(x), batch, *args, **kwargs)
+            packed = True
+        else:
+            x = module(batch.unpack(x) if packed else x, stock_mask(), *args, **kwargs)
+            packed = False
+    return batch.unpack(x) if packed else x
+
+
+def embed(
+    module: nn.Module,
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values_length: int,
+) -> Tensor:
+    """The embeddings of BERT and of RoBERTa: three lookups, LayerNorm and dropout in one op. -> [B, S, H]"""
+    word, position, token_type = module.word_embeddings, module.position_embeddings, module.token_type_embeddings
+    if position_ids is None:
+        if position.padding_idx is not None:  # RoBERTa: positions start after the padding index, which pads keep
+            position_ids = module.create_position_ids_from_input_ids(
+                input_ids, module.padding_idx, past_key_values_length
+            )
+        elif past_key_values_length:
+            start = past_key_values_length
+            position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+    position_weight = position.weight
+    if position.padding_idx is not None and position_weight.requires_grad and torch.is_grad_enabled():
+        position_weight = _FrozenRow.apply(position_weight, position.padding_idx)
+    norm = module.LayerNorm
+    return ops.embedding(
+        input_ids,
+        word.weight,
+        position_weight,
+        token_type.weight,
+        norm.weight,
+        norm.bias,
+        position_ids=position_ids,
+        token_type_ids=token_type_ids,
+        padding_idx=word.padding_idx,
+        dropout_p=module.dropout.p if module.dropout.training else 0.0,
+        eps=norm.eps,
+    )
+
+
+class _FrozenRow(torch.autograd.Function):
+    """A table [P, H] of which one row gets no gradient, as nn.Embedding does for its padding_idx."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        grad[ctx.row] = 0
+        return grad, None

@@ -1,0 +1,394 @@
+"""BertModel and the eight heads, as subclasses that keep transformers' own class names.
+
+What the heads add to transformers' own: the masked language model's loss is computed at the labelled positions only,
+its logits when somebody asks for them; `num_items_in_batch` counts, which the stock heads take and drop, so that
+gradient accumulation gives the gradient of the whole batch; question answering keeps the padded places, over which its
+softmax runs; checkpoints are read as safetensors only.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.models.bert import modeling_bert
+from transformers.utils import ModelOutput
+
+from fastbert import ops, patch
+
+
+class FastModel(patch.Fast):
+    """What every model of ours adds to its stock class, heads or not."""
+
+    def post_init(self) -> None:
+        super().post_init()
+        patch.swap(self, replace=("sdpa", None))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but from safetensors only: a pickled checkpoint (.bin) can run any code.
+
+        Raises ValueError for use_safetensors=False, OSError for a checkpoint that is missing, pickled, truncated or
+        corrupt.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError("from_pretrained: use_safetensors must be True, pickled weights are not loaded")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"from_pretrained: a checkpoint file of {pretrained_model_name_or_path!s} is truncated or corrupt: {error}"
+            ) from error
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            raise OSError(
+                f"{error} (pickled weights, pytorch_model.bin, are not loaded: convert them first)"
+            ) from error
+
+
+class FastHead(FastModel):
+    """A head whose loss is a mean over its labels."""
+
+    def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward, all arguments by name. stock: the stock class's own."""
+        num_items = kwargs.pop("num_items_in_batch", None)
+        return rescaled(stock(self, **kwargs), kwargs.get("labels"), num_items)
+
+
+class FastUnscaledHead(FastModel):
+    """A head whose loss is no mean over labels that a trainer could count: it must divide the loss itself."""
+
+    accepts_loss_kwargs = False
+
+
+class FastQuestionAnswering(FastModel):
+    """Question answering: its softmax runs over all places, so the padded ones have to hold what stock computes."""
+
+    def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward, all arguments by name. stock: the stock class's own."""
+        return stock(self, **kwargs | {patch.KEEP_PADDING: True})
+
+
+def rescaled(outputs: Any, labels: Tensor | None, num_items: Any) -> Any:
+    """The outputs with their loss, a mean over the labels, as a sum over num_items instead, if that is given."""
+    if num_items is None or labels is None:
+        return outputs
+    factor = (labels != -100).sum() / num_items
+    if isinstance(outputs, tuple):
+        return (outputs[0] * factor, *outputs[1:])
+    if outputs.loss is not None:
+        outputs.loss = outputs.loss * factor
+    return outputs
+
+
+# --- the masked language model -----------------------------------------------------------------------------------------
+
+
+class MlmNames(NamedTuple):
+    """Where a family keeps the parts of its masked language model head, and the modules that make the logits."""
+
+    dense: str
+    activation: str | None
+    norm: str
+    decoder: str
+    logits: tuple[str, ...]
+
+
+_BERT = "cls.predictions.transform"
+_BERT_MLM = MlmNames(
+    f"{_BERT}.dense", f"{_BERT}.transform_act_fn", f"{_BERT}.LayerNorm", "cls.predictions.decoder", ("cls",)
+)
+_ROBERTA_MLM = MlmNames("lm_head.dense", None, "lm_head.layer_norm", "lm_head.decoder", ("lm_head",))
+_ELECTRA_MLM = MlmNames(
+    "generator_predictions.dense",
+    "generator_predictions.activation",
+    "generator_predictions.LayerNorm",
+    "generator_lm_head",
+    ("generator_predictions", "generator_lm_head"),
+)
+_DISTILBERT = ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector")
+MLM_HEADS = {
+    "bert": _BERT_MLM,
+    "ernie": _BERT_MLM,
+    "roberta": _ROBERTA_MLM,
+    "xlm_roberta": _ROBERTA_MLM,
+    "camembert": _ROBERTA_MLM,
+    "data2vec_text": _ROBERTA_MLM,
+    "electra": _ELECTRA_MLM,
+    "distilbert": MlmNames(*_DISTILBERT, _DISTILBERT),
+}
+
+
+class ResolvedMlm(patch.Resolved):
+    """The parts of a masked language model head."""
+
+    def __init__(self, module: nn.Module, names: MlmNames) -> None:
+        paths: dict[str, type] = {names.dense: nn.Linear, names.norm: nn.LayerNorm, names.decoder: nn.Linear}
+        optional = () if names.activation is None else (names.activation,)
+
+        def check(parts: dict[str, nn.Module]) -> str | None:
+            plain = {path: part for path, part in parts.items() if path != names.activation}
+            reason = patch.wrong_type(plain, paths, module.stock.__module__)
+            if reason is None and names.activation is not None and not patch.is_gelu(parts[names.activation]):
+                reason = "the activation of the head is not exact GELU"
+            return reason
+
+        super().__init__(module, (*paths, *optional), check)
+        if self.reason is None:
+            self.weights = patch.Weights.of([self.parts[path] for path in paths])
+            self.eps = self.parts[names.norm].eps
+
+
+class FastMaskedLM(FastModel):
+    """The masked language model: with labels, loss at the labelled positions, and logits on demand."""
+
+    _fastbert: patch.State
+    logits_field = "logits"
+    output = MaskedLMOutput
+
+    def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward, all arguments by name. stock: the stock class's own."""
+        num_items = kwargs.pop("num_items_in_batch", None)
+        labels = kwargs.get("labels")
+        return_dict = kwargs.get("return_dict")
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if labels is None or not return_dict or torch.compiler.is_compiling():
+            return rescaled(stock(self, **kwargs), labels, num_items)
+        weights, eps = self._head_weights()
+        if weights is None:
+            return rescaled(stock(self, **kwargs), labels, num_items)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "return_dict")}
+        outputs = self.base_model(**kwargs, return_dict=True)
+        loss, _ = self._mlm_loss(outputs[0], labels, weights, eps, num_items)
+        return lazy_output(
+            self.output,
+            self.logits_field,
+            self._logits(outputs[0], weights),
+            loss,
+            outputs.hidden_states,
+            outputs.attentions,
+        )
+
+    def _mlm_loss(
+        self, hidden: Tensor, labels: Tensor, weights: tuple[Tensor, ...], eps: float, num_items: Any
+    ) -> tuple[Tensor, Tensor]:
+        dense, dense_bias, norm, norm_bias, decoder, decoder_bias = weights
+        if labels.numel() == hidden.shape[:-1].numel():
+            labels = labels.view(hidden.shape[:-1])
+        return ops.mlm_loss(
+            hidden, labels, decoder, decoder_bias, dense, dense_bias, norm, norm_bias, eps=eps, num_items=num_items
+        )
+
+    def _head_weights(self) -> tuple[tuple[Tensor, ...] | None, float]:
+        """The weights for ops.mlm_loss, or None if something speaks against it."""
+        if patch.call_reason(self.config, {}) is not None:
+            return None, 0.0
+        state = self._fastbert
+        if state.resolved is None or not state.resolved.current():
+            state.resolved = ResolvedMlm(self, MLM_HEADS[self.family.name])
+        resolved = state.resolved
+        weights = None if resolved.reason is not None else resolved.weights.read()
+        if weights is None or patch.wrong_weights(weights) is not None:
+            return None, 0.0
+        return weights, resolved.eps
+
+    def _logits(self, hidden: Tensor, weights: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+        """What computes the logits later, as they would have been computed now."""
+        grad = torch.is_grad_enabled()
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device)
+        versions = [weight._version for weight in weights] if not torch.is_inference_mode_enabled() else None
+
+        def compute() -> Tensor:
+            if versions is not None and versions != [weight._version for weight in weights]:
+                warnings.warn(
+                    f"{self.logits_field} are computed when first read, and the weights have changed since the forward; "
+                    "read them before optimizer.step()",
+                    stacklevel=3,
+                )
+            with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast):
+                return self._make_logits(hidden)
+
+        return compute
+
+    def _make_logits(self, hidden: Tensor) -> Tensor:
+        for path in MLM_HEADS[self.family.name].logits:
+            hidden = self.get_submodule(path)(hidden)
+        return hidden
+
+
+class FastPreTraining(FastMaskedLM):
+    """Masked language model and next sentence prediction."""
+
+    logits_field = "prediction_logits"
+
+    def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward, all arguments by name. stock: the stock class's own."""
+        num_items = kwargs.pop("num_items_in_batch", None)
+        labels, next_sentence_label = kwargs.get("labels"), kwargs.get("next_sentence_label")
+        return_dict = kwargs.get("return_dict")
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        weights = None
+        if labels is not None and next_sentence_label is not None and return_dict:
+            if not torch.compiler.is_compiling() and patch.foreign_hook(self.cls) is None:
+                weights, eps = self._head_weights()
+        if weights is None:
+            return rescaled(stock(self, **kwargs), labels, num_items)
+        dropped = ("labels", "next_sentence_label", "return_dict")
+        kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
+        outputs = self.base_model(**kwargs, return_dict=True)
+        loss, count = self._mlm_loss(outputs[0], labels, weights, eps, num_items)
+        scores = self.cls.seq_relationship(outputs[1])
+        nsp = nn.functional.cross_entropy(scores.view(-1, 2), next_sentence_label.view(-1))
+        if num_items is not None:  # how many sequences there are in all nobody says: weigh them like the labels
+            nsp = nsp * (count / num_items)
+        return lazy_output(
+            self.output,
+            self.logits_field,
+            self._logits(outputs[0], weights),
+            loss + nsp,
+            scores,
+            outputs.hidden_states,
+            outputs.attentions,
+        )
+
+    @property
+    def output(self) -> type[ModelOutput]:  # type: ignore[override]
+        return getattr(inspect.getmodule(self.stock), f"{self.stock.__name__}Output")
+
+    def _make_logits(self, hidden: Tensor) -> Tensor:
+        return self.cls.predictions(hidden)
+
+
+# --- logits on demand --------------------------------------------------------------------------------------------------
+
+
+class LazyField(OrderedDict[str, Any]):
+    """Mixin for a ModelOutput: one field, named `lazy`, is computed when it is first read, in whatever way."""
+
+    lazy: str
+
+    def defer(self, compute: Callable[[], Tensor]) -> None:
+        """Let `compute` make the field's value later."""
+        self.__dict__["_compute"] = compute
+        names = list(self.__dataclass_fields__)  # type: ignore[attr-defined]
+        OrderedDict.__setitem__(self, self.lazy, None)
+        for name in names[names.index(self.lazy) + 1 :]:
+            if name in self.keys():
+                self.move_to_end(name)
+
+    def _compute_now(self) -> None:
+        compute = self.__dict__.get("_compute")
+        if compute is not None:
+            self[self.lazy] = compute()
+
+    def _get(self) -> Any:
+        self._compute_now()
+        return self.__dict__.get(self.lazy)
+
+    def _set(self, value: Any) -> None:
+        self.__dict__.pop("_compute", None)
+        self.__dict__[self.lazy] = value
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == 0 or (isinstance(key, str) and key != self.lazy):
+            return OrderedDict.__getitem__(self, next(iter(self)) if key == 0 else key)
+        self._compute_now()
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self.keys() else default
+
+    def items(self) -> Any:
+        self._compute_now()
+        return super().items()
+
+    def values(self) -> Any:
+        self._compute_now()
+        return super().values()
+
+    def copy(self) -> Any:
+        self._compute_now()
+        return super().copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stock = type(self).__mro__[2]
+        return stock, tuple(getattr(self, name) for name in stock.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _lazy_class(stock: type[ModelOutput], field: str) -> Any:
+    members = {"__module__": __name__, "lazy": field, field: property(LazyField._get, LazyField._set)}
+    return dataclass(type(stock.__name__, (LazyField, stock), members))
+
+
+def lazy_output(stock: type[ModelOutput], field: str, compute: Callable[[], Tensor], loss: Tensor, *rest: Any) -> Any:
+    """An output of type `stock` whose second field, `field`, is computed when it is first read.
+
+    rest: the values of the fields that follow it.
+    """
+    names = list(stock.__dataclass_fields__)
+    outputs = _lazy_class(stock, field)(loss=loss, **dict(zip(names[2:], rest, strict=True)))
+    outputs.defer(compute)
+    return outputs
+
+
+# --- the classes -------------------------------------------------------------------------------------------------------
+
+_HEADS: dict[str, type[FastModel]] = {
+    "Model": FastModel,
+    "LMHeadModel": FastModel,
+    "MaskedLM": FastMaskedLM,
+    "PreTraining": FastPreTraining,
+    "QuestionAnswering": FastQuestionAnswering,
+}
+
+
+def mixin(role: str, family: patch.Family) -> type[FastModel]:
+    """The class to put before a stock model class."""
+    if role in ("MaskedLM", "PreTraining") and family.name not in MLM_HEADS:
+        return FastUnscaledHead
+    if role == "PreTraining" and family.name not in ("bert", "ernie"):
+        return FastUnscaledHead
+    return _HEADS.get(role, FastHead)
+
+
+def forward_of(stock: type[nn.Module]) -> Callable[..., Any]:
+    """A forward with the stock class's signature that calls `head_forward` with all arguments by name."""
+    stock_forward = stock.forward
+    names = list(inspect.signature(stock_forward).parameters)[1:]
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = names[: len(args)]
+        if len(args) > len(names) or any(name in kwargs for name in given):
+            return stock_forward(self, *args, **kwargs)  # which raises the usual TypeError
+        return self.head_forward(stock_forward, dict(zip(given, args, strict=True)) | kwargs)
+
+    return forward
+
+
+def _model(name: str) -> Any:
+    return patch.fast_class(getattr(modeling_bert, name))
+
+
+BertModel = _model("BertModel")
+BertForPreTraining = _model("BertForPreTraining")
+BertLMHeadModel = _model("BertLMHeadModel")
+BertForMaskedLM = _model("BertForMaskedLM")
+BertForNextSentencePrediction = _model("BertForNextSentencePrediction")
+BertForSequenceClassification = _model("BertForSequenceClassification")
+BertForTokenClassification = _model("BertForTokenClassification")
+BertForQuestionAnswering = _model("BertForQuestionAnswering")
+BertForMultipleChoice = _model("BertForMultipleChoice")

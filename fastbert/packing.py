@@ -1,0 +1,223 @@
+"""From an attention mask to a packed batch and back.
+
+The encoder works on the real tokens alone: `pack` takes them out of [B, S, H] into [T, H], `cu_seqlens` says where each
+sequence starts, and `unpack` puts them back, with zeros where the mask is 0. Where tokens cannot be taken out (a 4-D
+mask, or a trace in which T must not depend on data) all B * S places are kept, and the mask becomes an additive bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class PackedBatch:
+    """One batch as the encoder sees it.
+
+    batch, seqlen: B and S of the padded tensors. cu_seqlens: int32 [sequences + 1]. max_seqlen: the longest sequence.
+    indices: int64 [T], the real tokens among the B * S places; None if all places are kept.
+    bias: additive, [B|1, h|1, S|1, S], or None.
+    mask: the 2-D bool mask [B, S], or None. source: the 4-D mask as it was given, or None.
+    zero: whether `unpack` clears the masked places of a layout that keeps them.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        seqlen: int,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        indices: Tensor | None = None,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        source: Tensor | None = None,
+        zero: bool = False,
+        sequences: bool = False,
+    ) -> None:
+        self.batch = batch
+        self.seqlen = seqlen
+        self.cu_seqlens = cu_seqlens
+        self.max_seqlen = max_seqlen
+        self.indices = indices
+        self.bias = bias
+        self.mask = mask
+        self.source = source
+        self.zero = zero
+        self._sequences = sequences
+        self._stock: dict[bool, Tensor | None] = {}
+
+    @classmethod
+    def full(cls, batch: int, seqlen: int, device: torch.device) -> PackedBatch:
+        """A batch without padding: nothing is gathered, `pack` and `unpack` are views."""
+        return cls(batch, seqlen, _even(batch, seqlen, device), seqlen)
+
+    @classmethod
+    def from_mask(cls, attention_mask: Tensor, batch: int, seqlen: int) -> PackedBatch:
+        """From a mask [B, S] of 0 and 1 (bool, integer or float), in any pattern.
+
+        Reads the lengths back from the device, once. Raises ValueError for another shape or other values.
+        """
+        mask = checked_mask(attention_mask, batch, seqlen)
+        lengths = mask.sum(1, dtype=torch.int32)
+        on_host = lengths.tolist()
+        total = sum(on_host)
+        if total == batch * seqlen:
+            return cls.full(batch, seqlen, mask.device)
+        flat = mask.reshape(-1)
+        indices = flat.nonzero() if mask.device.type == "cpu" else torch.nonzero_static(flat, size=total)
+        cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return cls(batch, seqlen, cu_seqlens, max(on_host), indices=indices.view(-1), mask=mask)
+
+    @classmethod
+    def padded(cls, attention_mask: Tensor, batch: int, seqlen: int, dtype: torch.dtype, *, zero: bool) -> PackedBatch:
+        """From a mask [B, S], all places kept and no host sync: for traces, and for whoever reads the masked places."""
+        _check_shape(attention_mask, batch, seqlen)
+        mask = attention_mask if attention_mask.dtype is torch.bool else attention_mask != 0
+        bias = additive(mask[:, None, None, :], dtype)
+        return cls(batch, seqlen, _even(batch, seqlen, mask.device), seqlen, bias=bias, mask=mask, zero=zero)
+
+    @classmethod
+    def from_bias(cls, attention_mask: Tensor, batch: int, seqlen: int, dtype: torch.dtype) -> PackedBatch:
+        """From a mask [B|1, h|1, S|1, S]: bool (True takes part) or floating (added to the scores)."""
+        shape = attention_mask.shape
+        if len(shape) != 4 or shape[0] not in (1, batch) or shape[2] not in (1, seqlen) or shape[3] != seqlen:
+            raise ValueError(
+                f"attention_mask has shape {list(shape)}, allowed with 4 dimensions are "
+                f"[{batch} or 1, heads or 1, {seqlen} or 1, {seqlen}]"
+            )
+        if attention_mask.dtype is torch.bool:
+            bias = additive(attention_mask, dtype)
+        elif attention_mask.is_floating_point():
+            bias = attention_mask
+        else:
+            raise ValueError(
+                f"attention_mask with 4 dimensions has dtype {attention_mask.dtype}, allowed are torch.bool "
+                "(True takes part) and floating point (added to the scores)"
+            )
+        cu_seqlens = _even(batch, seqlen, attention_mask.device)
+        return cls(batch, seqlen, cu_seqlens, seqlen, bias=bias, source=attention_mask)
+
+    @classmethod
+    def from_cu_seqlens(
+        cls,
+        batch: int,
+        seqlen: int,
+        device: torch.device,
+        cu_seq_lens_q: Tensor | None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+    ) -> PackedBatch:
+        """From input that comes packed as [1, T], the way transformers' flash attention takes it."""
+        cu_seqlens = cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
+        assert cu_seqlens is not None
+        name = "cu_seq_lens_q" if cu_seq_lens_q is not None else "cu_seq_lens_k"
+        if batch != 1:
+            raise ValueError(f"{name} is for packed input with batch size 1, the input has batch size {batch}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype is torch.bool:
+            raise ValueError(
+                f"{name} must hold integers in 1 dimension, got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
+            )
+        longest = max_length_q if max_length_q is not None else max_length_k
+        if not torch.compiler.is_compiling():
+            ends = cu_seqlens.tolist()
+            lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+            if not lengths or ends[0] != 0 or ends[-1] != seqlen or min(lengths) < 0:
+                raise ValueError(f"{name} must rise from 0 to {seqlen}, the number of tokens given; got {ends}")
+            if cu_seq_lens_q is not None and cu_seq_lens_k is not None and cu_seq_lens_k.tolist() != ends:
+                raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q in self-attention")
+            if longest is not None and int(longest) < max(lengths):
+                raise ValueError(f"max_length_q is {int(longest)}, shorter than the longest sequence ({max(lengths)})")
+            longest = max(lengths)
+        cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
+        return cls(1, seqlen, cu_seqlens, seqlen if longest is None else longest, sequences=True)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...]: the real tokens, in order. A view if every place is kept."""
+        x = x.reshape(self.batch * self.seqlen, *x.shape[2:])
+        return x if self.indices is None else _Gather.apply(x, self.indices)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[T, ...] -> [B, S, ...], zeros where the mask is 0."""
+        if self.indices is not None:
+            x = _Scatter.apply(x, self.indices, self.batch * self.seqlen)
+        x = x.view(self.batch, self.seqlen, *x.shape[1:])
+        if self.zero and self.mask is not None:
+            x = torch.where(self.mask.view(*self.mask.shape, *(1,) * (x.dim() - 2)), x, 0.0)
+        return x
+
+    def stock_mask(self, dtype: torch.dtype, *, as_bias: bool = False) -> Tensor | None:
+        """The 4-D mask that transformers' own layers take: bool, or (as_bias) additive; None if nothing is masked."""
+        if self.source is not None:
+            return self.source
+        if as_bias not in self._stock:
+            mask = self._visible()
+            self._stock[as_bias] = additive(mask, dtype) if as_bias and mask is not None else mask
+        return self._stock[as_bias]
+
+    def _visible(self) -> Tensor | None:
+        if self._sequences:
+            places = torch.arange(self.seqlen, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
+            number = torch.searchsorted(self.cu_seqlens, places, right=True)
+            return (number[:, None] == number[None, :])[None, None]
+        if self.mask is None:
+            return None
+        return self.mask[:, None, None, :].expand(self.batch, 1, self.seqlen, self.seqlen)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `visible` is True, else the lowest finite number: with -inf a row that sees nothing would become NaN."""
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return bias.masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def checked_mask(attention_mask: Tensor, batch: int, seqlen: int) -> Tensor:
+    """The mask as bool [B, S]. Raises ValueError for another shape, or for values other than 0 and 1."""
+    _check_shape(attention_mask, batch, seqlen)
+    if attention_mask.dtype is torch.bool:
+        return attention_mask
+    mask = attention_mask != 0
+    if not torch.equal(mask.to(attention_mask.dtype), attention_mask):
+        raise ValueError("attention_mask with 2 dimensions must hold only 0 (padding) and 1 (a token)")
+    return mask
+
+
+def _check_shape(attention_mask: Tensor, batch: int, seqlen: int) -> None:
+    if tuple(attention_mask.shape) != (batch, seqlen):
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}, the input needs [{batch}, {seqlen}], "
+            f"or a 4-D mask [{batch} or 1, heads or 1, {seqlen} or 1, {seqlen}]"
+        )
+
+
+def _even(batch: int, seqlen: int, device: torch.device) -> Tensor:
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of x [N, ...] by index; the indices differ, so backward is a plain write instead of a sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, indices)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _Scatter.apply(grad, ctx.saved_tensors[0], ctx.rows), None
+
+
+class _Scatter(torch.autograd.Function):
+    """Rows of x [T, ...] written to places of a zero tensor [N, ...]; the inverse of _Gather."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, indices: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(indices)
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, indices, x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Gather.apply(grad, ctx.saved_tensors[0]), None, None
