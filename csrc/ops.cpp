@@ -191,10 +191,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
   m.def("ffn_fwd_cpu(Tensor x, Tensor w1, Tensor b1, Tensor w2, bool save) -> (Tensor, Tensor)");
   m.def("ffn_bwd_cpu(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "attention_fwd_cpu(Tensor qkv, Tensor cu_seqlens, int max_seqlen, float scale, float dropout_p, Tensor? seed, "
+      "attention_fwd_cpu(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, "
       "Tensor? bias) -> (Tensor, Tensor)");
   m.def(
-      "attention_bwd_cpu(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, int max_seqlen, "
+      "attention_bwd_cpu(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, "
       "float scale, float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias) -> (Tensor, Tensor)");
 }
 

@@ -64,16 +64,23 @@ inline Lines lines_of(const Matrix& m, int64_t first, int64_t rows, int64_t dept
   return {space, stride};
 }
 
-// s[0 .. n) = s * scale + bias, and minus infinity up to the next multiple of VLEN. Returns the largest.
-FASTBERT_INLINE float scale_scores(float* s, int64_t n, float scale, const float* bias) {
-  const vf lowest = splat(-__builtin_inff());
-  vf top = lowest;
+// Makes s[0 .. n) scores up to a factor that is returned: with a bias, s * scale + bias and 1, else s itself and scale.
+// Up to the next multiple of VLEN s becomes minus infinity times the sign of that factor.
+FASTBERT_INLINE float add_bias(float* s, int64_t n, float scale, const float* bias) {
+  for (int64_t j = 0; bias != nullptr && j < n; j += VLEN) store(s + j, load(s + j) * scale + load_n(bias + j, n - j));
+  const float factor = bias != nullptr ? 1.0f : scale;
+  if (n % VLEN != 0) {
+    float* last = s + n / VLEN * VLEN;
+    const vf nothing = splat(factor < 0.0f ? __builtin_inff() : -__builtin_inff());
+    store(last, iota() < static_cast<int32_t>(n % VLEN) ? load(last) : nothing);
+  }
+  return factor;
+}
+
+FASTBERT_INLINE float largest(const float* s, int64_t n, float factor) {
+  vf top = splat(-__builtin_inff());
   for (int64_t j = 0; j < n; j += VLEN) {
-    vf x = load(s + j) * scale;
-    if (bias != nullptr) x += load_n(bias + j, n - j);
-    if (n - j < VLEN) x = iota() < static_cast<int32_t>(n - j) ? x : lowest;
-    store(s + j, x);
-    top = x > top ? x : top;
+    top = at_least(top, load(s + j) * factor);
   }
   return max(top);
 }
@@ -106,7 +113,8 @@ void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T
       for (int64_t r = 0; r < rows; ++r) {
         float* s = scores + r * block;
         const float* bias = head.bias_row(q + r);
-        const float high = scale_scores(s, n, shape.scale, bias == nullptr ? nullptr : bias + k);
+        const float factor = add_bias(s, n, shape.scale, bias == nullptr ? nullptr : bias + k);
+        const float high = largest(s, n, factor);
         if (high > top[r]) {
           const float shrink = k > 0 ? sum(exp(splat(top[r] - high))) / VLEN : 0.0f;
           for (int64_t j = 0; k > 0 && j < dp; j += VLEN) store(result + r * dp + j, load(result + r * dp + j) * shrink);
@@ -117,7 +125,7 @@ void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T
         const float base = top[r] == -__builtin_inff() ? 0.0f : top[r];
         vf part = {};
         for (int64_t j = 0; j < n; j += VLEN) {
-          const vf p = exp(load(s + j) - base);
+          const vf p = exp(load(s + j) * factor - base);
           part += p;
           store(s + j, p);
         }
@@ -213,7 +221,7 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
       for (int64_t r = 0; r < rows; ++r) {
         float *s = scores + r * block, *g = grads + r * block;
         const float* bias = head.bias_row(q + r);
-        scale_scores(s, n, shape.scale, bias == nullptr ? nullptr : bias + k);
+        const float factor = add_bias(s, n, shape.scale, bias == nullptr ? nullptr : bias + k);
         const float row_lse = lse[head.h * shape.total + head.first + q + r];
         const float base = row_lse == -__builtin_inff() ? 0.0f : row_lse;
         if (dropout.active)
@@ -221,7 +229,7 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
                           kStreamAttention);
         float* db = dbias == nullptr ? nullptr : dbias + head.bias_offset(q + r) + k;
         for (int64_t j = 0; j < n; j += VLEN) {
-          const vf p = exp(load(s + j) - base);
+          const vf p = exp(load(s + j) * factor - base);
           const vf f = dropout.active ? load(factors + j) : splat(1.0f);
           // Beyond the last key p is 0, but what the panels were padded with may have met an infinity.
           const vf ds = p * (load(g + j) * f - delta[r]);

@@ -7,6 +7,8 @@ namespace FASTBERT_ISA {
 
 // Up to this many tokens the weights are read in place, and both products are formed transposed.
 constexpr int64_t kFewTokens = 4 * NR;
+// A task of fewer rows would read the weights too often.
+constexpr int64_t kFusedRows = 4 * MR;
 
 // What leaves the first product of few tokens: rows are units, columns tokens. The activation goes straight into the
 // panels that the second product reads.
@@ -68,16 +70,32 @@ void ffn_fwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, int
   }
   const PackedB up = pack(executor, single({w1, 1, k, dtype}, n1), k, kScratchPackB);
   const PackedB down = pack(executor, single({w2, 1, n1, dtype}, n2), n1, kScratchPackB2);
-  // The activation of one task, rows x n1, has to stay in L2.
+  const Matrix all{x, k, 1, dtype};
   int64_t rows = task_rows(m, executor.workers);
-  while (rows > 2 * MR && rows * n1 * 4 > 2 * kTaskBytes) rows /= 2;
-  parallel_tasks(executor, ceil_div(m, rows), [&](int64_t task, int) {
-    const int64_t first = task * rows, count = smaller(rows, m - first);
-    float* hidden = static_cast<float*>(scratch(kScratchRows, rows * n1 * 4));
-    multiply_task({x, k, 1, dtype}, first, count, up, 0, up.panels(), nullptr, GeluRows<T>{hidden, first, n1, b1, pre});
-    const StoreRows<T> rows_of_y{y + first * n2, n2, nullptr};
-    multiply_task({hidden, n1, 1, DType::kFloat32}, 0, count, down, 0, down.panels(), nullptr, rows_of_y);
-  });
+  while (rows > kFusedRows && rows * n1 * 4 > 2 * kTaskBytes) rows /= 2;
+  if (rows * n1 * 4 <= 2 * kTaskBytes) {
+    // The activation of one task stays in L2.
+    parallel_tasks(executor, ceil_div(m, rows), [&](int64_t task, int) {
+      const int64_t first = task * rows, count = smaller(rows, m - first);
+      float* hidden = static_cast<float*>(scratch(kScratchRows, rows * n1 * 4));
+      multiply_task(all, first, count, up, 0, up.panels(), nullptr, GeluRows<T>{hidden, first, n1, b1, pre});
+      multiply_task({hidden, n1, 1, DType::kFloat32}, 0, count, down, 0, down.panels(), nullptr,
+                    StoreRows<T>{y + first * n2, n2, nullptr});
+    });
+    return;
+  }
+  // Too wide for that: so few rows to a task would read the weights too often. The activation of some tasks of full
+  // height at a time instead, in L3.
+  const int64_t slab = smaller(m, 8 * kTaskRows * executor.workers);
+  float* hidden = static_cast<float*>(scratch(kScratchRows, slab * n1 * 4));
+  for (int64_t first = 0; first < m; first += slab) {
+    const int64_t count = smaller(slab, m - first);
+    T* slab_pre = pre == nullptr ? nullptr : pre + first * n1;
+    const char* from = static_cast<const char*>(x) + first * k * static_cast<int64_t>(sizeof(T));
+    gemm(executor, single({from, k, 1, dtype}, count), up, nullptr, GeluRows<T>{hidden, 0, n1, b1, slab_pre});
+    gemm(executor, single({hidden, n1, 1, DType::kFloat32}, count), down, nullptr,
+         StoreRows<T>{y + first * n2, n2, nullptr});
+  }
 }
 
 void ffn_fwd(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* x,

@@ -6,7 +6,12 @@
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__) || defined(__i386__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpragmas"
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own header wherever it is inlined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "../philox.h"
@@ -57,9 +62,17 @@ FASTBERT_INLINE vi iota() {
   return v;
 }
 
-// Both keep a NaN in `x` (the comparison is false), so that bad input stays visible.
+// Both keep a NaN in `x`, so that bad input stays visible: x86 gives the second operand if either is a NaN.
+#if defined(__AVX512F__)
+FASTBERT_INLINE vf at_least(vf x, vf low) { return _mm512_max_ps(low, x); }
+FASTBERT_INLINE vf at_most(vf x, vf high) { return _mm512_min_ps(high, x); }
+#elif defined(__AVX2__)
+FASTBERT_INLINE vf at_least(vf x, vf low) { return _mm256_max_ps(low, x); }
+FASTBERT_INLINE vf at_most(vf x, vf high) { return _mm256_min_ps(high, x); }
+#else
 FASTBERT_INLINE vf at_least(vf x, vf low) { return x < low ? low : x; }
 FASTBERT_INLINE vf at_most(vf x, vf high) { return x > high ? high : x; }
+#endif
 
 FASTBERT_INLINE float to_float(float x) { return x; }
 FASTBERT_INLINE float to_float(bf16 x) {
@@ -124,23 +137,30 @@ FASTBERT_INLINE float max(vf v) {
   return v[0];
 }
 
-// e^x to about one unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, minimax polynomial of degree 6 for e^r.
+// e^x for x <= 88, to about one unit in the last place; exactly 0 below -87.3, where results leave the normal numbers and
+// arithmetic becomes slow. x = n ln 2 + r, |r| <= ln 2 / 2, minimax polynomial of degree 6 for e^r.
 FASTBERT_INLINE vf exp(vf x) {
-  const vf bounded = at_most(at_least(x, splat(-104.0f)), splat(89.0f));
+  const vf low = splat(-87.3f);
+#if defined(__AVX512F__)
+  const vf n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vf bounded = at_least(x, low);
   const vf shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low bits
   const vf n = shifted - 12582912.0f;
-  const vf r = bounded - n * 0.693145752f - n * 1.42860677e-6f;
+#endif
+  const vf r = x - n * 0.693145752f - n * 1.42860677e-6f;
   vf p = splat(1.3814466e-3f);
   p = p * r + 8.3687808e-3f;
   p = p * r + 4.1668393e-2f;
   p = p * r + 1.6666520e-1f;
   p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  // 2^n in two factors, so that results below the smallest normal number come out right and above the largest infinite.
-  const vi e = reinterpret_cast<vi>(shifted) - 0x4B400000;
-  const vi half = e >> 1;
-  const vf f0 = reinterpret_cast<vf>((half + 127) << 23), f1 = reinterpret_cast<vf>((e - half + 127) << 23);
-  return p * f0 * f1;
+  p = p * r * r + (r + 1.0f);
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), p, n);
+#else
+  const vf power = reinterpret_cast<vf>((reinterpret_cast<vi>(shifted) - (0x4B400000 - 127)) << 23);
+  return x < low ? vf{} : p * power;
+#endif
 }
 
 // Exact GELU x Phi(x) and its parts. Phi(-|x|) = e^(-x^2/2) g(1 / (1 + 0.3 |x|)), g a polynomial fitted for smallest relative
@@ -171,31 +191,51 @@ FASTBERT_INLINE vf gelu_grad(vf x) {
   return n.cdf + x * n.density;
 }
 
-// A quarter of an element each: word w of lane i belongs to counter c0 + i. Four vectors, one per word.
+// 32 x 32 -> 64 bits in each 64-bit lane, whatever stands in the upper halves.
+typedef uint64_t vq __attribute__((vector_size(VLEN * 4)));
+FASTBERT_INLINE vq multiply_low(vq a, vq b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vq>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vq>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<vq>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  return (a & 0xffffffffull) * (b & 0xffffffffull);
+#endif
+}
+
+// The words of 4 * VLEN neighbouring elements, in their order; `first` is the first counter of theirs.
 struct PhiloxWords {
   vu word[4];
 };
 
-FASTBERT_INLINE void mul_wide(vu a, uint32_t m, vu* hi, vu* lo) {
-  typedef uint64_t vq __attribute__((vector_size(VLEN * 4)));
-  const vq wide = reinterpret_cast<vq>(a);
-  const vq even = (wide & 0xffffffffull) * static_cast<uint64_t>(m), odd = (wide >> 32) * static_cast<uint64_t>(m);
-  *hi = reinterpret_cast<vu>((even >> 32) | (odd & 0xffffffff00000000ull));
-  *lo = reinterpret_cast<vu>((even & 0xffffffffull) | (odd << 32));
-}
-
-FASTBERT_INLINE PhiloxWords philox(uint64_t seed, uint32_t first, uint32_t c1_, uint32_t c2_, uint32_t c3_) {
-  vu c0 = reinterpret_cast<vu>(iota()) + first, c1 = splat_u(c1_), c2 = splat_u(c2_), c3 = splat_u(c3_);
+// One counter per 64-bit lane, so that no product has to be put together from halves: the four words of a lane's counter
+// are the lower halves of four vectors, and what the upper halves hold does not matter. The lanes take their counters in
+// the order (0, n/2, 1, n/2 + 1, ...) that interleaving within 128 bits puts right. Two such chains hide the latency.
+FASTBERT_INLINE PhiloxWords philox(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3) {
+  constexpr int kLanes = VLEN / 2;
+  const vq m0 = vq{} + 0xD2511F53ull, m1 = vq{} + 0xCD9E8D57ull;
+  vq a0, a1 = vq{} + c1, a2 = vq{} + c2, a3 = vq{} + c3;
+  for (int i = 0; i < kLanes; ++i) a0[i] = i / 2 + i % 2 * (kLanes / 2);
+  a0 += first;
+  vq b0 = a0 + kLanes, b1 = a1, b2 = a2, b3 = a3;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    vu hi0, lo0, hi1, lo1;
-    mul_wide(c0, 0xD2511F53u, &hi0, &lo0);
-    mul_wide(c2, 0xCD9E8D57u, &hi1, &lo1);
-    const vu n0 = hi1 ^ c1 ^ k0, n2 = hi0 ^ c3 ^ k1;
-    c1 = lo1, c3 = lo0, c0 = n0, c2 = n2;
+    const vq key0 = vq{} + k0, key1 = vq{} + k1;
+    const vq p0 = multiply_low(a0, m0), p1 = multiply_low(a2, m1), q0 = multiply_low(b0, m0), q1 = multiply_low(b2, m1);
+    a0 = (p1 >> 32) ^ a1 ^ key0, a2 = (p0 >> 32) ^ a3 ^ key1, a1 = p1, a3 = p0;
+    b0 = (q1 >> 32) ^ b1 ^ key0, b2 = (q0 >> 32) ^ b3 ^ key1, b1 = q1, b3 = q0;
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
+  vq even, odd;
+  for (int i = 0; i < kLanes; ++i) even[i] = i / 2 * 2 + i % 2 * kLanes, odd[i] = even[i] + 1;
+  const vq low = vq{} + 0xffffffffull;
+  const vq a01 = (a0 & low) | (a1 << 32), a23 = (a2 & low) | (a3 << 32);
+  const vq b01 = (b0 & low) | (b1 << 32), b23 = (b2 & low) | (b3 << 32);
+  return {{reinterpret_cast<vu>(__builtin_shuffle(a01, a23, even)), reinterpret_cast<vu>(__builtin_shuffle(a01, a23, odd)),
+           reinterpret_cast<vu>(__builtin_shuffle(b01, b23, even)), reinterpret_cast<vu>(__builtin_shuffle(b01, b23, odd))}};
 }
 
 // Dropout factors (0 or 1 / (1 - p)) of elements first .. first + n of a row, first a multiple of 4: out[0 .. n), where
@@ -206,13 +246,12 @@ struct Dropout {
   float scale;
   bool active;
 
-  void factors(float* out, int64_t first, int64_t n, uint32_t c1, uint32_t c2, uint32_t c3) const {
+  __attribute__((noinline)) void factors(float* out, int64_t first, int64_t n, uint32_t c1, uint32_t c2,
+                                         uint32_t c3) const {
     for (int64_t j = 0; j < n; j += 4 * VLEN) {
       const PhiloxWords r = philox(seed, static_cast<uint32_t>((first + j) >> 2), c1, c2, c3);
-      uint32_t words[4][VLEN];
-      std::memcpy(words, &r, sizeof(words));
-      for (int lane = 0; lane < VLEN; ++lane)
-        for (int w = 0; w < 4; ++w) out[j + lane * 4 + w] = words[w][lane] >= threshold ? scale : 0.0f;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store(out + j + i * VLEN, r.word[i] >= threshold ? splat(scale) : vf{});
     }
   }
 };
