@@ -52,7 +52,14 @@ struct bf16 {
   uint16_t bits;
 };
 
-FASTBERT_INLINE vf splat(float x) { return vf{} + x; }
+// Not vf{} + x: that addition is really done, since it turns -0 into +0.
+#if defined(__AVX512F__)
+FASTBERT_INLINE vf splat(float x) { return _mm512_set1_ps(x); }
+#elif defined(__AVX2__)
+FASTBERT_INLINE vf splat(float x) { return _mm256_set1_ps(x); }
+#else
+FASTBERT_INLINE vf splat(float x) { return vf{x, x, x, x}; }
+#endif
 FASTBERT_INLINE vu splat_u(uint32_t x) { return vu{} + x; }
 
 // Lane numbers 0, 1, 2, ...
