@@ -117,7 +117,7 @@ def select(
 
     Raises ValueError if a name is unknown, RuntimeError with the reason if a forced backend cannot run.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # which cannot trace a look at the environment
         return _implementations[op][_selected_name(op, _device_type(device), dtype, requires, backend)]
     key = (op, device, dtype, requires, backend, _environment.get(_VARIABLE))
     found = _selected.get(key)
@@ -128,8 +128,12 @@ def select(
 
 @torch.compiler.assume_constant_result
 def _selected_name(op: str, device_type: str, dtype: torch.dtype, requires: Any, backend: str | None) -> str:
-    """`select` for the compiler, which need not trace through the environment."""
     return _select(op, device_type, dtype, requires, backend).name
+
+
+def forced() -> bool:
+    """Whether FASTBERT_BACKEND is set."""
+    return bool(_environment.get(_VARIABLE))
 
 
 def _device_type(device: str | torch.device) -> str:

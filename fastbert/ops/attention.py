@@ -84,15 +84,24 @@ def attention(
     Returns [T, heads * head_dim]. Differentiable once. Under autocast, qkv is cast as a stock module would.
     Raises ValueError or TypeError for wrong shapes, dtypes, devices or lengths.
     """
+    checks.tensor("attention", "qkv", qkv)
+    if scale is None and qkv.dim() == 4 and qkv.size(3) > 0:
+        scale = 1.0 / math.sqrt(qkv.size(3))
+    if _missing is None and leaf.direct(qkv, backend) and dropout_p == 0.0 and seed is None and bias is None:
+        try:
+            with leaf.below_autograd():
+                return _forward(qkv, cu_seqlens, max_seqlen, scale, 0.0, None, None)[0]
+        except RuntimeError:
+            pass
     if torch.is_autocast_enabled(qkv.device.type):
         qkv = checks.autocast(qkv)
     _check(qkv, cu_seqlens, max_seqlen, bias, dropout_p, seed)
     head_dim = qkv.size(3)
+    if torch.compiler.is_compiling():  # it may be symbolic, and a choice needs a constant
+        head_dim = 8 if head_dim % 8 == 0 else 1
     chosen = dispatch.select("attention", device=qkv.device, dtype=qkv.dtype, requires=head_dim, backend=backend)
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(qkv.device)
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
     return chosen.run(qkv, cu_seqlens, max_seqlen, scale, dropout_p, bias, seed)
 
 
@@ -184,7 +193,7 @@ def _run_cpu(
     if bias is not None:
         bias = _dense_bias(bias)
     try:
-        if leaf.needs_grad(qkv, bias):
+        if leaf.needs_grad(qkv, bias) or torch.compiler.is_compiling():
             return _forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
         with leaf.below_autograd():
             return _forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]

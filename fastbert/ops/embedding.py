@@ -228,9 +228,10 @@ def _run_cpu(
         dropout_p,
         seed,
     )
+    save = leaf.needs_grad(word, position, token_type, weight, bias)
     try:
-        if leaf.needs_grad(word, position, token_type, weight, bias):
-            y = _forward(*arguments, True)[0]
+        if save or torch.compiler.is_compiling():
+            y = _forward(*arguments, save)[0]
         else:
             with leaf.below_autograd():
                 y = _forward(*arguments, False)[0]

@@ -26,6 +26,13 @@ def ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *, backend: 
     Returns [..., M]. Differentiable once. Under autocast, casts as nn.Linear would.
     Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
+    checks.tensor("ffn", "x", x)
+    if _missing is None and leaf.direct(x, backend) and x.dim() == 2:
+        try:
+            with leaf.below_autograd():
+                return _forward(x, weight1, bias1, weight2, False)[0]
+        except RuntimeError:
+            pass
     if torch.is_autocast_enabled(x.device.type):
         x, weight1, bias1, weight2 = (checks.autocast(value) for value in (x, weight1, bias1, weight2))
     _check(x, weight1, bias1, weight2)
@@ -60,8 +67,9 @@ _missing = dispatch.missing_leaf("ffn_fwd_cpu") or dispatch.missing_leaf("ffn_bw
 def _run_cpu(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
     rows, weight1, bias1, weight2 = rows.contiguous(), weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
-    if leaf.needs_grad(rows, weight1, bias1, weight2):
-        y = _forward(rows, weight1, bias1, weight2, True)[0]
+    save = leaf.needs_grad(rows, weight1, bias1, weight2)
+    if save or torch.compiler.is_compiling():
+        y = _forward(rows, weight1, bias1, weight2, save)[0]
     else:
         with leaf.below_autograd():
             y = _forward(rows, weight1, bias1, weight2, False)[0]

@@ -61,6 +61,13 @@ def layernorm(
     Returns [..., H] in the promoted dtype of x and residual; statistics are float32 (float64 for float64).
     Differentiable once. Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
+    checks.tensor("layernorm", "x", x)
+    if _missing is None and leaf.direct(x, backend) and dropout_p == 0.0 and seed is None and x.dim() == 2:
+        try:
+            with leaf.below_autograd():
+                return _forward(x, x_bias, residual, weight, bias, eps, 0.0, None, False)[0]
+        except RuntimeError:
+            pass
     _check(x, weight, bias, x_bias, residual, dropout_p, seed)
     others = (weight.dtype, None if residual is None else residual.dtype)
     chosen = dispatch.select("layernorm", device=x.device, dtype=x.dtype, requires=others, backend=backend)
@@ -115,8 +122,9 @@ def _run_cpu(
         x_bias = x_bias.contiguous()
     if residual is not None:
         residual = (residual if x.dim() == 2 else residual.reshape(-1, x.size(-1))).contiguous()
-    if leaf.needs_grad(rows, x_bias, residual, weight, bias):
-        y = _forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, True)[0]
+    save = leaf.needs_grad(rows, x_bias, residual, weight, bias)
+    if save or torch.compiler.is_compiling():
+        y = _forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, save)[0]
     else:
         with leaf.below_autograd():
             y = _forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, False)[0]

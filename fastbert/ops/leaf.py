@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert import dispatch
+
 # Below autograd an op costs a few microseconds less. Only for calls that need no gradient, and not while compiling.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -37,6 +39,20 @@ def register(
 
 def second_order_message(op: str) -> str:
     return f'{op}: the cpu backend has no second-order gradients; use backend="reference" for them'
+
+
+def direct(x: Tensor, backend: str | None) -> bool:
+    """Whether an op may call its C++ op at once and leave the checks to it: the path of inference, where a microsecond
+    an op counts. If the C++ op refuses, the op goes its full way: argument checks, and the choice of implementation.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and backend is None
+        and x.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+        and not dispatch.forced()
+    )
 
 
 def unsaved_message(op: str) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor
 from fastbert import dispatch
 from fastbert.ops import checks, leaf
 
+MAX_WEIGHTS = 4  # of one call; the C++ op has room for no more
+
 
 def linear_ref(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """The specification, in plain PyTorch. weights: [Ni, K] each; biases: [Ni] each, or none. Returns [..., sum Ni]."""
@@ -37,6 +39,13 @@ def linear(
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
+    checks.tensor("linear", "x", x)
+    if _missing is None and leaf.direct(x, backend) and x.dim() == 2:
+        try:
+            with leaf.below_autograd():
+                return _forward(x, weights, biases)
+        except RuntimeError:
+            pass
     if torch.is_autocast_enabled(x.device.type):
         x = checks.autocast(x)
         weights = [checks.autocast(w) for w in weights]
@@ -50,8 +59,8 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
     checks.floating("linear", "x", x)
     if x.dim() == 0:
         raise ValueError("linear: x must have shape [..., in_features], got []")
-    if not weights:
-        raise ValueError("linear: weight must be a tensor or a sequence of at least one, got none")
+    if not 1 <= len(weights) <= MAX_WEIGHTS:
+        raise ValueError(f"linear: weight must be a tensor or a sequence of 1 to {MAX_WEIGHTS}, got {len(weights)}")
     if biases and len(biases) != len(weights):
         raise ValueError(f"linear: got {len(weights)} weights but {len(biases)} biases; they must agree")
     for i, w in enumerate(weights):
@@ -78,7 +87,7 @@ def _run_cpu(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     rows = rows.contiguous()
     weights = [weight.contiguous() for weight in weights]
     biases = [bias.contiguous() for bias in biases]
-    if leaf.needs_grad(x, *weights, *biases):
+    if leaf.needs_grad(rows, *weights, *biases) or torch.compiler.is_compiling():
         y = _forward(rows, weights, biases)
     else:
         with leaf.below_autograd():

@@ -145,9 +145,10 @@ def _run_cpu(
     hidden, labels, weight = hidden.contiguous(), labels.contiguous(), weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()
+    save = leaf.needs_grad(hidden, weight, bias)
     try:
-        if leaf.needs_grad(hidden, weight, bias):
-            return _forward(hidden, labels, weight, bias, ignore_index, label_smoothing, True)[0]
+        if save or torch.compiler.is_compiling():
+            return _forward(hidden, labels, weight, bias, ignore_index, label_smoothing, save)[0]
         with leaf.below_autograd():
             return _forward(hidden, labels, weight, bias, ignore_index, label_smoothing, False)[0]
     except RuntimeError:  # the kernel checks the labels too, but can raise nothing else
