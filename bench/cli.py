@@ -8,7 +8,8 @@ from typing import Any
 
 from . import machine, report
 
-COMMANDS = ("model", "training", "op")
+KINDS = {"table": ("inference", "training"), "model": ("inference",), "training": ("training",), "op": ("op",)}
+"""What each command measures."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,21 +19,18 @@ def parser() -> argparse.ArgumentParser:
         description="Measures against Hugging Face, ONNX Runtime, OpenVINO and CTranslate2, in turn and each in a process "
         "of its own, and against the machine's peak. Results go to the screen, to JSON and to a plot.",
     )
-    what = top.add_subparsers(dest="command", required=True, metavar="{model,training,op}")
-    for name, text in zip(COMMANDS, ("inference of whole models", "a training step", "single operations")):
-        sub = what.add_parser(name, help=text, description=f"Measures {text}.")
-        sub.add_argument("--row", default=None, metavar="A,B", help="rows to run (default: all; 'list' lists them)")
-        sub.add_argument(
-            "--contestants", default=None, metavar="A,B", help="who takes part (default: all that compile nothing; 'all')"
-        )
-        sub.add_argument("--threads", type=_positive, default=machine.cores(), help="threads of each (default: all cores)")
-        sub.add_argument("--repeats", type=_positive, default=7, help="interleaved rounds (default: 7)")
-        sub.add_argument("--seconds", type=float, default=0.5, help="length of a turn, at least one call (default: 0.5)")
-        sub.add_argument("--output", type=Path, default=Path("bench/results"), metavar="DIR", help="for JSON and plot")
-        sub.add_argument("--data", type=Path, default=None, metavar="DIR", help="cache of real weights and texts")
-        sub.add_argument("--no-plot", action="store_true", help="write no plot")
-        if name == "training":
-            sub.add_argument("--no-memory", action="store_true", help="skip the peak memory, which takes some steps more")
+    what = "model: inference; training: a training step; op: single operations; table (default): model and training"
+    top.add_argument("command", nargs="?", choices=list(KINDS), default="table", help=what)
+    top.add_argument("--list", action="store_true", help="list rows and contestants, measure nothing")
+    top.add_argument("--row", default=None, metavar="A,B", help="rows to run (default: all)")
+    top.add_argument("--contestants", default=None, metavar="A,B", help="who takes part; 'all' includes hf-compile")
+    top.add_argument("--threads", type=_positive, default=machine.cores(), help="threads of each (default: all cores)")
+    top.add_argument("--repeats", type=_positive, default=7, help="interleaved rounds (default: 7)")
+    top.add_argument("--seconds", type=float, default=0.5, help="length of a turn, at least one call (default: 0.5)")
+    top.add_argument("--output", type=Path, default=Path("bench/results"), metavar="DIR", help="for JSON and plot")
+    top.add_argument("--data", type=Path, default=None, metavar="DIR", help="cache of real weights and texts")
+    top.add_argument("--no-plot", action="store_true", help="write no plot")
+    top.add_argument("--no-memory", action="store_true", help="skip the peak memory of training, which takes more steps")
     return top
 
 
@@ -41,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     from . import contestants, runner
 
-    kind = {"model": "inference", "training": "training", "op": "op"}[arguments.command]
     try:
         rows = _rows(arguments)
-        names = contestants.choose(kind, arguments.contestants)
-        if arguments.row == "list":
-            print("rows:        " + " ".join(rows) + "\ncontestants: " + " ".join(contestants.BY_KIND[kind]))
+        names = contestants.choose(KINDS[arguments.command], arguments.contestants)
+        if arguments.list:
+            print("rows:        " + ", ".join(rows))
+            for kind in names:
+                print(f"contestants: {', '.join(contestants.BY_KIND[kind])} ({kind})")
             return 0
         content = report.result(arguments.command, machine.describe(), arguments.threads, arguments.repeats, [])
         path = arguments.output / f"{report.stem(content)}.json"
@@ -62,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             workload = rows[row]()
             record = runner.run(
                 workload,
-                names,
+                names[workload.kind],
                 arguments.threads,
                 arguments.repeats,
                 arguments.seconds,
-                memory=kind == "training" and not arguments.no_memory,
+                memory=workload.kind == "training" and not arguments.no_memory,
                 progress=progress,
             )
         except KeyboardInterrupt:
@@ -101,9 +100,10 @@ def _rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
         table = ops.workloads()
     else:
         cache = arguments.data or data.default_cache()
-        known = workloads.INFERENCE_ROWS if arguments.command == "model" else workloads.TRAINING_ROWS
-        table = {name: lambda name=name: workloads.build(name, cache) for name in known}
-    if arguments.row in (None, "list"):
+        known = {"inference": workloads.INFERENCE_ROWS, "training": workloads.TRAINING_ROWS}
+        names = [name for kind in KINDS[arguments.command] for name in known[kind]]
+        table = {name: lambda name=name: workloads.build(name, cache) for name in names}
+    if arguments.row is None:
         return table
     chosen: dict[str, Callable[[], Any]] = {}
     for wanted in (name.strip() for name in arguments.row.split(",")):

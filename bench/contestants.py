@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,18 +83,18 @@ def entry(kind: str, name: str) -> Entry:
     return BY_KIND[kind][name]
 
 
-def choose(kind: str, names: str | None) -> list[str]:
-    """The contestants named in a comma-separated list; "all" is every one, None all but the optional ones.
+def choose(kinds: Sequence[str], names: str | None) -> dict[str, list[str]]:
+    """The contestants of each kind out of a comma-separated list; "all" is every one, None all but the optional ones.
 
-    Raises ValueError for a name that this kind does not have.
+    Raises ValueError for a name that none of the kinds has.
     """
-    table = BY_KIND[kind]
     if names is None:
-        return [name for name, item in table.items() if not item.optional]
+        return {kind: [name for name, item in BY_KIND[kind].items() if not item.optional] for kind in kinds}
     if names == "all":
-        return list(table)
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in chosen if name not in table]
+        return {kind: list(BY_KIND[kind]) for kind in kinds}
+    chosen = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
+    known = dict.fromkeys(name for kind in kinds for name in BY_KIND[kind])
+    unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
-        raise ValueError(f"--contestants has {', '.join(unknown) or 'none'}; it may have: {', '.join(table)}")
-    return list(dict.fromkeys(chosen))
+        raise ValueError(f"--contestants has {', '.join(unknown) or 'no name'}; it may have: {', '.join(known)}, or all")
+    return {kind: [name for name in chosen if name in BY_KIND[kind]] for kind in kinds}

@@ -137,6 +137,7 @@ def _saved(workload: Workload, folder: Path) -> Path:
     from transformers import BertTokenizerFast
 
     model = build_model("BertModel", workload, "sdpa")
+    model.config.position_embedding_type = "absolute"  # which the converter asks for and transformers 5 no longer has
     model.save_pretrained(folder)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary += [f"w{i}" for i in range(len(vocabulary), model.config.vocab_size)]

@@ -10,6 +10,9 @@ from typing import Any
 SCHEMA = 1
 """Version of the JSON layout, see bench/README.md."""
 
+BUSY = 0.05
+"""Share of the cores' time that other processes may take before the table says that its figures are not to be trusted."""
+
 
 def result(command: str, machine: dict[str, Any], threads: int, repeats: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of a result file: where, how and what was measured."""
@@ -52,6 +55,8 @@ def table(row: dict[str, Any]) -> str:
     held = f"peak {peak['rate']:.0f} {unit} ({peak['how']})" if peak["rate"] else "peak not measured"
     state = "" if row["complete"] else f", INTERRUPTED after {row['rounds']} rounds"
     lines.append(f"  {amount}, {row['threads']} threads, {held}, {row['rounds']} interleaved rounds{state}")
+    if (row["others"] or 0) > BUSY:
+        lines.append(f"  NOT A QUIET MACHINE: other processes took {row['others']:.0%} of the cores during the turns")
     timed = {n: c for n, c in row["contestants"].items() if "median_s" in c}
     ours = timed.get("fastbert", {}).get("median_s")
     head = ["contestant", "median", "min", unit, "of peak", "error"]

@@ -142,6 +142,7 @@ def run(
         "threads": threads,
         "rounds": 0,
         "complete": False,
+        "others": None,
         "peak": {"rate": None, "how": None, "samples": []},
         "contestants": {name: {"status": "not run", "reason": None} for name in names},
     }
@@ -263,13 +264,14 @@ def _rounds(
             item.pop("turns")
             _drop(workers, name)
             continue
+        record["rounds"] = number + 1
         progress(f"round {number + 1}/{repeats} {name} {item['turns'][-1]['median_s'] * 1e3:.2f} ms")
-        if name == order[-1]:
-            record["rounds"] = number + 1
 
 
 def _summarise(record: dict[str, Any]) -> None:
     """Medians, rates and shares of peak from the turns. Only a contestant that was right and timed gets any."""
+    others = [t["others"] for c in record["contestants"].values() for t in c.get("turns", []) if t["others"] is not None]
+    record["others"] = statistics.mean(others) if others else None
     samples = record["peak"]["samples"]
     peak = record["peak"]["rate"] = statistics.median(samples) if samples else None
     for item in record["contestants"].values():

@@ -32,6 +32,34 @@ def turn(run: Callable[[], Any], seconds: float) -> list[float]:
     return samples
 
 
+class Others:
+    """How much of the cores' time went to other processes (and the hypervisor): what makes a timing worthless."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def share(self) -> float | None:
+        """Between 0 and 1 since the object was made; None where the system does not tell (not Linux)."""
+        now = self._now()
+        if now is None or self.start is None:
+            return None
+        wall, busy, own = (after - before for after, before in zip(now, self.start, strict=True))
+        return min(1.0, max(0.0, busy - own) / wall) if wall else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds on all cores that we may use: elapsed, busy, and busy for this process."""
+        try:
+            cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+            lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        except (OSError, AttributeError):
+            return None
+        # user nice system idle iowait irq softirq steal
+        ticks = [[int(value) for value in fields[1:9]] for fields in lines if fields and fields[0] in cores]
+        busy = sum(sum(core) - core[3] - core[4] for core in ticks) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter() * len(cores), busy, time.process_time()
+
+
 def peak_memory(run: Callable[[], Any], calls: int) -> dict[str, int] | None:
     """Resident memory (bytes) before the first call and at its highest during ``calls`` calls; None where unknown (not Linux)."""
     try:
@@ -80,8 +108,10 @@ class Worker:
         return {"details": self.contestant.details()}
 
     def time(self, seconds: float) -> dict[str, Any]:
+        others = Others()
         samples = turn(self.contestant.run, seconds)
-        return {"median_s": statistics.median(samples), "min_s": min(samples), "calls": len(samples)}
+        times = {"median_s": statistics.median(samples), "min_s": min(samples), "calls": len(samples)}
+        return {**times, "others": others.share()}
 
     def memory(self, calls: int) -> dict[str, Any]:
         return {"memory": peak_memory(self.contestant.run, calls)}
