@@ -143,7 +143,7 @@ def _predict(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    from fastbert.bench.cli import main as run
+    from fastbert.bench.cli import main as run  # type: ignore[import-not-found]
 
     return run(argv) or 0
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from .training.data import BadRowError, TextColumns, choose_text_columns, tokenize
 from .training.errors import CommandError, first_line, is_disk_full
@@ -173,7 +173,7 @@ class Predictor:
         self.truncated += cut
         lengths = [len(ids) for ids in encoded["input_ids"]]
         self.tokens += sum(lengths)
-        result = np.full((len(texts), self.model.config.num_labels), np.nan, dtype=np.float32)
+        result = np.full((len(texts), int(self.model.config.num_labels or 1)), np.nan, dtype=np.float32)
         for batch in batches(lengths, self.budget):
             inputs = self.tokenizer.pad(
                 {name: [values[i] for i in batch] for name, values in encoded.items()}, return_tensors="pt"
@@ -245,9 +245,9 @@ def main(argv: list[str]) -> int:
     check_vocabulary(tokenizer, model, flags.model_name_or_path)
     model = _place(model.eval(), flags.device)
     if flags.optimize:
-        import fastbert
+        from fastbert import optimize
 
-        fastbert.optimize(model)
+        optimize(model)
     predictor = Predictor(model, tokenizer, max_length, flags.max_tokens_per_batch)
     try:
         return _run(rows, start, text, predictor, head, output, flags)
@@ -366,6 +366,6 @@ def _fingerprint(flags: argparse.Namespace, text: TextColumns) -> dict[str, Any]
 def _place(model: PreTrainedModel, device: str | None) -> PreTrainedModel:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return model.to(device)
+        return model.to(torch.device(device))  # type: ignore[arg-type]
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"--device {device}: {first_line(error)}") from error

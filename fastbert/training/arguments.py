@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -167,14 +167,14 @@ class FinetuneArguments(TrainingArguments):
     do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation data."})
     do_predict: bool = field(default=True, metadata={"help": "Test the best model, if there is a --test_file."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str | None = field(
+    save_strategy: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "When to save: no, steps, epoch or best. Default: --eval_strategy."}
     )
-    save_steps: float | None = field(
+    save_steps: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Steps between checkpoints; below 1 a share of all. Default: --eval_steps."}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; the best is always kept."})
-    load_best_model_at_end: bool | None = field(
+    load_best_model_at_end: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "End with the best checkpoint. Default: true if there is evaluation.",
@@ -278,7 +278,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def build_parser(everything: bool = False) -> ArgumentParser:
     """The parser of ``fastbert finetune``; ``everything`` shows all of TrainingArguments in the help."""
     parser = ArgumentParser(
-        (ModelArguments, DataArguments, FinetuneArguments),
+        cast(Any, (ModelArguments, DataArguments, FinetuneArguments)),
         prog="fastbert finetune",
         usage="fastbert finetune --model_name_or_path MODEL --train_file FILE --output_dir DIR [flags]\n"
         "       fastbert finetune FLAGS.json",
@@ -314,7 +314,7 @@ def parse(argv: list[str]) -> Parsed:
         raise CommandError(f"{first_line(error)} (fastbert[train] brings what training needs)") from error
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return tuple(parsed)
+    return cast(Parsed, tuple(parsed))
 
 
 def _from_json(parser: ArgumentParser, path: str) -> Parsed:
@@ -322,4 +322,4 @@ def _from_json(parser: ArgumentParser, path: str) -> Parsed:
         flags: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CommandError(f"{path}: cannot be read as JSON: {first_line(error)}") from error
-    return parser.parse_dict(flags)
+    return cast(Parsed, parser.parse_dict(flags))

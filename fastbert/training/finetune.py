@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     started = time.perf_counter()
     if not data_args.train_file:
         raise CommandError("--train_file is needed")
-    output = Path(args.output_dir)
+    output = Path(str(args.output_dir))
     hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
     tokenizer_name = model_args.tokenizer_name or model_args.model_name_or_path
 
@@ -83,7 +83,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     _check_same_run(output, run, checkpoint)
 
     set_seed(args.seed)
-    config.problem_type = labels.kind
+    config.problem_type = cast(Any, labels.kind)
     config.num_labels = labels.num_labels
     config.id2label = dict(enumerate(labels.names))
     config.label2id = {name: i for i, name in enumerate(labels.names)}
@@ -98,9 +98,9 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     if data_args.max_seq_length is not None:
         tokenizer.model_max_length = max_length
     if model_args.optimize:
-        import fastbert
+        from fastbert import optimize
 
-        fastbert.optimize(model)
+        optimize(model)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / RUN, run)
 
@@ -139,7 +139,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     test = per_class = None
     if "test" in datasets:
         predicted = trainer.predict(datasets["test"], metric_key_prefix="test")
-        test = {key.removeprefix("test_"): value for key, value in predicted.metrics.items()}
+        test = {key.removeprefix("test_"): value for key, value in (predicted.metrics or {}).items()}
         logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
         per_class = per_label(labels, np.asarray(logits), np.asarray(predicted.label_ids))
     tested = time.perf_counter()
@@ -249,7 +249,7 @@ def _read(
             max_rows=limits[name],
             on_bad_row=data_args.on_bad_row,
             empty_label=kind == MULTI,
-            quiet=args.disable_tqdm,
+            quiet=bool(args.disable_tqdm),
         )
         if labels is None:
             known = rows.label_names.get(columns[0]) if len(columns) == 1 else None
@@ -419,6 +419,6 @@ def _save_model(trainer: FinetuneTrainer, output: Path) -> None:
 
 
 def _fastbert_report(model: Any) -> dict[str, Any]:
-    import fastbert
+    from fastbert import report
 
-    return fastbert.report(model).as_dict()
+    return report(model).as_dict()

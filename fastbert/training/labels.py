@@ -162,7 +162,7 @@ def find_labels(
         for label in labels:
             found.update([label_name(label)] if kind == SINGLE else split_labels(label, delimiter))
         whole = all(name.lstrip("-").isdigit() for name in found)
-        names = sorted(found, key=int if whole else str)  # type: ignore[arg-type]
+        names = sorted(found, key=int) if whole else sorted(found)
     if kind == SINGLE and len(names) < 2:
         raise CommandError(f"--label_column_name {columns[0]}: the training data has only one label, {names[0]!r}")
     if kind == MULTI and not names:
@@ -222,7 +222,7 @@ def compute_metrics(kind: str, logits: np.ndarray, truth: np.ndarray) -> dict[st
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    from scipy.stats import rankdata
+    from scipy.stats import rankdata  # type: ignore[import-untyped]
 
     return rankdata(values, axis=0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -101,7 +101,7 @@ def load_classifier(
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     """Raise CommandError if the tokenizer can produce ids that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = len(cast(torch.Tensor, model.get_input_embeddings().weight))
     if len(tokenizer) > rows:
         raise CommandError(
             f"--model_name_or_path {name}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}; "

@@ -57,7 +57,8 @@ class FinetuneTrainer(Trainer):
         return self.train_sampler
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        output = Path(str(self.args.output_dir))
+        folder = output / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero() and folder.exists():
             # Written over in place, a folder could hold files of two runs when the process is killed.
             shutil.rmtree(folder)
@@ -67,9 +68,9 @@ class FinetuneTrainer(Trainer):
             if not is_disk_full(error):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
-            kept = [path.name for path in checkpoints(self.args.output_dir)]
+            kept = [path.name for path in checkpoints(output)]
             raise CommandError(
-                f"--output_dir {self.args.output_dir}: no space left for {folder.name} ({first_line(error)}). "
+                f"--output_dir {output}: no space left for {folder.name} ({first_line(error)}). "
                 f"Finished checkpoints, intact: {', '.join(kept) or 'none yet'}. "
                 "Free some space and go on with --resume_from_checkpoint true"
             ) from error
@@ -126,6 +127,7 @@ class QuietProgressCallback(ProgressCallback):
 
     def __init__(self, metric: str) -> None:
         super().__init__()
+        self.training_bar: Any  # a tqdm bar while training, else None
         self.metric = metric
         self.started = time.perf_counter()
 

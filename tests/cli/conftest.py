@@ -1,0 +1,185 @@
+"""A tiny random BERT with a tokenizer of its own, small data, and the command in this or another process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastbert.cli import main
+
+TOPICS = {
+    "animal": ["dog", "cat", "horse", "whale", "sparrow", "barks", "runs", "sleeps", "hunts", "tail"],
+    "food": ["bread", "cheese", "soup", "apple", "salt", "cooks", "tastes", "bakes", "spicy", "plate"],
+    "space": ["star", "planet", "orbit", "rocket", "moon", "shines", "lands", "launches", "crater", "dust"],
+}
+FILLER = ["the", "a", "very", "often", "never", "my", "old", "some", "with", "under", "near", "today"]
+
+
+class Kit:
+    """Helpers of these tests. Importing them from a module is not possible in pytest's importlib mode."""
+
+    @staticmethod
+    def sentence(rng: random.Random, topic: str, words: int | None = None) -> str:
+        """A sentence whose words tell its topic."""
+        count = words or rng.randint(3, 14)
+        return " ".join(rng.choice(TOPICS[topic] if rng.random() < 0.6 else FILLER) for _ in range(count))
+
+    @staticmethod
+    def examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
+        """``count`` rows with a text and its topic as label."""
+        rng = random.Random(seed)
+        topics = [sorted(TOPICS)[i % 3] for i in range(count)]
+        return [{"text": Kit.sentence(rng, topic), "label": topic} for topic in topics]
+
+    @staticmethod
+    def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+        """Write rows as CSV, TSV, JSONL or Parquet by the path's ending, or as a saved dataset if it has none."""
+        if path.suffix in (".csv", ".tsv"):
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys(), delimiter="\t" if path.suffix == ".tsv" else ",")
+                writer.writeheader()
+                writer.writerows(rows)
+        elif path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        elif path.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            import datasets
+
+            datasets.Dataset.from_list(rows).save_to_disk(str(path))
+        return path
+
+    @staticmethod
+    def finetune_flags(model: Path, train: Path, output: Path, **more: Any) -> list[str]:
+        """``finetune`` with the flags that every test gives, and ``more``."""
+        flags = {
+            "model_name_or_path": model,
+            "train_file": train,
+            "output_dir": output,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **more,
+        }
+        return ["finetune", *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]
+
+    @staticmethod
+    def predict_flags(model: Path, source: Path | str, output: Path | str, **more: Any) -> list[str]:
+        """``predict`` with the flags that every test gives, and ``more``; True stands for a flag without a value."""
+        flags = {
+            "model_name_or_path": model,
+            "input": source,
+            "output": output,
+            "text_column_name": "text",
+            "device": "cpu",
+            "quiet": True,
+            **more,
+        }
+        return [
+            "predict",
+            *(
+                text
+                for name, value in flags.items()
+                for text in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+            ),
+        ]
+
+    @staticmethod
+    def start(arguments: list[str]) -> subprocess.Popen[str]:
+        """The command in a process of its own."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "fastbert.cli", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+
+    @staticmethod
+    def signal_when(process: subprocess.Popen[str], ready: Callable[[], bool], number: int = signal.SIGKILL) -> str:
+        """Send a signal as soon as ``ready`` says so; returns what the process wrote to stderr."""
+        deadline = time.monotonic() + 120
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"ended before it could be interrupted: {process.communicate()[1]}")
+            time.sleep(0.002)
+        process.send_signal(number)
+        return process.communicate(timeout=120)[1]
+
+
+@pytest.fixture(scope="session")
+def kit() -> type[Kit]:
+    return Kit
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as it comes before fine-tuning: an encoder and no head."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    corpus = [" ".join([*words, *FILLER]) for words in TOPICS.values()]
+    tokenizer.train_from_iterator(corpus, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", tokenizer.token_to_id("[CLS]")), ("[SEP]", tokenizer.token_to_id("[SEP]"))],
+    )
+    BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned classifier of the three topics."""
+    folder = tmp_path_factory.mktemp("classifier")
+    train = Kit.write_rows(folder / "train.csv", Kit.examples(120))
+    flags = ["--num_train_epochs", "6", "--learning_rate", "5e-3", "--per_device_train_batch_size", "16"]
+    assert main(Kit.finetune_flags(base_model, train, folder / "out") + flags) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int], None]]:
+    """Limits the size of any file written, which fails as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size if size >= 0 else before[0], before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
