@@ -165,7 +165,7 @@ class Build:
         if up_to_date(target, signature):
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
+        target.with_suffix(".cmd").unlink(missing_ok=True)  # written again when the object is whole
         print(f"compiling {source} -> {target}", flush=True)
         started = time.time_ns()
         run([*command, "-o", str(target)], f"compiling {source}")
@@ -191,10 +191,21 @@ class Build:
             fresh = library.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
             if not fresh or library.stat().st_mtime_ns < newest:
                 print(f"linking {library}", flush=True)
-                library.unlink(missing_ok=True)
+                stamp.unlink(missing_ok=True)
                 run([*command, "-o", str(library)], "linking fastbert._C")
+                self.try_loading(library)
                 stamp.write_text(shlex.join(command))
             return library
+
+    def try_loading(self, library: Path) -> None:
+        """A shared library links without complaint when one of our own functions is missing: find that here."""
+        if self.sanitize:  # would need the sanitizers' libraries loaded before Python
+            return
+        torch = self.torch / "lib" / ("libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
+        load = (
+            "import ctypes, os, sys\nfor name in sys.argv[1:]: ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL | os.RTLD_NOW)"
+        )
+        run([sys.executable, "-c", load, str(torch), str(library.absolute())], "loading the library")
 
     def link_flags(self) -> list[str]:
         """torch is imported, and with it its libraries loaded, before ``fastbert._C``: the loader takes those, wherever

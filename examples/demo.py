@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for what it makes")
     parser.add_argument("--cache", type=Path, default=fetch.default_cache(), help="folder for what it downloads")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--contestant", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant:

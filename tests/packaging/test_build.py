@@ -30,7 +30,7 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
 """
 pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="there is no C++ compiler"
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler"
 )
 
 
@@ -109,6 +109,14 @@ def test_a_compile_error_fails_the_build(toy: Path) -> None:
     assert done.returncode != 0
     assert "other.cpp:1:" in done.stdout, "the compiler's own message"
     assert "compiling csrc/other.cpp failed" in done.stderr
+    assert not list((toy / "fastbert").glob("_C.*"))
+
+
+def test_a_missing_function_fails_the_build(toy: Path) -> None:
+    later(toy / "csrc" / "other.cpp", "int nowhere();\nint other() { return nowhere(); }\n")
+    done = build(toy, check=False)
+    assert done.returncode != 0
+    assert "nowhere" in done.stdout, "the loader's own message"
     assert not list((toy / "fastbert").glob("_C.*"))
 
 
