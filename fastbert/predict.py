@@ -249,6 +249,7 @@ def main(argv: list[str]) -> int:
 
         optimize(model)
     predictor = Predictor(model, tokenizer, max_length, flags.max_tokens_per_batch)
+    output.open()
     try:
         return _run(rows, start, text, predictor, head, output, flags)
     except KeyboardInterrupt:
@@ -291,6 +292,8 @@ def _run(
                 if error is not None:
                     bad += 1
                     if flags.on_bad_row == "error":
+                        if output.rows == 0:
+                            output.discard()
                         raise CommandError(f"--input {flags.input}:{row.line}: {error} (--on_bad_row error)")
                     if output.bad_rows + bad <= SHOWN:
                         bar.write(f"{flags.input}:{row.line}: {error}", file=sys.stderr)
@@ -367,5 +370,5 @@ def _place(model: PreTrainedModel, device: str | None) -> PreTrainedModel:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(torch.device(device))  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise CommandError(f"--device {device}: {first_line(error)}") from error

@@ -60,7 +60,11 @@ def _as_text(values: dict[str, Any], name: str) -> str:
         return ""
     if isinstance(value, (list, dict, bool)):
         raise BadRowError(f"{name!r} is not a text but a {type(value).__name__}")
-    return str(value)
+    text = str(value)
+    # JSON can hold half of a surrogate pair, which no UTF-8 has and the tokenizer cannot take.
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadRowError(f"{name!r} has a lone surrogate character")
+    return text
 
 
 def known_columns(rows: RowFile) -> list[str]:
@@ -70,7 +74,7 @@ def known_columns(rows: RowFile) -> list[str]:
     found: dict[str, None] = {}
     for index, row in enumerate(rows.rows()):
         found.update(dict.fromkeys(row.values))
-        if index >= 100:
+        if index >= 1000:
             break
     return list(found)
 

@@ -53,7 +53,7 @@ def open_output(path: str, own: list[str], added: list[str], schema: pa.Schema |
 
 
 class Output:
-    """An output file under way. :meth:`begin`, then :meth:`write` window by window, then :meth:`finish`."""
+    """An output file under way. :meth:`begin`, :meth:`open`, then :meth:`write` window by window, then :meth:`finish`."""
 
     def __init__(
         self, path: Path, own: list[str], added: list[str], schema: pa.Schema | None, label_delimiter: str, kind: str
@@ -71,30 +71,41 @@ class Output:
         self.windows = 0
         self.bytes = 0
         self.fingerprint: dict[str, Any] = {}
+        self._resumed = False
 
     def begin(self, fingerprint: dict[str, Any], *, resume: bool, overwrite: bool) -> Position | None:
-        """Where in the input to start; None if the output is complete. Raises CommandError rather than overwrite."""
+        """Where in the input to start; None if the output is complete. Raises CommandError rather than overwrite.
+
+        Writes nothing yet: :meth:`open` does.
+        """
         self.fingerprint = {**fingerprint, "--output": self.kind}
         state = self._read_journal()
         if resume and state is not None:
+            self._resumed = True
             return self._resume(state)
         if not overwrite:
             if self.path.exists():
                 if resume:
                     return None
                 raise CommandError(f"--output {self.path}: exists already; replace it with --overwrite")
-            if state is not None:
+            if state is not None and state["rows"]:
                 raise CommandError(
                     f"--output {self.path}: an unfinished run is there ({state['rows']} rows are complete); "
                     "go on with --resume, or start anew with --overwrite"
                 )
-        self.discard()
+        return Position()
+
+    def open(self) -> None:
+        """Make the part file, or cut it back to its complete windows. Raises CommandError."""
         try:
+            if self._resumed:
+                self._open(fresh=False)
+                return
+            self.discard()
             self._open(fresh=True)
             self._write_journal(Position())
         except OSError as error:
             raise CommandError(f"--output {self.path}: cannot be written: {error.strerror or error}") from error
-        return Position()
 
     def _resume(self, state: dict[str, Any]) -> Position | None:
         for key, value in self.fingerprint.items():
@@ -109,10 +120,6 @@ class Output:
         if state["complete"]:
             self._publish()
             return None
-        try:
-            self._open(fresh=False)
-        except OSError as error:
-            raise CommandError(f"--resume: {self.part}: cannot be continued: {error.strerror or error}") from error
         print(f"{self.path}: {self.rows} rows are complete, going on", file=sys.stderr)
         return Position(state["offset"], state["line"])
 
@@ -180,15 +187,15 @@ class Output:
 class TextOutput(Output):
     """CSV, TSV or JSONL."""
 
-    file: IO[bytes] | None = None
+    file: IO[bytes] | None = None  # unbuffered: what fails to be written fails at once, not when it is closed
 
     def _open(self, fresh: bool) -> None:
         if fresh:
-            self.file = open(self.part, "wb")  # noqa: SIM115 - stays open over many windows
+            self.file = open(self.part, "wb", buffering=0)  # noqa: SIM115 - stays open over many windows
             if self.kind != "jsonl":
                 self._put(self._table([self.own + self.added]))
             return
-        self.file = open(self.part, "r+b")  # noqa: SIM115
+        self.file = open(self.part, "r+b", buffering=0)  # noqa: SIM115
         if self.file.seek(0, os.SEEK_END) < self.bytes:
             raise CommandError(f"--resume: {self.part} is shorter than its journal says; start anew with --overwrite")
         # Behind the last complete window there may be a part of the next one.
@@ -202,8 +209,7 @@ class TextOutput(Output):
         assert self.file is not None
         # A lone surrogate (from a JSON escape) has no UTF-8; as \udxxx it is the same JSON again.
         data = text.encode("utf-8", errors="backslashreplace")
-        self.file.write(data)
-        self.file.flush()
+        _write_all(self.file, data)
         os.fsync(self.file.fileno())
         self.bytes += len(data)
 
@@ -240,6 +246,12 @@ class TextOutput(Output):
             file.close()
 
 
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
 def _cell(value: Any, delimiter: str | None) -> Any:
     if value is None:
         return ""
@@ -256,12 +268,15 @@ class StreamOutput(TextOutput):
     def begin(self, fingerprint: dict[str, Any], *, resume: bool, overwrite: bool) -> Position | None:
         if resume:
             raise CommandError(f"--resume: {self.path} cannot be resumed; give --output a file")
-        self.file = sys.stdout.buffer if str(self.path) == "-" else open(self.path, "wb")  # noqa: SIM115
+        self.file = sys.stdout.buffer if str(self.path) == "-" else open(self.path, "wb", buffering=0)  # noqa: SIM115
         return Position()
+
+    def open(self) -> None:
+        pass
 
     def _put(self, text: str) -> None:
         assert self.file is not None
-        self.file.write(text.encode("utf-8", errors="backslashreplace"))
+        _write_all(self.file, text.encode("utf-8", errors="backslashreplace"))
         self.file.flush()
 
     def _write_journal(self, end: Position, complete: bool = False) -> None:
