@@ -76,6 +76,10 @@ lint: env  ## ruff and mypy
 bench: build $(VENV)/.stamp-bench  ## the benchmarks; results go to bench/results
 	@$(BIN)/fastbert bench $(BENCH_ARGS)
 
+.PHONY: results
+results: env  ## write the benchmark table of README.md from bench/results
+	@$(BIN)/python docs/results.py
+
 # GCC's sanitizer libraries have to be there before Python; libstdc++ with them, for exceptions to be intercepted.
 SANITIZE := build/sanitize/lib
 .PHONY: sanitize
