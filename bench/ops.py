@@ -1,7 +1,7 @@
 """Op rows: each op at the shapes of MiniLM and BERT-base, forward, and forward + backward, against plain PyTorch.
 
 Rows are called ``attention_fwd[minilm]`` or ``attention_fwd_bwd[bert-base]``. GEMM-like ops count useful FLOPs and are
-held to the FMA peak; layernorm and embedding count the bytes that must be moved and are held to a copy of as many bytes.
+held to the FMA peak; layernorm and embedding count the bytes that must be moved and are held to a copy of as many.
 """
 
 from collections.abc import Callable
@@ -96,7 +96,6 @@ class Case:
 class Linear(Case):
     """Query, key and value from the same input."""
 
-
     def describe(self) -> str:
         return f"query, key, value of {self.tokens} tokens x {self.hidden}"
 
@@ -134,7 +133,6 @@ class Linear(Case):
 
 class Ffn(Case):
     """Linear, exact GELU, linear."""
-
 
     def describe(self) -> str:
         return f"{self.tokens} tokens x {self.hidden} x {self.intermediate}"
@@ -263,7 +261,6 @@ class Embedding(Case):
 
 class MlmLoss(Case):
     """The MLM head and its loss at the labelled 15 % of the tokens; plain PyTorch is granted the gathering too."""
-
 
     @property
     def labelled(self) -> int:

@@ -1,4 +1,4 @@
-"""What the machine can do: the rate of a plain FMA loop on every thread, or of a copy, measured in turn with the contestants."""
+"""What the machine can do, measured in turn with the contestants: a plain FMA loop on every thread, or a copy."""
 
 import time
 from typing import Any

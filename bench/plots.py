@@ -21,7 +21,7 @@ def bars(content: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, sum(0.32 * n + 0.95 for n in counts) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": [n + 1.2 for n in counts]})[:, 0]
-    for axis, row in zip(axes, rows):
+    for axis, row in zip(axes, rows, strict=True):
         _row(axis, row)
     machine = content["machine"]
     isa = machine["extension"].get("isa", "no extension")

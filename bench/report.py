@@ -11,10 +11,12 @@ SCHEMA = 1
 """Version of the JSON layout, see bench/README.md."""
 
 BUSY = 0.05
-"""Share of the cores' time that other processes may take before the table says that its figures are not to be trusted."""
+"""Share of the cores' time that other processes may take before the table warns that its figures mean little."""
 
 
-def result(command: str, machine: dict[str, Any], threads: int, repeats: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def result(
+    command: str, machine: dict[str, Any], threads: int, repeats: int, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The content of a result file: where, how and what was measured."""
     return {
         "schema": SCHEMA,
@@ -96,5 +98,8 @@ def mebibytes(count: int) -> str:
 
 def _columns(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    aligned = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in rows]
-    return ["  ".join(cells).rstrip() for cells in aligned]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -1,4 +1,4 @@
-"""Runs a workload: one process a contestant, correctness first, then interleaved rounds; keeps what it has on Ctrl-C."""
+"""Runs a workload: one process a contestant, correctness first, then interleaved rounds; Ctrl-C keeps what there is."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from . import contestants
 from .workloads import Workload
 
 TOLERANCE = {"outputs": 1e-4, "gradients": 1e-3}
-"""Largest error allowed, relative to the largest true value of the tensor. fp32 done right stays 10 times below; int8 does not."""
+"""Largest error allowed, relative to the tensor's largest true value. Sound fp32 stays ten times below it."""
 REST_S = 0.05
 """Pause between turns, so that a finished contestant's threads stop spinning before the next one starts."""
 MEMORY_STEPS = 3
@@ -36,7 +36,7 @@ class WorkerProcess:
 
     def __init__(self, threads: int, timeout: float = 900.0) -> None:
         self.timeout = timeout
-        self.log: IO[bytes] = tempfile.TemporaryFile()
+        self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         env |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         # a session of its own: Ctrl-C reaches the parent only, which ends the round and writes what there is
@@ -72,7 +72,9 @@ class WorkerProcess:
                 raise WorkerError(f"no answer to '{do}' in {self.timeout:.0f} s")
             read = os.read(self.process.stdout.fileno(), 1 << 16)
             if not read:
-                raise WorkerError(f"the process ended with status {self.process.wait()} during '{do}'{self._last_words()}")
+                raise WorkerError(
+                    f"the process ended with status {self.process.wait()} during '{do}'{self._last_words()}"
+                )
             self._unread += read
         line, self._unread = self._unread.split(b"\n", 1)
         return line
@@ -130,7 +132,7 @@ def run(
 
     ``repeats`` rounds, in each of which every contestant has one turn of about ``seconds`` (at least one call).
     ``memory`` adds the peak resident memory of a fresh process over a few calls. A contestant that is not installed,
-    fails or is wrong gets a status and a reason, and no speed. KeyboardInterrupt ends it early with ``complete: false``.
+    fails or is wrong gets a status and a reason, and no speed. Ctrl-C ends it early with ``complete: false``.
     """
     record: dict[str, Any] = {
         "row": workload.name,
@@ -183,7 +185,7 @@ def _prepare(
     threads: int,
     progress: Progress,
 ) -> None:
-    """Starts the workers, holds each contestant's outputs to the truth, and leaves those that are right in ``workers``."""
+    """Starts the workers, holds their outputs to the truth, and leaves those that are right in ``workers``."""
     progress("the truth in float64")
     truth_worker = _start(folder, contestants.TRUTH, threads)
     try:
@@ -222,9 +224,7 @@ def _drop(workers: dict[str, WorkerProcess], name: str) -> None:
         workers.pop(name).close()
 
 
-def _measure_memory(
-    workload: Workload, record: dict[str, Any], folder: Path, threads: int, progress: Progress
-) -> None:
+def _measure_memory(workload: Workload, record: dict[str, Any], folder: Path, threads: int, progress: Progress) -> None:
     for name, item in record["contestants"].items():
         if item["status"] != "ok":
             continue
@@ -270,7 +270,9 @@ def _rounds(
 
 def _summarise(record: dict[str, Any]) -> None:
     """Medians, rates and shares of peak from the turns. Only a contestant that was right and timed gets any."""
-    others = [t["others"] for c in record["contestants"].values() for t in c.get("turns", []) if t["others"] is not None]
+    others = [
+        t["others"] for c in record["contestants"].values() for t in c.get("turns", []) if t["others"] is not None
+    ]
     record["others"] = statistics.mean(others) if others else None
     samples = record["peak"]["samples"]
     peak = record["peak"]["rate"] = statistics.median(samples) if samples else None

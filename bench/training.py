@@ -1,4 +1,4 @@
-"""Training contestants: sequence classification, forward + backward + AdamW step, dropout as the checkpoint's config says."""
+"""Training contestants: sequence classification with dropout, forward + backward + AdamW step."""
 
 from typing import Any
 

@@ -61,7 +61,7 @@ class Others:
 
 
 def peak_memory(run: Callable[[], Any], calls: int) -> dict[str, int] | None:
-    """Resident memory (bytes) before the first call and at its highest during ``calls`` calls; None where unknown (not Linux)."""
+    """Resident memory (bytes) before the first and at its highest during ``calls`` calls; None if not on Linux."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")

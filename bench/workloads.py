@@ -23,8 +23,8 @@ SEED = 0
 class Workload:
     """One row: ``kind`` is "inference", "training" or "op"; ``work`` is FLOPs (or bytes, if ``unit`` is "GB/s").
 
-    ``model`` names the weights: ``{"path": folder}`` or ``{"config": {...}}`` for random weights from ``SEED``. ``inputs``
-    holds ``input_ids`` [B, S], ``attention_mask`` [B, S] if anything is padded, ``labels`` [B] if it trains.
+    ``model`` names the weights: ``{"path": folder}`` or ``{"config": {...}}`` for random weights from ``SEED``.
+    ``inputs`` holds ``input_ids`` [B, S], ``attention_mask`` [B, S] if anything is padded, ``labels`` [B] if it trains.
     """
 
     name: str
@@ -92,13 +92,18 @@ def build(row: str, cache: Path) -> Workload:
         kinds = sorted({label for label, _ in data.reuters(cache)})
         inputs["labels"] = torch.tensor([kinds.index(label) for label in labels])
         title = "MiniLM-L6 training step, 16 real texts <= 256 tokens, dropout 0.1"
-        facts = {"source": source, "num_labels": len(kinds), "dropout": 0.1, "optimizer": "AdamW (torch defaults, foreach)"}
+        facts = {
+            "source": source,
+            "num_labels": len(kinds),
+            "dropout": 0.1,
+            "optimizer": "torch.optim.AdamW",
+        }
         return model_workload(row, title, model, config, inputs, training=True, facts=facts)
     raise ValueError(f"row is {row!r}; it must be one of {', '.join(INFERENCE_ROWS + TRAINING_ROWS)}")
 
 
 def _news(folder: Path, cache: Path, count: int) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The first ``count`` texts of R8's test split, padded to the longest, at most 256 tokens each; and their labels."""
+    """The first ``count`` texts of R8's test split, at most 256 tokens, padded to the longest; and their labels."""
     from transformers import AutoTokenizer
 
     texts = data.reuters(cache)[:count]
