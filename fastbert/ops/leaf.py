@@ -43,7 +43,8 @@ def second_order_message(op: str) -> str:
 
 def direct(x: Tensor, backend: str | None) -> bool:
     """Whether an op may call its C++ op at once and leave the checks to it: the path of inference, where a microsecond
-    an op counts. If the C++ op refuses, the op goes its full way: argument checks, and the choice of implementation.
+    an op counts. If the C++ op refuses, or the answer is not on the CPU (an argument was on the meta device), the op
+    goes its full way: argument checks, and the choice of implementation.
     """
     return (
         not torch.compiler.is_compiling()

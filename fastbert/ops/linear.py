@@ -43,7 +43,9 @@ def linear(
     if _missing is None and leaf.direct(x, backend) and x.dim() == 2:
         try:
             with leaf.below_autograd():
-                return _forward(x, weights, biases)
+                y = _forward(x, weights, biases)
+            if y.is_cpu:
+                return y
         except RuntimeError:
             pass
     if torch.is_autocast_enabled(x.device.type):

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import accuracy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastbert import dispatch, ops
+from fastbert.ops import philox
+from fastbert.ops.attention import attention_ref
+
+# lengths, heads, head_dim, bias shape: B, h, S as in the op's docstring, 1 where it broadcasts
+CASES = [
+    ((1,), 1, 8, None),
+    ((1, 1, 1), 2, 32, None),
+    ((7,), 3, 40, None),
+    ((13, 1, 30), 2, 64, None),
+    ((5, 0, 9), 2, 32, None),
+    ((0, 3, 0), 1, 64, None),
+    ((15, 16, 17), 2, 32, None),
+    ((31, 32, 33), 1, 128, None),
+    ((63, 64, 65), 2, 32, None),
+    ((63, 64, 65), 1, 64, None),
+    ((127, 128, 129), 1, 32, None),
+    ((512,), 1, 64, None),
+    ((511, 2), 2, 32, None),
+    ((), 2, 32, None),
+    ((0,), 2, 32, None),
+    ((9, 4), 2, 32, "BhSS"),
+    ((9, 4), 2, 32, "11SS"),
+    ((5, 0, 17), 3, 8, "B11S"),
+    ((33, 65), 2, 64, "1h1S"),
+    ((70, 3), 2, 40, "1hSS"),
+    ((64, 130), 1, 32, "B1SS"),
+]
+
+
+def cumulative(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def tensors_for(
+    lengths: tuple[int, ...], heads: int, head_dim: int, bias: str | None, dtype: torch.dtype, spare: int = 0
+) -> dict[str, Tensor]:
+    random = accuracy.generator(sum(lengths) + head_dim)
+    tensors = {"qkv": (torch.randn(sum(lengths), 3, heads, head_dim, generator=random) * 1.5).to(dtype)}
+    if bias is not None:
+        size = {"B": len(lengths), "h": heads, "S": max(lengths) + spare, "1": 1}
+        tensors["bias"] = torch.randn([size[letter] for letter in bias], generator=random)
+    return tensors
+
+
+def ours(backend: str, lengths: tuple[int, ...], p: float = 0.0) -> Callable[..., Tensor]:
+    seed = accuracy.seed_tensor() if p > 0 else None
+    return lambda qkv, bias=None: ops.attention(
+        qkv, cumulative(lengths), max(lengths, default=0), bias=bias, dropout_p=p, seed=seed, backend=backend
+    )
+
+
+def eager(lengths: tuple[int, ...], p: float = 0.0) -> Callable[..., Tensor]:
+    """The formula, sequence by sequence, in the dtype of qkv."""
+
+    def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        outputs = [qkv[:0, 0].flatten(1)]
+        for i, (start, end) in enumerate(itertools.pairwise(cumulative(lengths).tolist())):
+            length = end - start
+            query, key, value = qkv[start:end].permute(1, 2, 0, 3)  # [h, S, d]
+            scores = query @ key.transpose(1, 2) * qkv.size(3) ** -0.5
+            if bias is not None:
+                scores = scores + bias[i if bias.size(0) > 1 else 0, :, :length, :length].to(qkv.dtype)
+            probabilities = torch.softmax(scores, -1)
+            if p > 0:
+                token = torch.arange(start, end)[None]
+                keep = philox.keep_attention(accuracy.seed_tensor(), p, token, qkv.size(2), length)[0]
+                probabilities = probabilities * keep / (1 - p)
+            outputs.append((probabilities @ value).transpose(0, 1).flatten(1))
+        return torch.cat(outputs)
+
+    return run
+
+
+def reference(lengths: tuple[int, ...], p: float = 0.0) -> Callable[..., Tensor]:
+    return lambda qkv, bias=None: attention_ref(
+        qkv, cumulative(lengths), max(lengths, default=0), bias=bias, dropout_p=p, seed=accuracy.seed_tensor()
+    )
+
+
+def case_id(case: tuple) -> str:
+    lengths, heads, head_dim, bias = case
+    return f"{'+'.join(map(str, lengths)) or 'none'}-{heads}x{head_dim}{'-' + bias if bias else ''}"
+
+
+table = pytest.mark.parametrize("case", CASES, ids=case_id)
+dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
+dropouts = pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
+backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+
+
+@table
+@dropouts
+@dtypes
+@backends
+def test_attention_fwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
+    accuracy.require("attention", backend, dtype, case[2])
+    lengths = case[0]
+    accuracy.check_forward(
+        ours(backend, lengths, p), eager(lengths, p), reference(lengths, p), tensors_for(*case, dtype)
+    )
+
+
+@table
+@dropouts
+@dtypes
+@backends
+def test_attention_bwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
+    accuracy.require("attention", backend, dtype, case[2])
+    lengths = case[0]
+    accuracy.check_backward(
+        ours(backend, lengths, p), eager(lengths, p), reference(lengths, p), tensors_for(*case, dtype)
+    )
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 80), max_size=5).map(tuple),
+    heads=st.integers(1, 4),
+    head_dim=st.integers(1, 18).map(lambda n: 8 * n),
+    bias=st.sampled_from([None, None, "BhSS", "1h1S", "B11S", "11SS"]),
+    p=st.sampled_from([0.0, 0.1, 0.6]),
+    dtype=st.sampled_from(accuracy.DTYPES),
+)
+def test_attention_any_shape(
+    lengths: tuple[int, ...], heads: int, head_dim: int, bias: str | None, p: float, dtype: torch.dtype
+) -> None:
+    accuracy.require("attention", "cpu", dtype, head_dim)
+    tensors = tensors_for(lengths, heads, head_dim, bias if any(lengths) else None, dtype)
+    accuracy.check_backward(ours("cpu", lengths, p), eager(lengths, p), reference(lengths, p), tensors)
+
+
+@backends
+def test_attention_bias_larger_than_needed(backend: str) -> None:
+    """Rows and columns of the bias past the longest sequence are not looked at, and get a zero gradient."""
+    accuracy.require("attention", backend, torch.float32, 32)
+    lengths = (9, 4)
+    tensors = tensors_for(lengths, 2, 32, "BhSS", torch.float32, spare=3)
+    accuracy.check_backward(ours(backend, lengths), eager(lengths), reference(lengths), tensors)
+
+
+@backends
+def test_attention_expanded_bias(backend: str) -> None:
+    """A mask as Hugging Face expands it, [B, 1, S, S] with strides of 0, is not written out, and its gradient is right."""
+    accuracy.require("attention", backend, torch.float32, 32)
+    lengths = (9, 4)
+    tensors = tensors_for(lengths, 2, 32, "B11S", torch.float32)
+    ours_, reference_ = ours(backend, lengths), reference(lengths)
+    expand = lambda bias: bias.expand(-1, 2, 9, -1)  # noqa: E731
+    accuracy.check_backward(
+        lambda qkv, bias: ours_(qkv, expand(bias)), eager(lengths), lambda qkv, bias: reference_(qkv, bias), tensors
+    )
+
+
+@backends
+@dtypes
+def test_attention_masking_bias(backend: str, dtype: torch.dtype) -> None:
+    """-inf and the lowest float both forbid keys; a query with no key left gives 0 and passes no gradient on."""
+    accuracy.require("attention", backend, dtype, 32)
+    tensors = tensors_for((20, 12), 2, 32, None, dtype)
+    bias = torch.zeros(2, 1, 20, 20)
+    bias[0, :, :, 5:9] = -torch.inf
+    bias[1, :, :, 3:] = torch.finfo(torch.float32).min
+    run, eager_, reference_ = ours(backend, (20, 12)), eager((20, 12)), reference((20, 12))
+    accuracy.check_backward(
+        lambda qkv: run(qkv, bias), lambda qkv: eager_(qkv, bias), lambda qkv: reference_(qkv, bias.double()), tensors
+    )
+
+    bias[0, :, 4] = -torch.inf
+    qkv = tensors["qkv"].clone().requires_grad_()
+    out = run(qkv, bias)
+    out.float().square().sum().backward()
+    assert (out[4] == 0).all()
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(qkv.grad).all()
+    assert (qkv.grad[4, 0] == 0).all()
+
+
+@backends
+def test_attention_large_scores(backend: str) -> None:
+    """Scores far beyond what exp can take."""
+    accuracy.require("attention", backend, torch.float32, 32)
+    tensors = tensors_for((33,), 2, 32, None, torch.float32)
+    tensors["qkv"] = tensors["qkv"] * 40
+    accuracy.check_backward(ours(backend, (33,)), eager((33,)), reference((33,)), tensors)
+
+
+@backends
+def test_attention_scale(backend: str) -> None:
+    accuracy.require("attention", backend, torch.float32, 32)
+    qkv = tensors_for((6,), 2, 32, None, torch.float32)["qkv"]
+    scaled = qkv.clone()
+    scaled[:, 0] *= 0.3 * 32**0.5
+    torch.testing.assert_close(
+        ops.attention(qkv, cumulative((6,)), 6, 0.3, backend=backend),
+        ops.attention(scaled, cumulative((6,)), 6, backend=backend),
+    )
+
+
+@backends
+def test_attention_all_dropped(backend: str) -> None:
+    accuracy.require("attention", backend, torch.float32, 32)
+    qkv = tensors_for((6, 3), 2, 32, None, torch.float32)["qkv"].requires_grad_()
+    out = ours(backend, (6, 3), 1.0)(qkv)
+    out.sum().backward()
+    assert (out == 0).all()
+    assert (qkv.grad == 0).all()
+
+
+def test_attention_dropout_rate() -> None:
+    keep = philox.keep_attention(accuracy.seed_tensor(), 0.1, torch.arange(512)[None], 4, 512)
+    assert abs(1 - keep.double().mean() - 0.1) < 4 * (0.09 / keep.numel()) ** 0.5
+
+
+def test_attention_odd_head_dim_runs_on_the_reference() -> None:
+    qkv = torch.randn(5, 3, 2, 12)
+    chosen = dispatch.select("attention", device="cpu", dtype=qkv.dtype, requires=12)
+    assert chosen.name == "reference"
+    if dispatch.missing_leaf("attention_fwd_cpu") is None:
+        with pytest.raises(RuntimeError, match="multiples of 8, not 12"):
+            ops.attention(qkv, cumulative((5,)), 5, backend="cpu")
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(ops.attention(qkv, cumulative((5,)), 5), eager((5,))(qkv))
+
+
+PEAK = """
+import resource, torch
+from fastbert import ops
+for S in (64, 2048, 4096):
+    qkv = torch.randn(S, 3, 1, 32, requires_grad=True)
+    ops.attention(qkv, torch.tensor([0, S], dtype=torch.int32), S, dropout_p=0.1, backend="cpu").sum().backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+def test_attention_memory_grows_with_the_length() -> None:
+    accuracy.require("attention", "cpu", torch.float32, 32)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    printed = subprocess.check_output([sys.executable, "-c", PEAK], env=environment, text=True)
+    base, short, long = map(int, printed.split())
+    tensors = 4096 * 32 * 4 * (3 + 1 + 1 + 3)  # qkv, out, dout, dqkv
+    assert long - base < 2.5 * max(short - base, tensors) < 4096 * 4096 * 4
+
+
+GOOD = {"qkv": torch.randn(7, 3, 2, 16), "cu_seqlens": cumulative((3, 4)), "max_seqlen": 4}
+
+
+@pytest.mark.parametrize("backend", [None, "reference"], ids=["any", "reference"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"qkv": torch.randn(7, 96)}, ValueError, ["qkv", "[7, 96]", "head_dim"]),
+        ({"qkv": torch.randn(7, 2, 2, 16)}, ValueError, ["qkv", "[7, 2, 2, 16]"]),
+        ({"qkv": torch.randn(7, 3, 2, 0)}, ValueError, ["qkv", "[7, 3, 2, 0]"]),
+        ({"qkv": torch.randn(7, 3, 0, 16)}, ValueError, ["qkv", "[7, 3, 0, 16]"]),
+        ({"qkv": torch.ones(7, 3, 2, 16, dtype=torch.int8)}, TypeError, ["qkv", "int8", "float32"]),
+        ({"qkv": 1}, TypeError, ["qkv", "int"]),
+        ({"cu_seqlens": [0, 7]}, TypeError, ["cu_seqlens", "list"]),
+        ({"cu_seqlens": torch.tensor([0, 7])}, TypeError, ["cu_seqlens", "int64", "int32"]),
+        ({"cu_seqlens": torch.tensor([[0, 7]], dtype=torch.int32)}, ValueError, ["cu_seqlens", "[1, 2]"]),
+        ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, ValueError, ["cu_seqlens", "[0]"]),
+        ({"cu_seqlens": torch.zeros(3, dtype=torch.int32, device="meta")}, ValueError, ["cu_seqlens", "meta"]),
+        ({"cu_seqlens": torch.tensor([1, 3, 7], dtype=torch.int32)}, ValueError, ["cu_seqlens", "start at 0", "1"]),
+        ({"cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32)}, ValueError, ["cu_seqlens", "7", "6"]),
+        ({"cu_seqlens": torch.tensor([0, 3, 9], dtype=torch.int32)}, ValueError, ["cu_seqlens", "7", "9"]),
+        (
+            {"cu_seqlens": torch.tensor([0, 5, 3, 7], dtype=torch.int32), "max_seqlen": 7},
+            ValueError,
+            ["cu_seqlens", "decrease"],
+        ),
+        ({"cu_seqlens": torch.tensor([0, -5, 7], dtype=torch.int32)}, ValueError, ["cu_seqlens", "decrease"]),
+        ({"max_seqlen": 3}, ValueError, ["max_seqlen", "3", "4"]),
+        ({"max_seqlen": -1}, ValueError, ["max_seqlen", "-1"]),
+        ({"dropout_p": -0.1}, ValueError, ["dropout_p", "-0.1"]),
+        ({"dropout_p": 0.1, "seed": torch.tensor([1], dtype=torch.int32)}, ValueError, ["seed", "int32", "int64"]),
+        ({"bias": torch.zeros(2, 2, 4)}, ValueError, ["bias", "[2, 2, 4]"]),
+        ({"bias": torch.zeros(3, 1, 4, 4)}, ValueError, ["bias", "2 or 1", "[3, 1, 4, 4]"]),
+        ({"bias": torch.zeros(1, 1, 3, 4)}, ValueError, ["bias", "max_seqlen", "[1, 1, 3, 4]"]),
+        ({"bias": torch.zeros(1, 1, 1, 3)}, ValueError, ["bias", "[1, 1, 1, 3]"]),
+        ({"bias": torch.zeros(1, 1, 4, 4, dtype=torch.bool)}, TypeError, ["bias", "bool"]),
+        ({"bias": torch.zeros(1, 1, 4, 4, device="meta")}, ValueError, ["bias", "meta"]),
+        ({"backend": "quick"}, ValueError, ["quick", "cpu, cuda, triton, reference"]),
+        ({"backend": "triton"}, RuntimeError, ["triton", "no CUDA device"]),
+    ],
+)
+def test_attention_errors(
+    change: dict, error: type[Exception], words: list[str], gradients: bool, backend: str | None
+) -> None:
+    if error is RuntimeError and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with torch.set_grad_enabled(gradients), pytest.raises(error) as caught:
+        ops.attention(**GOOD | {"backend": backend} | change)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import accuracy
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastbert import ops
+from fastbert.ops import philox
+from fastbert.ops.embedding import embedding_ref
+
+# batch, tokens, hidden, padding_idx, ids of positions and types given
+CASES = [
+    (1, 1, 8, None, False),
+    (1, 32, 384, 0, False),
+    (2, 7, 312, 0, True),
+    (3, 5, 100, 1, True),
+    (2, 33, 768, None, True),
+    (4, 128, 40, -1, True),
+    (1, 512, 384, 0, False),
+    (2, 3, 13, None, True),
+    (0, 4, 16, 0, False),
+    (3, 0, 16, 0, True),
+]
+VOCABULARY, POSITIONS, TYPES = 61, 512, 2
+
+
+def ids_for(batch: int, tokens: int, given: bool) -> dict[str, Tensor]:
+    random = accuracy.generator(batch + tokens)
+    ids = {"input_ids": torch.randint(VOCABULARY, (batch, tokens), generator=random)}
+    if given:
+        ids["position_ids"] = torch.randint(POSITIONS, (batch, tokens), generator=random)
+        ids["token_type_ids"] = torch.randint(TYPES, (batch, tokens), generator=random)
+    return ids
+
+
+def tensors_for(hidden: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    random = accuracy.generator(hidden)
+    shapes = {"word": (VOCABULARY, hidden), "position": (POSITIONS, hidden), "token_type": (TYPES, hidden)}
+    tensors = {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
+    tensors["weight"] = (torch.rand(hidden, generator=random) + 0.5).to(dtype)
+    tensors["bias"] = torch.randn(hidden, generator=random).to(dtype)
+    return tensors
+
+
+def ours(backend: str, ids: dict[str, Tensor], padding_idx: int | None, p: float = 0.0) -> Callable[..., Tensor]:
+    seed = accuracy.seed_tensor() if p > 0 else None
+    return lambda **tensors: ops.embedding(
+        **ids, **tensors, padding_idx=padding_idx, dropout_p=p, seed=seed, eps=1e-5, backend=backend
+    )
+
+
+def full(ids: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    input_ids = ids["input_ids"]
+    positions = torch.arange(input_ids.size(1)).expand_as(input_ids)
+    return input_ids, ids.get("position_ids", positions), ids.get("token_type_ids", torch.zeros_like(input_ids))
+
+
+def eager(ids: dict[str, Tensor], padding_idx: int | None, p: float = 0.0) -> Callable[..., Tensor]:
+    input_ids, position_ids, token_type_ids = full(ids)
+
+    def run(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = F.embedding(input_ids, word, padding_idx) + F.embedding(token_type_ids, token_type)
+        z = z + F.embedding(position_ids, position)
+        y = F.layer_norm(z, z.shape[-1:], weight, bias, 1e-5)
+        if p > 0:
+            y = y * philox.keep_rows(accuracy.seed_tensor(), p, input_ids.numel(), y.size(-1)).view(y.shape) / (1 - p)
+        return y
+
+    return run
+
+
+def reference(ids: dict[str, Tensor], padding_idx: int | None, p: float = 0.0) -> Callable[..., Tensor]:
+    return lambda **tensors: embedding_ref(
+        *full(ids), **tensors, padding_idx=padding_idx, dropout_p=p, eps=1e-5, seed=accuracy.seed_tensor()
+    )
+
+
+def case_id(case: tuple) -> str:
+    batch, tokens, hidden, padding_idx, given = case
+    return f"{batch}x{tokens}x{hidden}{'' if padding_idx is None else f'-pad{padding_idx}'}{'-ids' if given else ''}"
+
+
+table = pytest.mark.parametrize("case", CASES, ids=case_id)
+dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
+dropouts = pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
+backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+
+
+@table
+@dropouts
+@dtypes
+@backends
+def test_embedding_fwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
+    accuracy.require("embedding", backend, dtype)
+    batch, tokens, hidden, padding_idx, given = case
+    ids = ids_for(batch, tokens, given)
+    accuracy.check_forward(
+        ours(backend, ids, padding_idx, p),
+        eager(ids, padding_idx, p),
+        reference(ids, padding_idx, p),
+        tensors_for(hidden, dtype),
+    )
+
+
+@table
+@dropouts
+@dtypes
+@backends
+def test_embedding_bwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
+    accuracy.require("embedding", backend, dtype)
+    batch, tokens, hidden, padding_idx, given = case
+    ids = ids_for(batch, tokens, given)
+    accuracy.check_backward(
+        ours(backend, ids, padding_idx, p),
+        eager(ids, padding_idx, p),
+        reference(ids, padding_idx, p),
+        tensors_for(hidden, dtype),
+    )
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(0, 5),
+    tokens=st.integers(0, 40),
+    hidden=st.integers(8, 200),
+    padding_idx=st.sampled_from([None, 0, 7]),
+    given_ids=st.booleans(),
+    p=st.sampled_from([0.0, 0.3]),
+    dtype=st.sampled_from(accuracy.DTYPES),
+)
+def test_embedding_any_shape(
+    batch: int, tokens: int, hidden: int, padding_idx: int | None, given_ids: bool, p: float, dtype: torch.dtype
+) -> None:
+    accuracy.require("embedding", "cpu", dtype)
+    ids = ids_for(batch, tokens, given_ids)
+    accuracy.check_backward(
+        ours("cpu", ids, padding_idx, p),
+        eager(ids, padding_idx, p),
+        reference(ids, padding_idx, p),
+        tensors_for(hidden, dtype),
+    )
+
+
+@pytest.mark.parametrize("padding_idx", [3, -58])
+@pytest.mark.parametrize("backend", accuracy.BACKENDS)
+def test_embedding_padding_row_gets_no_gradient(backend: str, padding_idx: int) -> None:
+    accuracy.require("embedding", backend, torch.float32)
+    tensors = {name: value.requires_grad_() for name, value in tensors_for(16, torch.float32).items()}
+    y = ours(backend, {"input_ids": torch.tensor([[3, 4, 3]])}, padding_idx)(**tensors)
+    y.square().sum().backward()
+    assert (tensors["word"].grad[3] == 0).all()
+    assert (tensors["word"].grad[4] != 0).any()
+    assert (tensors["word"].grad[5:] == 0).all()
+
+
+@backends
+def test_embedding_ids_broadcast_and_int32(backend: str) -> None:
+    accuracy.require("embedding", backend, torch.float32)
+    tensors, ids = tensors_for(16, torch.float32), ids_for(3, 5, True)
+    ids["position_ids"] = ids["position_ids"][:1]
+    expected = ops.embedding(**ids | {"position_ids": ids["position_ids"].repeat(3, 1)}, **tensors, backend=backend)
+    short = {name: value.int() for name, value in ids.items()}
+    assert torch.equal(ops.embedding(**ids, **tensors, backend=backend), expected)
+    assert torch.equal(ops.embedding(**short, **tensors, backend=backend), expected)
+
+
+@backends
+def test_embedding_float32_norm_over_bfloat16_tables(backend: str) -> None:
+    accuracy.require("embedding", backend, torch.bfloat16, (torch.float32,))
+    tensors, ids = tensors_for(40, torch.bfloat16), ids_for(2, 9, True)
+    for name in ("weight", "bias"):
+        tensors[name] = tensors[name].float()
+    accuracy.check_backward(ours(backend, ids, 0), eager(ids, 0), reference(ids, 0), tensors)
+
+
+GOOD = {"input_ids": torch.tensor([[1, 2], [3, 4]])} | tensors_for(16, torch.float32)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"], ids=["any", "reference"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"input_ids": torch.tensor([[1, 61]])}, IndexError, ["input_ids", "61", "word", "0 to 60"]),
+        ({"input_ids": torch.tensor([[-1, 2]])}, IndexError, ["input_ids", "-1"]),
+        ({"input_ids": torch.tensor([[2**40, 2]])}, IndexError, ["input_ids", str(2**40)]),
+        ({"position_ids": torch.tensor([[0, 512]])}, IndexError, ["position_ids", "512", "position"]),
+        ({"token_type_ids": torch.tensor([[2, 0]])}, IndexError, ["token_type_ids", "2", "0 to 1"]),
+        ({"input_ids": torch.zeros(1, 513, dtype=torch.int64)}, IndexError, ["513", "position", "512"]),
+        ({"input_ids": torch.tensor([1, 2])}, ValueError, ["input_ids", "[batch, tokens]", "[2]"]),
+        ({"input_ids": torch.tensor([[1.0]])}, TypeError, ["input_ids", "float32", "int64"]),
+        ({"input_ids": [[1]]}, TypeError, ["input_ids", "list"]),
+        ({"input_ids": torch.zeros(1, 1, dtype=torch.int64, device="meta")}, ValueError, ["input_ids", "meta"]),
+        ({"position_ids": torch.tensor([[0, 1, 2]])}, ValueError, ["position_ids", "[2, 2]", "[1, 3]"]),
+        ({"token_type_ids": torch.tensor([[True, False]])}, TypeError, ["token_type_ids", "bool"]),
+        ({"word": torch.randn(61)}, ValueError, ["word", "[61]"]),
+        ({"word": torch.ones(61, 16, dtype=torch.int64)}, TypeError, ["word", "int64"]),
+        ({"position": torch.randn(512, 8)}, ValueError, ["position", "16", "[512, 8]"]),
+        ({"token_type": torch.randn(2, 16).bfloat16()}, TypeError, ["token_type", "bfloat16", "float32"]),
+        ({"weight": torch.randn(8)}, ValueError, ["weight", "[16]", "[8]"]),
+        ({"bias": None}, TypeError, ["bias", "NoneType"]),
+        ({"padding_idx": 61}, ValueError, ["padding_idx", "61"]),
+        ({"dropout_p": 2.0}, ValueError, ["dropout_p", "2.0"]),
+        ({"seed": torch.tensor([1], dtype=torch.int32)}, ValueError, ["seed", "int32"]),
+    ],
+)
+def test_embedding_errors(
+    change: dict, error: type[Exception], words: list[str], gradients: bool, backend: str | None
+) -> None:
+    with torch.set_grad_enabled(gradients), pytest.raises(error) as caught:
+        ops.embedding(**GOOD | change, backend=backend)
+    assert str(caught.value).startswith("embedding: ")
+    assert all(word in str(caught.value) for word in words), str(caught.value)

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import accuracy
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastbert import ops
+from fastbert.ops.ffn import ffn_ref
+
+# rows, features, intermediate, features out
+CASES = [
+    (1, 8, 32, 8),
+    (1, 384, 1536, 384),
+    (3, 100, 300, 100),
+    (15, 312, 1200, 312),
+    (16, 64, 256, 64),
+    (17, 64, 255, 63),
+    (33, 384, 1536, 384),
+    (64, 768, 3072, 768),
+    (129, 96, 17, 40),
+    (512, 48, 96, 48),
+    (0, 8, 32, 8),
+]
+
+
+def tensors_for(rows: int, features: int, inner: int, outer: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    random = accuracy.generator(rows + features)
+    return {
+        "x": torch.randn(rows, features, generator=random).to(dtype),
+        "weight1": (torch.randn(inner, features, generator=random) * 2 * features**-0.5).to(dtype),
+        "bias1": torch.randn(inner, generator=random).to(dtype),
+        "weight2": (torch.randn(outer, inner, generator=random) * inner**-0.5).to(dtype),
+    }
+
+
+def ours(backend: str) -> Callable[..., Tensor]:
+    return lambda **tensors: ops.ffn(**tensors, backend=backend)
+
+
+def eager(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
+    return F.gelu(x @ weight1.T + bias1) @ weight2.T
+
+
+table = pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
+dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
+backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+
+
+@table
+@dtypes
+@backends
+def test_ffn_fwd(backend: str, dtype: torch.dtype, case: tuple[int, ...]) -> None:
+    accuracy.require("ffn", backend, dtype)
+    accuracy.check_forward(ours(backend), eager, ffn_ref, tensors_for(*case, dtype))
+
+
+@table
+@dtypes
+@backends
+def test_ffn_bwd(backend: str, dtype: torch.dtype, case: tuple[int, ...]) -> None:
+    accuracy.require("ffn", backend, dtype)
+    accuracy.check_backward(ours(backend), eager, ffn_ref, tensors_for(*case, dtype))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 70),
+    features=st.integers(1, 130),
+    inner=st.integers(1, 260),
+    outer=st.integers(1, 130),
+    dtype=st.sampled_from(accuracy.DTYPES),
+)
+def test_ffn_any_shape(rows: int, features: int, inner: int, outer: int, dtype: torch.dtype) -> None:
+    accuracy.require("ffn", "cpu", dtype)
+    accuracy.check_backward(ours("cpu"), eager, ffn_ref, tensors_for(rows, features, inner, outer, dtype))
+
+
+@backends
+@dtypes
+def test_ffn_gelu_everywhere(backend: str, dtype: torch.dtype) -> None:
+    """The activation alone, from deep in the left tail over the zero to far right, and its derivative."""
+    accuracy.require("ffn", backend, dtype)
+    one = torch.ones(1, 1, dtype=dtype)
+    values = torch.cat([torch.linspace(-14, 14, 4001), torch.tensor([-1e4, -88.0, -0.0, 1e-30, 88.0, 1e4])])
+    tensors = {
+        "x": values.to(dtype)[:, None],
+        "weight1": one,
+        "bias1": torch.zeros(1, dtype=dtype),
+        "weight2": one,
+    }
+    accuracy.check_forward(ours(backend), eager, ffn_ref, tensors)
+    accuracy.check_backward(ours(backend), eager, ffn_ref, tensors)
+
+
+def test_ffn_leading_dimensions() -> None:
+    tensors = tensors_for(6, 16, 32, 8, torch.float32)
+    expected = ops.ffn(**tensors)
+    x = tensors.pop("x")
+    assert torch.equal(ops.ffn(x.view(2, 3, 16), **tensors), expected.view(2, 3, 8))
+    torch.testing.assert_close(ops.ffn(x[0], **tensors), expected[0])
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": torch.randn(4, 15)}, ValueError, ["weight1", "15", "[32, 16]"]),
+        ({"x": None}, TypeError, ["x", "NoneType"]),
+        ({"x": torch.tensor(1.0)}, ValueError, ["x", "[..., features]"]),
+        ({"x": torch.ones(4, 16, dtype=torch.int32)}, TypeError, ["x", "int32"]),
+        ({"weight1": torch.randn(32, 16).half()}, TypeError, ["weight1", "float16", "float32"]),
+        ({"weight1": torch.randn(32, 16, device="meta")}, ValueError, ["weight1", "meta"]),
+        ({"bias1": torch.randn(16)}, ValueError, ["bias1", "[32]", "[16]"]),
+        ({"weight2": torch.randn(16, 16)}, ValueError, ["weight2", "32", "[16, 16]"]),
+        ({"weight2": torch.randn(32)}, ValueError, ["weight2", "[32]"]),
+    ],
+)
+def test_ffn_errors(change: dict, error: type[Exception], words: list[str], gradients: bool) -> None:
+    arguments = tensors_for(4, 16, 32, 16, torch.float32) | change
+    with torch.set_grad_enabled(gradients), pytest.raises(error) as caught:
+        ops.ffn(**arguments)
+    assert str(caught.value).startswith("ffn: ")
+    assert all(word in str(caught.value) for word in words), str(caught.value)

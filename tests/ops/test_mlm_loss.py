@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import accuracy
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastbert import ops
+from fastbert.ops.layernorm import layernorm_ref
+from fastbert.ops.mlm_loss import mlm_loss_ref
+
+# shape of the labels, hidden, vocabulary, share labelled, label smoothing, bias
+CASES = [
+    ((1,), 8, 3, 1.0, 0.0, True),
+    ((2, 9), 16, 31, 0.5, 0.0, True),
+    ((3, 33), 40, 1000, 0.2, 0.0, True),
+    ((4, 64), 100, 257, 1.0, 0.0, False),
+    ((2, 128), 312, 2111, 0.15, 0.0, True),
+    ((129,), 64, 64, 1.0, 0.1, True),
+    ((2, 17), 24, 50, 0.4, 0.2, False),
+    ((512,), 32, 97, 0.9, 0.0, True),
+]
+
+
+def tensors_for(
+    hidden: int, vocabulary: int, biased: bool, dtype: torch.dtype, rows: tuple[int, ...]
+) -> dict[str, Tensor]:
+    random = accuracy.generator(hidden + vocabulary)
+    tensors = {
+        "hidden": torch.randn(*rows, hidden, generator=random),
+        "decoder_weight": torch.randn(vocabulary, hidden, generator=random) * 2 * hidden**-0.5,
+        "transform_weight": torch.randn(hidden, hidden, generator=random) * hidden**-0.5,
+        "transform_bias": torch.randn(hidden, generator=random),
+        "norm_weight": torch.rand(hidden, generator=random) + 0.5,
+        "norm_bias": torch.randn(hidden, generator=random),
+    }
+    if biased:
+        tensors["decoder_bias"] = torch.randn(vocabulary, generator=random)
+    return {name: value.to(dtype) for name, value in tensors.items()}
+
+
+def labels_for(shape: tuple[int, ...], vocabulary: int, share: float) -> Tensor:
+    random = accuracy.generator(7)
+    labels = torch.randint(vocabulary, shape, generator=random)
+    labels = labels.masked_fill(torch.rand(shape, generator=random) > share, -100)
+    labels.view(-1)[0] = 1
+    return labels
+
+
+def ours(backend: str, labels: Tensor, smoothing: float) -> Callable[..., Tensor]:
+    return lambda decoder_bias=None, **tensors: ops.mlm_loss(
+        labels=labels, decoder_bias=decoder_bias, **tensors, eps=1e-5, label_smoothing=smoothing, backend=backend
+    )[0]
+
+
+def formula(
+    labels: Tensor, smoothing: float, norm: Callable[..., Tensor], loss: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    def run(
+        hidden: Tensor,
+        decoder_weight: Tensor,
+        transform_weight: Tensor,
+        transform_bias: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        decoder_bias: Tensor | None = None,
+    ) -> Tensor:
+        transformed = norm(F.gelu(F.linear(hidden, transform_weight, transform_bias)), norm_weight, norm_bias)
+        return loss(transformed.flatten(0, -2), labels.flatten(), decoder_weight, decoder_bias, -100, smoothing)
+
+    return run
+
+
+def eager(labels: Tensor, smoothing: float) -> Callable[..., Tensor]:
+    def loss(
+        hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, ignored: int, smooth: float
+    ) -> Tensor:
+        logits = F.linear(hidden, weight, bias).float()
+        return F.cross_entropy(logits, labels, ignore_index=ignored, label_smoothing=smooth)
+
+    return formula(labels, smoothing, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, 1e-5), loss)
+
+
+def reference(labels: Tensor, smoothing: float) -> Callable[..., Tensor]:
+    count = (labels != -100).sum()
+    return formula(
+        labels, smoothing, lambda x, w, b: layernorm_ref(x, w, b, eps=1e-5), lambda *a: mlm_loss_ref(*a) / count
+    )
+
+
+def case_id(case: tuple) -> str:
+    shape, hidden, vocabulary, share, smoothing, biased = case
+    text = f"{'x'.join(map(str, shape))}-{hidden}-{vocabulary}-{share}"
+    return text + (f"-smooth{smoothing}" if smoothing else "") + ("-bias" if biased else "")
+
+
+table = pytest.mark.parametrize("case", CASES, ids=case_id)
+dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
+backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+
+
+def check(
+    backend: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    hidden: int,
+    vocabulary: int,
+    share: float,
+    smoothing: float,
+    biased: bool,
+    backward: bool,
+) -> None:
+    accuracy.require("mlm_loss", backend, dtype)
+    labels = labels_for(shape, vocabulary, share)
+    tensors = tensors_for(hidden, vocabulary, biased, dtype, shape)
+    (accuracy.check_backward if backward else accuracy.check_forward)(
+        ours(backend, labels, smoothing), eager(labels, smoothing), reference(labels, smoothing), tensors
+    )
+
+
+@table
+@dtypes
+@backends
+def test_mlm_loss_fwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
+    check(backend, dtype, *case, backward=False)
+
+
+@table
+@dtypes
+@backends
+def test_mlm_loss_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
+    check(backend, dtype, *case, backward=True)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 70),
+    hidden=st.integers(8, 90),
+    vocabulary=st.integers(2, 300),
+    share=st.floats(0.0, 1.0),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    biased=st.booleans(),
+    dtype=st.sampled_from(accuracy.DTYPES),
+)
+def test_mlm_loss_any_shape(
+    rows: int, hidden: int, vocabulary: int, share: float, smoothing: float, biased: bool, dtype: torch.dtype
+) -> None:
+    check("cpu", dtype, (rows,), hidden, vocabulary, share, smoothing, biased, backward=True)
+
+
+@backends
+def test_mlm_loss_without_labels(backend: str) -> None:
+    """As in PyTorch: the mean over nothing is NaN, and the gradients are zero."""
+    accuracy.require("mlm_loss", backend, torch.float32)
+    tensors = {name: value.requires_grad_() for name, value in tensors_for(16, 9, True, torch.float32, (2, 3)).items()}
+    loss, count = ops.mlm_loss(labels=torch.full((2, 3), -100), **tensors, backend=backend)
+    assert torch.isnan(loss)
+    assert count == 0
+    loss.backward()
+    assert all((value.grad == 0).all() for value in tensors.values())
+
+
+@backends
+def test_mlm_loss_num_items_and_ignore_index(backend: str) -> None:
+    accuracy.require("mlm_loss", backend, torch.float32)
+    tensors = tensors_for(16, 9, True, torch.float32, (2, 3))
+    labels = torch.tensor([[1, -100, 3], [-100, 8, 0]])
+    mean, count = ops.mlm_loss(labels=labels, **tensors, backend=backend)
+    assert count == 4
+    for number in (10, torch.tensor(10)):
+        loss, _ = ops.mlm_loss(labels=labels, **tensors, num_items=number, backend=backend)
+        torch.testing.assert_close(loss, mean * 4 / 10)
+    other, count = ops.mlm_loss(labels=labels.where(labels >= 0, 5), ignore_index=5, **tensors, backend=backend)
+    assert count == 4
+    torch.testing.assert_close(other, mean)
+
+
+@backends
+def test_mlm_loss_frozen_decoder(backend: str) -> None:
+    accuracy.require("mlm_loss", backend, torch.float32)
+    labels = torch.tensor([[1, -100, 3], [-100, 8, 0]])
+    tensors = tensors_for(16, 9, True, torch.float32, (2, 3))
+    hidden = tensors.pop("hidden")
+    gradients = []
+    for run in (ours(backend, labels, 0.0), reference(labels, 0.0)):
+        leaf = hidden.clone().requires_grad_()
+        run(hidden=leaf, **tensors).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+GOOD = {"labels": torch.tensor([[1, -100], [0, 8]])} | tensors_for(16, 9, True, torch.float32, (2, 2))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"], ids=["any", "reference"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"labels": torch.tensor([[1, 9], [0, 8]])}, IndexError, ["labels", "9", "0 to 8"]),
+        ({"labels": torch.tensor([[1, -1], [0, 8]])}, IndexError, ["labels", "-1"]),
+        ({"labels": torch.tensor([1, 2])}, ValueError, ["labels", "[2]", "[2, 2, 16]"]),
+        ({"labels": torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)}, TypeError, ["labels", "int32", "int64"]),
+        ({"labels": [1]}, TypeError, ["labels", "list"]),
+        ({"labels": torch.zeros(2, 2, dtype=torch.int64, device="meta")}, ValueError, ["labels", "meta"]),
+        ({"hidden": torch.zeros(2, 2, 16, dtype=torch.int64)}, TypeError, ["hidden", "int64"]),
+        ({"decoder_weight": torch.randn(9, 8)}, ValueError, ["decoder_weight", "16", "[9, 8]"]),
+        ({"decoder_bias": torch.randn(8)}, ValueError, ["decoder_bias", "[9]", "[8]"]),
+        ({"label_smoothing": 1.5}, ValueError, ["label_smoothing", "1.5"]),
+        ({"transform_weight": torch.randn(16, 8)}, ValueError, ["16", "[16, 8]"]),
+    ],
+)
+def test_mlm_loss_errors(
+    change: dict, error: type[Exception], words: list[str], gradients: bool, backend: str | None
+) -> None:
+    with torch.set_grad_enabled(gradients), pytest.raises(error) as caught:
+        ops.mlm_loss(**GOOD | change, backend=backend)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
