@@ -35,6 +35,31 @@ struct AttentionShape {
   int64_t bias_strides[3];
 };
 
+// A parameter of a row's length, or null.
+struct Vector {
+  const void* data;
+  DType dtype;
+};
+
+// What layernorm and embedding work on; dropout (p > 0) draws by row and column.
+struct RowsShape {
+  int64_t rows, columns;
+  double eps, dropout_p;
+  uint64_t seed;
+};
+
+struct MlmLossShape {
+  int64_t rows, columns, vocabulary, ignore_index;
+  double label_smoothing;
+};
+
+// Rows whose logits are in memory at a time: at most 16 MiB of them, and a multiple of what any instruction set needs.
+inline int64_t mlm_loss_chunk(int64_t rows, int64_t vocabulary) {
+  constexpr int64_t kStep = 32, kLogits = 4 << 20;
+  const int64_t most = kLogits / vocabulary / kStep * kStep, needed = (rows + kStep - 1) / kStep * kStep;
+  return needed <= most ? needed : most > kStep ? most : kStep;
+}
+
 struct Kernels {
   const char* isa;
 
@@ -57,6 +82,31 @@ struct Kernels {
   void (*attention_bwd)(const Executor&, DType, const AttentionShape&, const void* dout, const void* qkv, const void* out,
                         const float* lse, void* dqkv, float* dbias);
   double (*fma_rate)(double seconds);
+
+  // y [rows, columns] = LayerNorm(dropout(x + x_bias) + residual) * weight + bias in fp32 if x or residual is, else bf16.
+  // z (what is normalised, of y's type), mean and rstd [rows] are written unless null.
+  void (*layernorm_fwd)(const Executor&, const RowsShape&, Vector x, Vector x_bias, Vector residual, Vector weight,
+                        Vector bias, void* y, void* z, float* mean, float* rstd);
+  // dx only with dropout, else it equals dz. dweight, dbias in weight's type; dx_bias may be null.
+  void (*layernorm_bwd)(const Executor&, DType, const RowsShape&, const void* dy, const void* z, Vector weight,
+                        const float* mean, const float* rstd, void* dz, void* dx, void* dweight, void* dbias,
+                        float* dx_bias);
+
+  // y [rows, columns] = dropout(LayerNorm(sum of tables[i][ids[i]])): word, position, token type. Ids are in range.
+  // xhat (normalised rows) and rstd are written unless null.
+  void (*embedding_fwd)(const Executor&, DType, const RowsShape&, const int64_t* const* ids, const void* const* tables,
+                        Vector weight, Vector bias, void* y, void* xhat, float* rstd);
+  // dtables[i] [sizes[i], columns]; row padding_idx of the first is 0. workspace: rows * columns floats.
+  void (*embedding_bwd)(const Executor&, DType, const RowsShape&, const void* dy, const void* xhat, const float* rstd,
+                        const int64_t* const* ids, Vector weight, const int64_t* sizes, int64_t padding_idx,
+                        void* const* dtables, void* dweight, void* dbias, float* workspace);
+
+  // The sum of the cross-entropies of h [rows, columns] weight [vocabulary, columns]^T + bias (or null), and its gradients
+  // unless dweight is null. Labels are in range or ignore_index. logits: mlm_loss_chunk * vocabulary floats; dweight_sums: as
+  // many floats as weight has if dweight is bf16 and there is more than one chunk.
+  double (*mlm_loss)(const Executor&, DType, const MlmLossShape&, const void* h, const int64_t* labels,
+                     const void* weight, const void* bias, void* dh, void* dweight, void* dbias, float* logits,
+                     float* dweight_sums);
 };
 
 }  // namespace fastbert

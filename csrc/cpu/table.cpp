@@ -48,7 +48,8 @@ extern const Kernels FASTBERT_JOIN(kernels_, FASTBERT_ISA);
 const Kernels FASTBERT_JOIN(kernels_, FASTBERT_ISA) = {
     FASTBERT_TEXT(FASTBERT_ISA),   FASTBERT_ISA::linear_fwd,    FASTBERT_ISA::linear_bwd, FASTBERT_ISA::ffn_fwd,
     FASTBERT_ISA::ffn_bwd,         FASTBERT_ISA::attention_fwd, FASTBERT_ISA::attention_bwd,
-    FASTBERT_ISA::fma_rate,
+    FASTBERT_ISA::fma_rate,        FASTBERT_ISA::layernorm_fwd, FASTBERT_ISA::layernorm_bwd,
+    FASTBERT_ISA::embedding_fwd,   FASTBERT_ISA::embedding_bwd, FASTBERT_ISA::mlm_loss,
 };
 
 }  // namespace fastbert

@@ -17,6 +17,17 @@ void attention_fwd(const Executor&, DType, const AttentionShape&, const void* qk
 void attention_bwd(const Executor&, DType, const AttentionShape&, const void* dout, const void* qkv, const void* out,
                    const float* lse, void* dqkv, float* dbias);
 double fma_rate(double seconds);
+void layernorm_fwd(const Executor&, const RowsShape&, Vector x, Vector x_bias, Vector residual, Vector weight, Vector bias,
+                   void* y, void* z, float* mean, float* rstd);
+void layernorm_bwd(const Executor&, DType, const RowsShape&, const void* dy, const void* z, Vector weight,
+                   const float* mean, const float* rstd, void* dz, void* dx, void* dweight, void* dbias, float* dx_bias);
+void embedding_fwd(const Executor&, DType, const RowsShape&, const int64_t* const* ids, const void* const* tables,
+                   Vector weight, Vector bias, void* y, void* xhat, float* rstd);
+void embedding_bwd(const Executor&, DType, const RowsShape&, const void* dy, const void* xhat, const float* rstd,
+                   const int64_t* const* ids, Vector weight, const int64_t* sizes, int64_t padding_idx,
+                   void* const* dtables, void* dweight, void* dbias, float* workspace);
+double mlm_loss(const Executor&, DType, const MlmLossShape&, const void* h, const int64_t* labels, const void* weight,
+                const void* bias, void* dh, void* dweight, void* dbias, float* logits, float* dweight_sums);
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert

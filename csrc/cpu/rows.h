@@ -1,0 +1,168 @@
+// What the kernels that normalise rows share: loops over the columns of a row, LayerNorm's statistics, its backward.
+#pragma once
+#include "parallel.h"
+#include "vec.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+// Elements that make it worth waking another thread, and at least as many in a task.
+constexpr int64_t kTaskElements = 32 << 10;
+
+// Columns of a row buffer: dropout factors come in groups of 4 VLEN.
+FASTBERT_INLINE int64_t padded_columns(int64_t n) { return ceil_div(n, 4 * VLEN) * 4 * VLEN; }
+
+// f(c, count) for each vector of a row of n: count is VLEN, known to the compiler, for all but an incomplete last one.
+template <class F>
+FASTBERT_INLINE void for_columns(int64_t n, const F& f) {
+  int64_t c = 0;
+  for (; c + VLEN <= n; c += VLEN) f(c, VLEN);
+  if (c < n) f(c, n - c);
+}
+
+// The sum of what f(c, count) returns; four accumulators, because one would wait for each addition.
+template <class F>
+FASTBERT_INLINE float sum_columns(int64_t n, const F& f) {
+  vf s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  int64_t c = 0;
+  for (; c + 4 * VLEN <= n; c += 4 * VLEN)
+    s0 += f(c, VLEN), s1 += f(c + VLEN, VLEN), s2 += f(c + 2 * VLEN, VLEN), s3 += f(c + 3 * VLEN, VLEN);
+  for (; c + VLEN <= n; c += VLEN) s0 += f(c, VLEN);
+  if (c < n) s1 += f(c, n - c);
+  return sum((s0 + s1) + (s2 + s3));
+}
+
+FASTBERT_INLINE vf first_lanes(vf v, int64_t n) { return n >= VLEN ? v : (iota() < static_cast<int32_t>(n) ? v : vf{}); }
+
+// A parameter in fp32: where it lies, or converted into `room`. Null stays null.
+inline const float* as_float(const Vector& v, int64_t n, float* room) {
+  if (v.dtype == DType::kFloat32 || v.data == nullptr) return static_cast<const float*>(v.data);
+  const bf16* from = static_cast<const bf16*>(v.data);
+  for_columns(n, [&](int64_t c, int64_t count) { store_n(room + c, load_n(from + c, count), count); });
+  return room;
+}
+
+// 1 / standard deviation of a row in fp32 whose mean is known: from the centred values, so that nothing cancels.
+FASTBERT_INLINE float inverse_deviation(const float* row, int64_t n, float mean, double eps) {
+  const float squares = sum_columns(n, [&](int64_t c, int64_t count) {
+    const vf d = first_lanes(load_n(row + c, count) - mean, count);
+    return d * d;
+  });
+  return static_cast<float>(1.0 / __builtin_sqrt(squares / static_cast<double>(n) + eps));
+}
+
+// Backward of dropout_after(LayerNorm(z)) (embedding) or of LayerNorm(z) with z = dropout(x) + ... (layernorm).
+enum class DropoutAt { kNowhere, kAfter, kBefore };
+
+template <class T, class Out>
+struct NormBackward {
+  int64_t rows, columns;
+  const T* dy;
+  const T* z;         // normalised already if mean is null
+  const float* mean;  // [rows] or null
+  const float* rstd;  // [rows]
+  const float* weight;
+  Dropout dropout;
+  Out* dz;
+  Out* dx;  // gradient before the dropout that came before, else null
+  bool dx_bias;  // whether the column sums of dx (of dz without dropout before) are wanted
+
+  // Column sums of a block of rows, one below another: dweight, dbias and perhaps dx_bias.
+  int64_t sums() const { return dx_bias ? 3 : 2; }
+};
+
+template <DropoutAt At, int Rows, class T, class Out>
+void norm_backward_rows(const NormBackward<T, Out>& a, int64_t row, float* factors, float* sums) {
+  const int64_t n = a.columns, padded = padded_columns(n);
+  float mean[Rows], scale[Rows], rstd[Rows], mean_g[Rows], mean_gx[Rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    const T *dy = a.dy + (row + r) * n, *z = a.z + (row + r) * n;
+    const float* f = factors + r * padded;
+    if constexpr (At != DropoutAt::kNowhere)
+      a.dropout.factors(factors + r * padded, 0, n, static_cast<uint32_t>(row + r), 0, kStreamRows);
+    rstd[r] = a.rstd[row + r];
+    mean[r] = a.mean == nullptr ? 0.0f : a.mean[row + r];
+    scale[r] = a.mean == nullptr ? 1.0f : rstd[r];
+    vf g0 = {}, g1 = {}, gx0 = {}, gx1 = {};
+    const auto add = [&](int64_t c, int64_t count, vf* g, vf* gx) {
+      vf v = load_n(dy + c, count);
+      if constexpr (At == DropoutAt::kAfter) v *= load(f + c);
+      v *= load_n(a.weight + c, count);
+      *g += v;
+      *gx += v * (load_n(z + c, count) - mean[r]);
+    };
+    int64_t c = 0;
+    for (; c + 2 * VLEN <= n; c += 2 * VLEN) add(c, VLEN, &g0, &gx0), add(c + VLEN, VLEN, &g1, &gx1);
+    for_columns(n - c, [&](int64_t d, int64_t count) { add(c + d, count, &g0, &gx0); });
+    mean_g[r] = sum(g0 + g1) / static_cast<float>(n);
+    mean_gx[r] = sum(gx0 + gx1) * scale[r] / static_cast<float>(n);
+  }
+  for_columns(n, [&](int64_t c, int64_t count) {
+    vf dweight = load(sums + c), dbias = load(sums + padded + c), dx_bias = {};
+    const vf weight = load_n(a.weight + c, count);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const int64_t at = (row + r) * n + c;
+      vf dy = load_n(a.dy + at, count);
+      if constexpr (At == DropoutAt::kAfter) dy *= load(factors + r * padded + c);
+      const vf x = (load_n(a.z + at, count) - mean[r]) * scale[r];
+      vf dz = (dy * weight - mean_g[r] - x * mean_gx[r]) * rstd[r];
+      dweight += dy * x;
+      dbias += dy;
+      store_n(a.dz + at, dz, count);
+      if constexpr (At == DropoutAt::kBefore) {
+        dz *= load(factors + r * padded + c);
+        store_n(a.dx + at, dz, count);
+      }
+      dx_bias += dz;
+    }
+    // Lanes beyond the last column gather what nobody reads.
+    store(sums + c, dweight);
+    store(sums + padded + c, dbias);
+    if (a.dx_bias) store(sums + 2 * padded + c, load(sums + 2 * padded + c) + dx_bias);
+  });
+}
+
+// Rows that one set of column sums covers: by the shape alone, so that the sums are the same for any number of threads.
+FASTBERT_INLINE int64_t rows_per_block(int64_t rows, int64_t columns) {
+  return ceil_div(larger(ceil_div(kTaskElements, columns), ceil_div(rows, 128)), 4) * 4;
+}
+
+// Computes dz, dx and returns the column sums [sums()][padded_columns], in memory of the caller's kScratchSums.
+template <DropoutAt At, class T, class Out>
+float* norm_backward(const Executor& executor, const NormBackward<T, Out>& a) {
+  const int64_t padded = padded_columns(a.columns), width = a.sums() * padded;
+  const int64_t block = rows_per_block(a.rows, a.columns), blocks = ceil_div(a.rows, block);
+  float* sums = static_cast<float*>(scratch(kScratchSums, larger(blocks, 1) * width * 4));
+  std::memset(sums, 0, larger(blocks, 1) * width * 4);
+  parallel_tasks(executor, blocks, [&](int64_t b, int) {
+    float* factors = static_cast<float*>(scratch(kScratchRows, 4 * padded * 4));
+    const int64_t end = smaller((b + 1) * block, a.rows);
+    int64_t row = b * block;
+    for (; row + 4 <= end; row += 4) norm_backward_rows<At, 4>(a, row, factors, sums + b * width);
+    for (; row < end; ++row) norm_backward_rows<At, 1>(a, row, factors, sums + b * width);
+  });
+  // Every column is summed in the order of the blocks.
+  const int64_t slice = larger(ceil_div(kTaskElements, larger(blocks, 1)), VLEN) / VLEN * VLEN;
+  parallel_tasks(executor, blocks > 1 ? ceil_div(width, slice) : 0, [&](int64_t task, int) {
+    for (int64_t c = task * slice; c < smaller((task + 1) * slice, width); c += VLEN) {
+      vf total = load(sums + c);
+      for (int64_t b = 1; b < blocks; ++b) total += load(sums + b * width + c);
+      store(sums + c, total);
+    }
+  });
+  return sums;
+}
+
+// Writes n fp32 values in the type that is asked for.
+inline void store_as(DType dtype, const float* from, int64_t n, void* out) {
+  if (dtype == DType::kFloat32) {
+    std::memcpy(out, from, n * 4);
+  } else {
+    for_columns(n, [&](int64_t c, int64_t count) { store_n(static_cast<bf16*>(out) + c, load_n(from + c, count), count); });
+  }
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert
