@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .report import milliseconds
+from .report import BUSY, milliseconds
 
 OURS, OTHERS = "#c8501e", "#8a99a8"
 
@@ -46,5 +46,7 @@ def _row(axis: Any, row: dict[str, Any]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.tick_params(axis="x", labelsize=7)
     held = f"{row['peak']['how']}, {peak:.0f} {row['unit']}" if row["peak"]["rate"] else "the fastest"
-    axis.set_title(f"{row['title']}\nshare of {held}", fontsize=8.5, loc="left")
+    doubt = f", machine not quiet ({row['others']:.0%} taken by others)" if (row["others"] or 0) > BUSY else ""
+    doubt += "" if row["complete"] else f", interrupted after {row['rounds']} rounds"
+    axis.set_title(f"{row['title']}\nshare of {held}{doubt}", fontsize=8.5, loc="left")
     axis.spines[["top", "right"]].set_visible(False)

@@ -209,12 +209,12 @@ def _prepare(
             item.update(status="failed", reason=str(error))
             _drop(workers, name)
             continue
-        error, where = relative_error(load_file(path), truth)
-        item.update(error=error if error < float("inf") else None, error_at=where, tolerance=tolerance, details=details)
-        if error <= tolerance:
+        off, where = relative_error(load_file(path), truth)
+        item.update(error=off if off < float("inf") else None, error_at=where, tolerance=tolerance, details=details)
+        if off <= tolerance:
             item["status"] = "ok"
         else:
-            item.update(status="wrong", reason=f"error {error:.1e} of {where} is above {tolerance:.0e}")
+            item.update(status="wrong", reason=f"error {off:.1e} of {where} is above {tolerance:.0e}")
             _drop(workers, name)
     workers["peak"] = _start(folder, "peak", threads)
 
