@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from fastbert._version import __version__
 
 if TYPE_CHECKING:
-    from fastbert.patch import disable, enable, enabled, optimize, report, restore
+    from fastbert.patch import disable, enable, enabled, optimize, restore
+    from fastbert.reporting import report
 
-_PATCH = ("disable", "enable", "enabled", "optimize", "report", "restore")
 _MODELS = (
     "BertForMaskedLM",
     "BertForMultipleChoice",
@@ -33,12 +33,15 @@ _MODELS = (
     "BertModel",
 )
 
-__all__ = ["__version__", *_MODELS, *_PATCH]
+_HOMES = dict.fromkeys(("disable", "enable", "enabled", "optimize", "restore"), "fastbert.patch")
+_HOMES |= {"report": "fastbert.reporting"} | dict.fromkeys(_MODELS, "fastbert.models")
+
+__all__ = ["__version__", *_MODELS, "disable", "enable", "enabled", "optimize", "report", "restore"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs transformers only when it is asked for."""
-    home = "fastbert.patch" if name in _PATCH else "fastbert.models" if name in _MODELS else None
+    home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(home), name)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert
 from transformers.utils import ModelOutput
 
-from fastbert import ops, patch
+from fastbert import guards, ops, patch
 
 
 class FastModel(patch.Fast):
@@ -46,7 +46,7 @@ class FastModel(patch.Fast):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(
-                f"from_pretrained: a checkpoint file of {pretrained_model_name_or_path!s} is truncated or corrupt: {error}"
+                f"from_pretrained: a weight file of {pretrained_model_name_or_path!s} is truncated or corrupt: {error}"
             ) from error
         except OSError as error:
             if "safetensors" not in str(error):
@@ -91,7 +91,7 @@ def rescaled(outputs: Any, labels: Tensor | None, num_items: Any) -> Any:
     return outputs
 
 
-# --- the masked language model -----------------------------------------------------------------------------------------
+# --- the masked language model ------------------------------------------------------------------------------------
 
 
 class MlmNames(NamedTuple):
@@ -129,7 +129,7 @@ MLM_HEADS = {
 }
 
 
-class ResolvedMlm(patch.Resolved):
+class ResolvedMlm(guards.Resolved):
     """The parts of a masked language model head."""
 
     def __init__(self, module: nn.Module, names: MlmNames) -> None:
@@ -138,14 +138,16 @@ class ResolvedMlm(patch.Resolved):
 
         def check(parts: dict[str, nn.Module]) -> str | None:
             plain = {path: part for path, part in parts.items() if path != names.activation}
-            reason = patch.wrong_type(plain, paths, module.stock.__module__)
-            if reason is None and names.activation is not None and not patch.is_gelu(parts[names.activation]):
+            reason = guards.wrong_type(plain, paths, module.stock.__module__)
+            if reason is None and names.activation is not None and not guards.is_gelu(parts[names.activation]):
                 reason = "the activation of the head is not exact GELU"
+            if reason is None and parts[names.dense].out_features != parts[names.dense].in_features:
+                reason = "the head changes the hidden size"
             return reason
 
         super().__init__(module, (*paths, *optional), check)
         if self.reason is None:
-            self.weights = patch.Weights.of([self.parts[path] for path in paths])
+            self.weights = guards.Weights.of([self.parts[path] for path in paths])
             self.eps = self.parts[names.norm].eps
 
 
@@ -191,14 +193,14 @@ class FastMaskedLM(FastModel):
 
     def _head_weights(self) -> tuple[tuple[Tensor, ...] | None, float]:
         """The weights for ops.mlm_loss, or None if something speaks against it."""
-        if patch.call_reason(self.config, {}) is not None:
+        if guards.call_reason(self.config, {}) is not None:
             return None, 0.0
         state = self._fastbert
-        if state.resolved is None or not state.resolved.current():
+        if state.resolved is None or not state.resolved.current(self):
             state.resolved = ResolvedMlm(self, MLM_HEADS[self.family.name])
         resolved = state.resolved
         weights = None if resolved.reason is not None else resolved.weights.read()
-        if weights is None or patch.wrong_weights(weights) is not None:
+        if weights is None or guards.wrong_weights(weights) is not None:
             return None, 0.0
         return weights, resolved.eps
 
@@ -213,8 +215,8 @@ class FastMaskedLM(FastModel):
         def compute() -> Tensor:
             if versions is not None and versions != [weight._version for weight in weights]:
                 warnings.warn(
-                    f"{self.logits_field} are computed when first read, and the weights have changed since the forward; "
-                    "read them before optimizer.step()",
+                    f"{self.logits_field} are computed when first read, and the weights have changed since the "
+                    "forward; read them before optimizer.step()",
                     stacklevel=3,
                 )
             with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast):
@@ -241,7 +243,7 @@ class FastPreTraining(FastMaskedLM):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         weights = None
         if labels is not None and next_sentence_label is not None and return_dict:
-            if not torch.compiler.is_compiling() and patch.foreign_hook(self.cls) is None:
+            if not torch.compiler.is_compiling() and guards.foreign_hook(self.cls) is None:
                 weights, eps = self._head_weights()
         if weights is None:
             return rescaled(stock(self, **kwargs), labels, num_items)
@@ -271,7 +273,7 @@ class FastPreTraining(FastMaskedLM):
         return self.cls.predictions(hidden)
 
 
-# --- logits on demand --------------------------------------------------------------------------------------------------
+# --- logits on demand ------------------------------------------------------------------------------------
 
 
 class LazyField(OrderedDict[str, Any]):
@@ -344,7 +346,7 @@ def lazy_output(stock: type[ModelOutput], field: str, compute: Callable[[], Tens
     return outputs
 
 
-# --- the classes -------------------------------------------------------------------------------------------------------
+# --- the classes ------------------------------------------------------------------------------------
 
 _HEADS: dict[str, type[FastModel]] = {
     "Model": FastModel,

@@ -7,6 +7,9 @@ mask, or a trace in which T must not depend on data) all B * S places are kept, 
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -123,7 +126,7 @@ class PackedBatch:
         longest = max_length_q if max_length_q is not None else max_length_k
         if not torch.compiler.is_compiling():
             ends = cu_seqlens.tolist()
-            lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+            lengths = [end - start for start, end in itertools.pairwise(ends)]
             if not lengths or ends[0] != 0 or ends[-1] != seqlen or min(lengths) < 0:
                 raise ValueError(f"{name} must rise from 0 to {seqlen}, the number of tokens given; got {ends}")
             if cu_seq_lens_q is not None and cu_seq_lens_k is not None and cu_seq_lens_k.tolist() != ends:
@@ -165,6 +168,52 @@ class PackedBatch:
         if self.mask is None:
             return None
         return self.mask[:, None, None, :].expand(self.batch, 1, self.seqlen, self.seqlen)
+
+
+def batch_of(
+    hidden_states: Tensor, attention_mask: Any, kwargs: dict[str, Any], *, keep_padding: bool = False
+) -> PackedBatch | str:
+    """The batch of padded hidden_states [B, S, H] under a mask as the encoder or a layer gets it, or why there is none.
+
+    keep_padding: compute the masked places too, as stock does.
+    """
+    if isinstance(attention_mask, PackedBatch):
+        return attention_mask
+    batch, seqlen = hidden_states.shape[:2]
+    if not torch.compiler.is_compiling() and hidden_states.numel() == 0:
+        return "the batch is empty"
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        return f"the attention mask is a {type(attention_mask).__name__}"
+    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
+        names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+        if attention_mask is not None:
+            raise ValueError("attention_mask must be None when cu_seq_lens_q is given")
+        return PackedBatch.from_cu_seqlens(batch, seqlen, hidden_states.device, *(kwargs.get(name) for name in names))
+    if attention_mask is None:
+        return PackedBatch.full(batch, seqlen, hidden_states.device)
+    made_here = getattr(attention_mask, "_fastbert_batch", None)
+    if made_here is not None:
+        return made_here
+    if attention_mask.dim() == 4:
+        if not keep_padding and not unreadable(attention_mask) and (mask := _same_rows(attention_mask)) is not None:
+            return PackedBatch.from_mask(mask.expand(batch, seqlen), batch, seqlen)
+        return PackedBatch.from_bias(attention_mask, batch, seqlen, hidden_states.dtype)
+    if keep_padding or unreadable(attention_mask):
+        return PackedBatch.padded(attention_mask, batch, seqlen, hidden_states.dtype, zero=not keep_padding)
+    return PackedBatch.from_mask(attention_mask, batch, seqlen)
+
+
+def _same_rows(mask: Tensor) -> Tensor | None:
+    """The 2-D mask [B|1, S] that a bool mask [B|1, 1, S|1, S] repeats for every query, as SDPA's does, or None."""
+    if mask.dtype is not torch.bool or mask.shape[1] != 1:
+        return None
+    rows = mask[:, 0, :1]
+    return rows[:, 0] if torch.equal(mask[:, 0], rows.expand_as(mask[:, 0])) else None
+
+
+def unreadable(mask: Tensor) -> bool:
+    """Whether the values of a mask cannot be read now: while tracing, on meta or fake tensors."""
+    return torch.compiler.is_compiling() or mask.is_meta or type(mask) is not Tensor
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,272 @@
+"""What sends a call back to the stock forward, with the reason: a module's parts, its weights, and the call itself."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.parameter import Parameter
+from transformers.activations import GELUActivation
+from transformers.utils.output_capturing import _active_collector
+
+from fastbert import encoder
+
+IMPLEMENTATION = "fastbert"
+PACKABLE = (IMPLEMENTATION, "sdpa")  # attention implementations under which the packed path may stand in
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
+_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "torch.distributed")
+
+
+def foreign_hook(module: nn.Module) -> str | None:
+    """The name of a hook on the module that is neither transformers' own capture of outputs nor FSDP's, if any."""
+    for hooks in _HOOKS:
+        for hook in getattr(module, hooks).values():
+            if not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS_HOOKS):
+                return getattr(hook, "__qualname__", type(hook).__qualname__)
+    return None
+
+
+class Resolved:
+    """The parts of one module as they were last found, with the reason against the fast path that lies in them.
+
+    paths: of the parts, below the module. check: gives that reason, from the parts by path. `current` tells in a few
+    microseconds whether they still are what they were.
+    """
+
+    def __init__(self, module: nn.Module, paths: tuple[str, ...], check: Callable[[dict[str, nn.Module]], str | None]):
+        every = dict.fromkeys(chain.from_iterable(_prefixes(path) for path in paths))
+        parts: dict[str, nn.Module] = {"": module}
+        self.missing: str | None = None
+        for path in every:
+            parent, _, name = path.rpartition(".")
+            if parent in parts and name in parts[parent]._modules:
+                parts[path] = parts[parent]._modules[name]
+            else:
+                self.missing = self.missing or f"{path} is not there"
+        del parts[""]
+        found = list(parts)
+        parents = [parts[path.rpartition(".")[0]] if "." in path else module for path in found]
+        self.root = module._modules
+        self.parts = parts
+        self.dicts = [parent._modules for parent in parents]
+        self.names = [path.rpartition(".")[2] for path in found]
+        self.modules = tuple(parts.values())
+        self.types = tuple(map(type, self.modules))
+        self.instances = [vars(part) for part in self.modules]
+        self.hooks = [*_GLOBAL_HOOKS, *(getattr(part, name) for part in self.modules for name in _HOOKS)]
+        self.hook_ids = tuple(chain.from_iterable(self.hooks))
+        self.replaced = tuple(map(operator.contains, self.instances, repeat("forward")))
+        self.reason = self.missing or self._common() or check(parts)
+
+    def current(self, module: nn.Module) -> bool:
+        """Whether the parts of `module` are still these. Also False for a replica that shares them."""
+        try:
+            return (
+                module._modules is self.root
+                and tuple(map(operator.getitem, self.dicts, self.names)) == self.modules
+                and tuple(map(type, self.modules)) == self.types
+                and tuple(chain.from_iterable(self.hooks)) == self.hook_ids
+                and tuple(map(operator.contains, self.instances, repeat("forward"))) == self.replaced
+            )
+        except KeyError:
+            return False
+
+    def _common(self) -> str | None:
+        for hooks in _GLOBAL_HOOKS:
+            if hooks:
+                return "hooks on every module (torch.nn.modules.module.register_module_*_hook) are installed"
+        for path, part in self.parts.items():
+            hook = foreign_hook(part)
+            if hook is not None:
+                return f"a hook ({hook}) sits on {path}"
+            if "forward" in vars(part):
+                return f"the forward of {path} is replaced"
+        return None
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    names = path.split(".")
+    return (".".join(names[: i + 1]) for i in range(len(names)))
+
+
+def wrong_type(parts: dict[str, nn.Module], paths: dict[str, type], home: str) -> str | None:
+    """A part that is not exactly of its type, or a container that is not transformers' own."""
+    for path, part in parts.items():
+        expected = paths.get(path)
+        if expected is None:
+            if type(part).__module__ != home:
+                return f"{path} is a {type(part).__qualname__} of {type(part).__module__}"
+        elif type(part) is not expected:
+            return f"{path} is a {type(part).__qualname__}, not exactly nn.{expected.__name__}"
+    return None
+
+
+def is_gelu(activation: Any) -> bool:
+    """Whether an activation is the exact GELU (erf)."""
+    if type(activation) is GELUActivation:
+        return True
+    if type(activation) is nn.GELU:
+        return activation.approximate == "none"
+    return activation is nn.functional.gelu
+
+
+def wrong_weights(weights: tuple[Tensor, ...], x: Tensor | None = None) -> str | None:
+    """Why these parameters, with an input x, cannot be handed to the kernels, or None."""
+    for kind in set(map(type, weights)):
+        if kind is not Parameter:
+            if kind is type(None):
+                return "a bias is missing"
+            if not (torch.compiler.is_compiling() and issubclass(kind, Tensor)):
+                return f"a weight is a {kind.__qualname__}, not a plain nn.Parameter"
+    dtypes = {weight.dtype for weight in weights}
+    first = weights[0]
+    if len(dtypes) > 1:
+        return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})"
+    device = first.device.type
+    if first.dtype not in DTYPES.get(device, (first.dtype,)):
+        return f"no kernels for {first.dtype} on {device}"
+    if x is not None and x.dtype is not first.dtype and not torch.is_autocast_enabled(device):
+        return f"hidden_states are {x.dtype}, the weights {first.dtype}"
+    return None
+
+
+class Weights(NamedTuple):
+    """Where to read weight and bias of some modules anew at each call."""
+
+    dicts: tuple[dict[str, Any], ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, modules: list[nn.Module]) -> Weights:
+        return cls(tuple(m._parameters for m in modules for _ in range(2)), ("weight", "bias") * len(modules))
+
+    def read(self) -> tuple[Tensor, ...] | None:
+        try:
+            return tuple(map(operator.getitem, self.dicts, self.names))
+        except KeyError:
+            return None
+
+
+class ResolvedLayer(Resolved):
+    """The parts of a transformer layer."""
+
+    def __init__(self, module: nn.Module, names: encoder.LayerNames) -> None:
+        paths = {names.query: nn.Linear, names.key: nn.Linear, names.value: nn.Linear}
+        paths |= {names.attention_out: nn.Linear, names.up: nn.Linear, names.down: nn.Linear}
+        paths |= {names.attention_norm: nn.LayerNorm, names.norm: nn.LayerNorm}
+        paths |= {names.attention_dropout: nn.Dropout, names.down_dropout: nn.Dropout}
+        if names.attention_out_dropout is not None:
+            paths[names.attention_out_dropout] = nn.Dropout
+        owner, _, activation_name = names.activation.rpartition(".")
+        optional = (names.activation,) if activation_name in module.get_submodule(owner)._modules else ()
+
+        def check(parts: dict[str, nn.Module]) -> str | None:
+            plain = {path: part for path, part in parts.items() if path != names.activation}
+            return wrong_type(plain, paths, type(module).__module__) or self._check(module, names, parts)
+
+        super().__init__(module, (*paths, *optional), check)
+        if self.reason is not None:
+            return
+        parts = self.parts
+        self.weights = Weights.of([parts[getattr(names, name)] for name in encoder.WEIGHTED])
+        self.norms = parts[names.attention_norm], parts[names.norm]
+        self.attention = parts[names.query.rpartition(".")[0]]
+        self.chunked = parts.get("ffn", module)
+        self.attention_dropout = parts[names.attention_dropout]
+        self.hidden_dropout = None if names.attention_out_dropout is None else parts[names.attention_out_dropout]
+        self.ffn_dropout = parts[names.down_dropout]
+
+    def _check(self, module: nn.Module, names: encoder.LayerNames, parts: dict[str, nn.Module]) -> str | None:
+        attention = parts[names.query.rpartition(".")[0]]
+        if getattr(module, "is_decoder", False) or getattr(attention, "is_causal", False):
+            return "the layer is a decoder's (causal attention)"
+        if getattr(module, "add_cross_attention", False):
+            return "the layer has cross-attention"
+        owner, _, activation = names.activation.rpartition(".")
+        act = getattr(parts[owner], activation, None)
+        if not is_gelu(act):
+            return f"the activation is {getattr(act, '__name__', type(act).__name__)}, not exact GELU"
+        head_dim = attention.attention_head_size
+        self.heads = parts[names.query].out_features // head_dim
+        self.head_dim = head_dim
+        widths = {parts[path].out_features for path in (names.query, names.key, names.value)}
+        if len(widths) > 1 or self.heads * head_dim not in widths:
+            return f"query, key and value have widths {sorted(widths)}, not {head_dim} times the number of heads"
+        return None
+
+    def settings(self) -> encoder.LayerSettings:
+        dropouts = self.attention_dropout, self.hidden_dropout, self.ffn_dropout
+        p = [d.p if d is not None and d.training else 0.0 for d in dropouts]
+        if not self.attention.training:
+            p[0] = 0.0
+        elif not self.attention_dropout.training:
+            p[0] = self.attention_dropout.p  # stock reads p and the attention's own mode
+        norm1, norm2 = self.norms
+        return encoder.LayerSettings(
+            self.heads,
+            self.attention.scaling,
+            norm1.eps,
+            norm2.eps,
+            *p,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+
+class ResolvedEmbeddings(Resolved):
+    """The parts of an embeddings module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+        paths: dict[str, type] = dict.fromkeys(tables, nn.Embedding)
+        paths |= {"LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
+
+        def check(parts: dict[str, nn.Module]) -> str | None:
+            reason = wrong_type(parts, paths, "")
+            if reason is not None:
+                return reason
+            for path in tables:
+                table = parts[path]
+                if table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
+                    return f"{path} uses max_norm, sparse or scale_grad_by_freq"
+            return None
+
+        super().__init__(module, tuple(paths), check)
+        if self.reason is None:
+            modules = [self.parts[path]._parameters for path in tables]
+            norm = self.parts["LayerNorm"]._parameters
+            self.weights = Weights((*modules, norm, norm), ("weight",) * 4 + ("bias",))
+
+
+def captured(what: str) -> bool:
+    """Whether transformers is recording "hidden_states" or "attentions" in the call that runs now."""
+    collected = _active_collector.get()
+    return collected is not None and what in collected
+
+
+def call_reason(config: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why the call that runs now has to take the stock forward, or None."""
+    implementation = None if config is None else config._attn_implementation
+    if config is not None and implementation not in PACKABLE:
+        return f"the attention implementation was set to {implementation!r}"
+    if kwargs.get("output_attentions") or captured("attentions"):
+        return "attentions were asked for"
+    if kwargs.get("past_key_values") is not None or kwargs.get("encoder_hidden_states") is not None:
+        return "a cache or cross-attention is in use"
+    if kwargs.get("is_causal"):
+        return "causal attention was asked for"
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is running"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is running"
+    return None

@@ -1,0 +1,75 @@
+"""What runs in a model, and why the rest does not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbert import dispatch, patch
+
+
+class Report:
+    """What runs in a model, and why the rest does not. Prints as text.
+
+    layers: [{"name", "path": "fast" | "stock", "reason"}], one entry a transformer layer; reason is None if fast.
+    ops: {op: {"backend", "rejected": {backend: reason}}}, for the device and dtype of the model's weights.
+    calls: {"fast", "stock"}, the layer calls since `optimize`, without those inside torch.compile.
+    """
+
+    def __init__(self, layers: list[dict[str, Any]], ops: dict[str, Any], others: list[dict[str, Any]], count: Any):
+        self.layers = layers
+        self.ops = ops
+        self.others = others
+        self.calls = count
+
+    def as_dict(self) -> dict[str, Any]:
+        """{"layers": [...], "ops": {...}}: only what JSON can hold."""
+        return {"layers": [dict(layer) for layer in self.layers], "ops": copy.deepcopy(self.ops)}
+
+    def __str__(self) -> str:
+        fast = sum(layer["path"] == "fast" for layer in self.layers)
+        lines = [f"{fast} of {len(self.layers)} layers fast; calls so far: {self.calls['fast']} fast"]
+        lines[0] += f", {self.calls['stock']} stock"
+        for entry in (*self.layers, *self.others):
+            lines.append(f"  {entry['name']}: {entry['path']}" + (f", {entry['reason']}" if entry["reason"] else ""))
+        for op, run in self.ops.items():
+            lines.append(f"{op}: {run['backend'] or 'nothing can run'}")
+            lines += [f"  not {backend}: {reason}" for backend, reason in run["rejected"].items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def report(model: nn.Module) -> Report:
+    """What runs in `model`: per layer the fast path or the stock one and why, per op the implementation.
+
+    A layer counts as stock if something in it speaks against the fast path now, or if its last call was stock.
+    Raises TypeError if model is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__qualname__}")
+    layers, others, count = [], [], {"fast": 0, "stock": 0}
+    head_dim, like = None, None
+    for name, module in model.named_modules():
+        role = patch.ROLES.get((type(module).__module__, type(module).__name__), (None,))[0]
+        if isinstance(module, patch.FastLayer):
+            role = "layer"  # whatever the name of a class on top of ours
+        if role not in ("layer", "embeddings"):
+            continue
+        if not isinstance(module, patch.Fast):
+            reason: str | None = "fastbert.optimize has not been called"
+        else:
+            reason = module.static_reason() or module._fastbert.reason
+        entry = {"name": name, "path": "fast" if reason is None else "stock", "reason": reason}
+        (layers if role == "layer" else others).append(entry)
+        if isinstance(module, patch.FastLayer):
+            count["fast"] += module._fastbert.fast
+            count["stock"] += module._fastbert.stock
+            like = like if like is not None else next(module.parameters(), None)
+            head_dim = head_dim or getattr(module.resolve(), "head_dim", None)
+    like = like if like is not None else next(model.parameters(), None)
+    device, dtype = ("cpu", torch.float32) if like is None else (like.device, like.dtype)
+    return Report(layers, dispatch.describe(device, dtype, head_dim=head_dim), others, count)
