@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for what it makes")
     parser.add_argument("--cache", type=Path, default=fetch.default_cache(), help="folder for what it downloads")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--contestant", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant:
@@ -214,7 +214,7 @@ def main() -> None:
     columns = ["--text_column_name", "text", "--label_column_name", "label", "--max_seq_length", "128"]
     recipe = [
         "--num_train_epochs",
-        str(args.epochs),
+        f"{args.epochs:g}",
         "--per_device_train_batch_size",
         str(BATCH),
         "--learning_rate",
