@@ -113,8 +113,6 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        self.text_column_name = _names(self.text_column_name)
-        self.label_column_name = _names(self.label_column_name)
         if self.do_regression:
             if self.problem_type not in (None, "regression"):
                 raise ValueError(f"--do_regression contradicts --problem_type {self.problem_type}")
@@ -130,13 +128,6 @@ class DataArguments:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.max_seq_length is not None and self.max_seq_length < 3:
             raise ValueError(f"--max_seq_length must be at least 3, got {self.max_seq_length}")
-
-
-def _names(values: list[str] | None) -> list[str] | None:
-    """Column names given as ``a b`` or, as in transformers' example scripts, ``a,b``."""
-    if values is None:
-        return None
-    return [name for value in values for name in value.split(",") if name]
 
 
 @dataclass
@@ -253,7 +244,10 @@ class ArgumentParser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n(see {self.prog} --help)\n")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+MAX_CHOICES_WIDTH = 80  # beyond it, choices stand in the help text, which is wrapped
+
+
+class HelpFormatter(argparse.HelpFormatter):
     """One spelling a flag, defaults only where they say something."""
 
     def __init__(self, prog: str) -> None:
@@ -265,14 +259,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         spelling = action.option_strings[0] if action.dest != "help" else ", ".join(action.option_strings)
         if action.nargs == 0:
             return spelling
-        if action.choices:
-            return f"{spelling} {{{','.join(map(str, action.choices))}}}"
+        if (choices := _choices(action)) and len(choices) <= MAX_CHOICES_WIDTH:
+            return f"{spelling} {{{choices}}}"
         return f"{spelling} {'true|false' if action.nargs == '?' and action.const is True else 'X'}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, argparse.SUPPRESS) or "default:" in (action.help or "").lower():
-            return action.help
-        return super()._get_help_string(action)
+        text = action.help or ""
+        if len(choices := _choices(action)) > MAX_CHOICES_WIDTH:
+            text += f" One of: {choices.replace(',', ', ')}."
+        if action.default in (None, False, argparse.SUPPRESS) or "default:" in text.lower():
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+def _choices(action: argparse.Action) -> str:
+    return ",".join(map(str, action.choices or ()))
 
 
 def build_parser(everything: bool = False) -> ArgumentParser:

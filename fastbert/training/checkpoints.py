@@ -76,8 +76,10 @@ def checkpoint_problem(folder: str | os.PathLike[str], *, resumable: bool = True
             return f"{path.name} is missing"
         if problem := safetensors_problem(path):
             return problem
-    if not (folder / "config.json").is_file():
-        return "config.json is missing"
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "config.json is missing or truncated"
     if resumable:
         rng_states = sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
         for path in [folder / "optimizer.pt", folder / "scheduler.pt", *rng_states]:

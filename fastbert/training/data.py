@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,11 @@ def known_columns(rows: RowFile) -> list[str]:
     return list(found)
 
 
+def split_names(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Column names given as ``a b`` or, as in transformers' example scripts, as ``a,b``."""
+    return [part for name in names for part in ([name] if name in columns else name.split(",")) if part]
+
+
 def check_columns(wanted: Sequence[str], rows: RowFile, argument: str) -> None:
     """Raise CommandError naming ``argument`` if the file has no such column, with those it has."""
     columns = known_columns(rows)
@@ -92,8 +98,9 @@ def choose_text_columns(
     rows: RowFile, names: Sequence[str] | None, delimiter: str, pair: str | None, labels: Sequence[str] = ()
 ) -> TextColumns:
     """The columns the flags name, or the one that is obvious. Raises CommandError where there is none."""
+    columns = known_columns(rows)
+    names = split_names(names or (), columns)
     if not names:
-        columns = known_columns(rows)
         others = [name for name in columns if name not in labels and name != pair]
         obvious = [name for name in ("text", "sentence") if name in others] or (others if len(others) == 1 else [])
         if not obvious:
@@ -156,6 +163,14 @@ class Split:
         else:
             kind = pa.int64()
         return Dataset(self.tokens.append_column("labels", pa.array(encoded, type=kind)))
+
+    def digest(self) -> str:
+        """A checksum of the tokens and labels."""
+        found = hashlib.blake2b(repr(self.labels).encode("utf-8", errors="backslashreplace"), digest_size=8)
+        for name in self.tokens.column_names:
+            column = self.tokens.column(name).combine_chunks().flatten()
+            found.update(column.to_numpy(zero_copy_only=False))
+        return found.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """For the report."""

@@ -6,7 +6,14 @@ import errno
 
 _NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # torch.save and safetensors report a full disk in words of their own, not as an OSError with an errno.
-_NO_SPACE_WORDS = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "file write failed")
+_NO_SPACE_WORDS = (
+    "no space left",
+    "file too large",
+    "disk quota",
+    "pytorchstreamwriter",
+    "inline_container",
+    "iostream",
+)
 
 
 class CommandError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -18,17 +19,27 @@ from transformers.trainer_callback import PrinterCallback
 
 from .arguments import DataArguments, FinetuneArguments, ModelArguments, Parsed
 from .checkpoints import checkpoint_problem, checkpoints, last_complete
-from .data import Split, check_columns, choose_text_columns, hold_out, open_split, read_split
+from .data import (
+    Split,
+    check_columns,
+    choose_text_columns,
+    hold_out,
+    known_columns,
+    open_split,
+    read_split,
+    split_names,
+)
 from .errors import CommandError, first_line, is_disk_full
 from .labels import METRICS, MULTI, REGRESSION, SINGLE, Labels, find_labels, metrics_for, per_label
 from .loading import check_vocabulary, load_classifier, load_config, load_tokenizer, quiet_transformers, sequence_limit
 from .report import CURVES, REPORT, history, plot, versions, write_json
 from .rows import RowFile, splits_of
 from .trainer import (
+    EvaluationLineCallback,
     FinetuneTrainer,
+    LossProgressCallback,
     NanCallback,
     PatienceCallback,
-    QuietProgressCallback,
     ReplayCallback,
     StopOnSignal,
     saved_patience,
@@ -48,11 +59,20 @@ def main(parsed: Parsed, argv: list[str]) -> int:
         return _run(model_args, data_args, args, argv)
     except (OSError, RuntimeError) as error:
         if not is_disk_full(error):
+            if isinstance(error, OSError) and error.filename:
+                raise CommandError(f"{error.filename}: {error.strerror}") from error
             raise
         raise CommandError(
             f"--output_dir {args.output_dir}: no space left ({first_line(error)}). Finished checkpoints are intact; "
             "free some space and go on with --resume_from_checkpoint true"
         ) from error
+    except KeyboardInterrupt:
+        _say(f"\nstopped. Go on from the last complete checkpoint with: {_resume_command(args)}")
+        return 130
+
+
+def _resume_command(args: FinetuneArguments) -> str:
+    return f"fastbert finetune … --output_dir {args.output_dir} --resume_from_checkpoint true"
 
 
 def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments, argv: list[str]) -> int:
@@ -77,7 +97,9 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     run = {
         "labels": labels.names,
         "problem_type": labels.kind,
-        "rows": {name: len(split) for name, split in splits.items()},
+        "seed": args.seed,
+        "rows": {name: len(split) for name, split in splits.items() if name != "test"},
+        "data": {name: split.digest() for name, split in splits.items() if name != "test"},
         "model_name_or_path": model_args.model_name_or_path,
     }
     _check_same_run(output, run, checkpoint)
@@ -106,7 +128,8 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
 
     datasets = {name: split.dataset(encoded[name], labels.kind != SINGLE) for name, split in splits.items()}
     lengths = splits["train"].tokens["input_ids"].combine_chunks().value_lengths().to_pylist()
-    stop = StopOnSignal()
+    # With --enable_jit_checkpoint transformers handles SIGTERM itself.
+    stop = StopOnSignal((signal.SIGINT,)) if args.enable_jit_checkpoint else StopOnSignal()
     replay = ReplayCallback()
     callbacks: list[Any] = [replay, NanCallback(), stop]
     if args.early_stopping_patience is not None:
@@ -126,7 +149,8 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     metric = (args.metric_for_best_model or next(iter(METRICS[labels.kind]))).removeprefix("eval_")
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(QuietProgressCallback(metric))
+        trainer.add_callback(LossProgressCallback())
+    trainer.add_callback(EvaluationLineCallback(metric))
     _say(_headline(model, labels, splits, max_length, model_args.optimize))
 
     prepared = time.perf_counter()
@@ -217,7 +241,7 @@ def _read(
 ) -> tuple[dict[str, Split], Labels, dict[str, list[Any]]]:
     """Read and encode every file; hold out a part of the training data if there is no validation file."""
     train_rows = files["train"][0]
-    columns = data_args.label_column_name or ["label"]
+    columns = split_names(data_args.label_column_name or ["label"], known_columns(train_rows))
     check_columns(columns, train_rows, "--label_column_name")
     text = choose_text_columns(
         train_rows,
@@ -372,15 +396,11 @@ def _train(
         if saved_patience(state.get("stateful_callbacks", {})) >= args.early_stopping_patience:
             # It had stopped early and was killed before the end: one more epoch would be a different result.
             trainer.args.num_train_epochs, trainer.args.max_steps = state["epoch"], state["global_step"]
-    resume_hint = f"fastbert finetune … --output_dir {args.output_dir} --resume_from_checkpoint true"
-    try:
-        with stop:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        _say(f"\nstopped. Go on from the last complete checkpoint with: {resume_hint}")
-        return 128 + (stop.caught or 2)
+    with stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.caught is not None and trainer.state.global_step < trainer.state.max_steps:
-        _say(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}. Go on with: {resume_hint}")
+        steps = f"{trainer.state.global_step} of {trainer.state.max_steps}"
+        _say(f"stopped at step {steps}. Go on with: {_resume_command(args)}")
         return 128 + stop.caught
     return None
 
@@ -405,6 +425,8 @@ def _save_model(trainer: FinetuneTrainer, output: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         trainer.save_model(str(partial), _internal_call=True)
+        # It unpickles only where fastbert is installed; report.json has the same flags.
+        (partial / "training_args.bin").unlink(missing_ok=True)
         for path in sorted(partial.iterdir()):
             os.replace(path, output / path.name)
     except Exception as error:

@@ -53,7 +53,7 @@ def open_output(path: str, own: list[str], added: list[str], schema: pa.Schema |
 
 
 class Output:
-    """An output file under way. :meth:`begin`, :meth:`open`, then :meth:`write` window by window, then :meth:`finish`."""
+    """An output file under way: :meth:`begin`, :meth:`open`, :meth:`write` window by window, :meth:`finish`."""
 
     def __init__(
         self, path: Path, own: list[str], added: list[str], schema: pa.Schema | None, label_delimiter: str, kind: str

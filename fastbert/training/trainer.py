@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -87,6 +89,9 @@ class ReplayCallback(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
             if folder.is_dir():
                 state.best_model_checkpoint = str(folder)
+            else:
+                print(f"{folder}, the best so far, is gone: the best is chosen among what follows", file=sys.stderr)
+                state.best_metric = state.best_global_step = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.train_sampler is not None:
@@ -122,33 +127,34 @@ class NanCallback(TrainerCallback):
                 )
 
 
-class QuietProgressCallback(ProgressCallback):
-    """The progress bar, with the loss in it, and one line an evaluation."""
+class LossProgressCallback(ProgressCallback):
+    """The progress bar with the loss in it, instead of a line of numbers each time it is logged."""
 
-    def __init__(self, metric: str) -> None:
-        super().__init__()
-        self.training_bar: Any  # a tqdm bar while training, else None
-        self.metric = metric
-        self.started = time.perf_counter()
+    training_bar: Any  # a tqdm bar while training, else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}")
 
+
+class EvaluationLineCallback(TrainerCallback):
+    """One line an evaluation, on stderr."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.started = time.perf_counter()
+
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        super().on_evaluate(args, state, control, **kwargs)
         if not state.is_world_process_zero or not metrics:
             return
         names = [name for name in ("loss", self.metric) if f"eval_{name}" in metrics]
         text = "  ".join(f"{name} {metrics[f'eval_{name}']:.4f}" for name in dict.fromkeys(names))
         seconds = time.perf_counter() - self.started
-        line = f"epoch {state.epoch or 0:.3g}  step {state.global_step}  {text}  ({seconds:.0f} s)"
-        if self.training_bar is not None:
-            self.training_bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr)
+        tqdm.write(
+            f"epoch {state.epoch or 0:.3g}  step {state.global_step}  {text}  ({seconds:.0f} s)", file=sys.stderr
+        )
 
 
 class StopOnSignal(TrainerCallback):
@@ -157,14 +163,16 @@ class StopOnSignal(TrainerCallback):
     Use as a context manager around ``Trainer.train``; ``caught`` is the signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) -> None:
+        self.numbers = numbers
+        self.process = os.getpid()
         self.caught: int | None = None
         self.saved = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self.numbers:
                 self._previous[number] = signal.signal(number, self._catch)
         return self
 
@@ -175,6 +183,8 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            return  # a data loader's worker; the trainer ends it
         if self.caught is not None:
             raise KeyboardInterrupt
         self.caught = number

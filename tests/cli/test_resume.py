@@ -1,0 +1,249 @@
+"""A fine-tuning run that is killed, interrupted or out of disk goes on where it was and ends where it would have."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastbert.cli import main
+from fastbert.training.checkpoints import checkpoint_problem, checkpoints, last_complete
+from fastbert.training.trainer import EpochLengthGroupedSampler
+
+STEPS = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+BY_STEPS = {"eval_strategy": "steps", "eval_steps": 4, "save_total_limit": 3}
+
+
+@pytest.fixture(scope="module")
+def train(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return kit.write_rows(tmp_path_factory.mktemp("data") / "train.csv", kit.examples(60))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(kit: Any, base_model: Path, train: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert main(kit.finetune_flags(base_model, train, folder, **STEPS, **BY_STEPS)) == 0
+    return folder
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def same_result(folder: Path, whole: Path) -> None:
+    """The same weights to the last bit, and the same curve."""
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    found, wanted = report(folder), report(whole)
+    assert found["best"]["value"] == wanted["best"]["value"]
+    assert [e["accuracy"] for e in found["history"]["eval"]] == [e["accuracy"] for e in wanted["history"]["eval"]]
+    assert [e["loss"] for e in found["history"]["eval"]] == [e["loss"] for e in wanted["history"]["eval"]]
+
+
+def test_killed_while_writing_a_checkpoint(
+    kit: Any, base_model: Path, train: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = kit.finetune_flags(base_model, train, out, **STEPS, **BY_STEPS)
+
+    def writing() -> bool:
+        # The third checkpoint has begun: its folder is there, its last file is not.
+        return any(int(path.name.split("-")[1]) >= 12 for path in checkpoints(out))
+
+    kit.signal_when(kit.start(flags), writing, signal.SIGKILL)
+    assert not (out / "report.json").exists()
+    # Whatever the moment of the kill left, one more half-written checkpoint must not matter.
+    half = out / "checkpoint-999"
+    shutil.copytree(checkpoints(out)[0], half)
+    (half / "trainer_state.json").unlink()
+    assert main(flags) == 1
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+    assert main([*flags, "--resume_from_checkpoint", "true"]) == 0
+    errors = capsys.readouterr().err
+    assert "checkpoint-999: incomplete checkpoint removed: trainer_state.json" in errors
+    assert report(out)["resumed_from"] in ("checkpoint-4", "checkpoint-8", "checkpoint-12", "checkpoint-16")
+    same_result(out, uninterrupted)
+
+
+def test_killed_before_the_first_checkpoint(
+    kit: Any, base_model: Path, train: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text('{"labels"', encoding="utf-8")
+    (out / "checkpoint-4").mkdir()
+    (out / "checkpoint-4" / "model.safetensors").write_bytes(b"")
+    flags = kit.finetune_flags(base_model, train, out, **STEPS, **BY_STEPS)
+    assert main([*flags, "--resume_from_checkpoint"]) == 0
+    assert "starting anew" in capsys.readouterr().err
+    same_result(out, uninterrupted)
+
+
+def test_interrupted_in_the_middle_of_an_epoch(
+    kit: Any, base_model: Path, train: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = kit.finetune_flags(base_model, train, out, **STEPS, **BY_STEPS)
+    process = kit.start(flags)
+    errors = kit.signal_when(process, lambda: (out / "checkpoint-4" / "trainer_state.json").exists(), signal.SIGINT)
+    assert process.returncode == 130, errors
+    assert "--resume_from_checkpoint true" in errors
+    assert "Traceback" not in errors
+    last = last_complete(out)
+    assert last is not None
+    step = int(last.name.split("-")[1])
+    assert f"stopped at step {step} of 42" in errors
+    assert main([*flags, "--resume_from_checkpoint", "true"]) == 0
+    found = report(out)
+    assert found["resumed_from"] == last.name
+    assert found["steps"] == 42
+    same_result(out, uninterrupted)
+
+
+def test_a_finished_run_can_be_resumed(
+    kit: Any, base_model: Path, train: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "moved"
+    shutil.copytree(uninterrupted, out)
+    (out / "model.safetensors").unlink()
+    flags = kit.finetune_flags(base_model, train, out, **STEPS, **BY_STEPS)
+    assert main([*flags, "--resume_from_checkpoint", "true"]) == 0
+    same_result(out, uninterrupted)
+
+
+def test_resuming_by_name_and_with_other_data(
+    kit: Any,
+    base_model: Path,
+    train: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = checkpoints(uninterrupted)[-1]
+    flags = kit.finetune_flags(base_model, train, tmp_path / "new", **STEPS, **BY_STEPS)
+    assert main([*flags, "--resume_from_checkpoint", str(checkpoint)]) == 0
+    assert (tmp_path / "new" / "model.safetensors").is_file()
+    other = kit.write_rows(tmp_path / "other.csv", [row | {"label": row["label"] + "s"} for row in kit.examples(60)])
+    flags = kit.finetune_flags(base_model, other, tmp_path / "third", **STEPS, **BY_STEPS)
+    assert main([*flags, "--resume_from_checkpoint", str(checkpoint)]) == 1
+    assert "other labels (['animal', 'food', 'space'])" in capsys.readouterr().err
+    changed = [row | {"text": row["text"] + " dog"} for row in kit.examples(60)]
+    flags = kit.finetune_flags(base_model, kit.write_rows(other, changed), tmp_path / "third", **STEPS, **BY_STEPS)
+    assert main([*flags, "--resume_from_checkpoint", str(checkpoint)]) == 1
+    assert "other data" in capsys.readouterr().err
+    flags = kit.finetune_flags(base_model, train, tmp_path / "third", seed=7, **STEPS, **BY_STEPS)
+    assert main([*flags, "--resume_from_checkpoint", str(checkpoint)]) == 1
+    assert "other seed (42) than this one (7)" in capsys.readouterr().err
+
+
+def test_early_stopping_survives_a_resume(kit: Any, base_model: Path, train: Path, tmp_path: Path) -> None:
+    """A learning rate of nothing never improves: patience 3 ends after four evaluations, resumed or not."""
+    out = tmp_path / "out"
+    settings = {
+        **STEPS,
+        "learning_rate": 0,
+        "num_train_epochs": 20,
+        "early_stopping_patience": 3,
+        "save_total_limit": 9,
+    }
+    flags = kit.finetune_flags(base_model, train, out, **settings)
+    assert main(flags) == 0
+    steps = report(out)["steps"]
+    assert len(report(out)["history"]["eval"]) == 4
+    for path in checkpoints(out)[-2:]:
+        shutil.rmtree(path)
+    assert main([*flags, "--resume_from_checkpoint", "true"]) == 0
+    assert (report(out)["steps"], len(report(out)["history"]["eval"])) == (steps, 4)
+    (out / "report.json").unlink()  # killed after the last checkpoint, before the end
+    assert main([*flags, "--resume_from_checkpoint", "true"]) == 0
+    assert (report(out)["steps"], len(report(out)["history"]["eval"])) == (steps, 4)
+
+
+def test_full_disk(
+    kit: Any,
+    base_model: Path,
+    train: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file_size_limit: Callable[[int], None],
+) -> None:
+    out = tmp_path / "out"
+    flags = kit.finetune_flags(base_model, train, out, **STEPS, **BY_STEPS)
+    weights = (uninterrupted / "model.safetensors").stat().st_size
+    file_size_limit(weights + 10_000)  # the weights fit, the optimizer's state does not
+    status = main(flags)
+    file_size_limit(-1)
+    assert status == 1
+    error = capsys.readouterr().err
+    assert f"--output_dir {out}: no space left for checkpoint-4" in error
+    assert "none yet" in error
+    assert not checkpoints(out)
+
+
+def test_full_disk_keeps_finished_checkpoints(
+    kit: Any,
+    base_model: Path,
+    train: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file_size_limit: Callable[[int], None],
+) -> None:
+    out = tmp_path / "out"
+    flags = kit.finetune_flags(base_model, train, out, **STEPS, **BY_STEPS)
+    process = kit.start(flags)
+    kit.signal_when(process, lambda: (out / "checkpoint-8" / "trainer_state.json").exists(), signal.SIGINT)
+    before = last_complete(out)
+    assert before is not None
+    file_size_limit(1000)  # not even the weights
+    status = main([*flags, "--resume_from_checkpoint", "true"])
+    file_size_limit(-1)
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "no space left" in error
+    assert last_complete(out) == before
+    assert main([*flags, "--resume_from_checkpoint", "true"]) == 0
+    same_result(out, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"]
+)
+@pytest.mark.parametrize("share", [None, 0.0, 0.5, 0.99])
+def test_damaged_checkpoints_are_seen(uninterrupted: Path, tmp_path: Path, name: str, share: float | None) -> None:
+    folder = tmp_path / "checkpoint-8"
+    shutil.copytree(checkpoints(uninterrupted)[-1], folder)
+    shutil.copytree(folder, tmp_path / "checkpoint-4")
+    assert checkpoint_problem(folder) is None
+    path = folder / name
+    content = path.read_bytes()
+    if share is None:
+        path.unlink()
+    else:
+        path.write_bytes(content[: int(share * len(content))])
+    problem = checkpoint_problem(folder)
+    assert problem is not None
+    assert name in problem
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-4"
+    assert not folder.exists()
+
+
+def test_every_epoch_has_its_order_whatever_came_before() -> None:
+    def orders(epochs: list[int]) -> list[list[int]]:
+        sampler = EpochLengthGroupedSampler(4, list(range(50, 150)), seed=3)
+        found = []
+        for epoch in epochs:
+            sampler.set_epoch(epoch)
+            found.append(list(sampler))
+        return found
+
+    first, second, third = orders([0, 1, 2])
+    assert sorted(first) == list(range(100))
+    assert first != second
+    assert orders([2]) == [third]
+    assert orders([1, 0]) == [second, first]
