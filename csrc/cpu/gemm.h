@@ -17,10 +17,12 @@ namespace FASTBERT_ISA {
 
 constexpr int MR = FASTBERT_VREGS == 32 ? 12 : 6;
 constexpr int NR = 2 * VLEN;
-constexpr int64_t KC = 256;            // a KC x NR piece of a panel stays in L1
+constexpr int64_t KC = 384;            // a KC x NR piece of a panel stays near L1
 constexpr int64_t kTaskRows = 96;      // and kTaskRows x K of A in L2
 constexpr int64_t kTaskBytes = 256 << 10;
 constexpr int kMaxStack = 4;
+constexpr int kAhead = 4;              // lines of B fetched ahead for each line of A
+constexpr int64_t kLine = 16;          // floats in a line of cache
 
 // (row in strip, row whose pointer is kept, rows from it): few pointers, the rest is address arithmetic.
 #define FASTBERT_STRIP(X) \
@@ -29,28 +31,36 @@ constexpr int kMaxStack = 4;
 // c [R][ldc] (+)= A [R][depth] b [depth][V * VLEN]. A(i, k) is a[i * stride + k], or a[k * stride + i] if Columns.
 // The accumulators are named one by one: GCC 12 keeps an array of them in memory.
 template <int R, int V, bool Columns>
-void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, float* c, int64_t ldc, bool add) {
+void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, const float* b_ahead, float* c,
+                  int64_t ldc, bool add) {
 #define X(i, base, more) vf c##i##_0 = {}, c##i##_1 = {};
   FASTBERT_STRIP(X)
 #undef X
   const float *p0 = a, *p3 = a + 3 * stride, *p6 = a + 6 * stride, *p9 = a + 9 * stride;
-  for (int64_t k = 0; k < depth; ++k) {
-    const vf b0 = load(b);
-    vf b1 = {};
-    if constexpr (V > 1) b1 = load(b + VLEN);
-#define X(i, base, more)                                         \
-  if constexpr (R > i) {                                         \
+  for (int64_t k0 = 0; k0 < depth; k0 += kLine) {
+    // The next strip's lines, on their way while this one is worked on: weights of a latency call come from memory.
+    if constexpr (!Columns)
+      for (int i = 0; i < R; ++i) __builtin_prefetch(a + (R + i) * stride + k0);
+    for (int i = 0; i < kAhead; ++i) __builtin_prefetch(b_ahead + k0 * kAhead + i * kLine, 0, 2);
+    const int64_t end = smaller(kLine, depth - k0);
+    for (int64_t k = 0; k < end; ++k) {
+      const vf b0 = load(b);
+      vf b1 = {};
+      if constexpr (V > 1) b1 = load(b + VLEN);
+#define X(i, base, more)                                          \
+  if constexpr (R > i) {                                          \
     const vf s = splat(Columns ? p0[i] : p##base[more * stride]); \
-    c##i##_0 += s * b0;                                          \
-    if constexpr (V > 1) c##i##_1 += s * b1;                     \
+    c##i##_0 += s * b0;                                           \
+    if constexpr (V > 1) c##i##_1 += s * b1;                      \
   }
-    FASTBERT_STRIP(X)
+      FASTBERT_STRIP(X)
 #undef X
-    b += V * VLEN;
-    if constexpr (Columns) {
-      p0 += stride;
-    } else {
-      ++p0, ++p3, ++p6, ++p9;
+      b += V * VLEN;
+      if constexpr (Columns) {
+        p0 += stride;
+      } else {
+        ++p0, ++p3, ++p6, ++p9;
+      }
     }
   }
 #define X(i, base, more)                                                   \
@@ -63,7 +73,7 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
 #undef X
 }
 
-using MicroKernel = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, bool);
+using MicroKernel = void (*)(int64_t, const float*, int64_t, const float*, const float*, float*, int64_t, bool);
 
 template <int V, bool Columns>
 FASTBERT_INLINE MicroKernel micro_kernel_for(int64_t rows) {
@@ -87,7 +97,7 @@ FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a,
     const float* ar = Columns ? a + r : a + r * stride;
     const MicroKernel kernel =
         width > VLEN ? micro_kernel_for<2, Columns>(strip) : micro_kernel_for<1, Columns>(strip);
-    kernel(depth, ar, stride, panel, c + r * ldc, ldc, add);
+    kernel(depth, ar, stride, panel, panel + depth * width + r / MR * kAhead * depth, c + r * ldc, ldc, add);
   }
 }
 
