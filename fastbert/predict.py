@@ -256,6 +256,13 @@ def main(argv: list[str]) -> int:
         output.close()
         print(f"\nstopped: {output.describe()}", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        output.close()
+        raise CommandError(
+            f"--max_tokens_per_batch {flags.max_tokens_per_batch}: out of memory; try less. {output.describe()}"
+        ) from error
+    except BrokenPipeError:
+        raise
     except OSError as error:
         output.close()
         if not is_disk_full(error):

@@ -158,6 +158,12 @@ class FinetuneArguments(TrainingArguments):
     do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation data."})
     do_predict: bool = field(default=True, metadata={"help": "Test the best model, if there is a --test_file."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between evaluations; below 1 a share of all. Default: 0.2 with --eval_strategy steps."
+        },
+    )
     save_strategy: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "When to save: no, steps, epoch or best. Default: --eval_strategy."}
     )
@@ -220,6 +226,8 @@ class FinetuneArguments(TrainingArguments):
         if not self.do_eval:
             self.eval_strategy = "no"
         evaluates = getattr(self.eval_strategy, "value", self.eval_strategy) != "no"
+        if getattr(self.eval_strategy, "value", self.eval_strategy) == "steps" and not self.eval_steps:
+            self.eval_steps = 0.2
         if self.save_strategy is None:
             self.save_strategy = self.eval_strategy if evaluates else "epoch"
         if self.save_steps is None:

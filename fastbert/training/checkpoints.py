@@ -97,16 +97,17 @@ def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def last_complete(output_dir: str | os.PathLike[str], *, resumable: bool = True) -> Path | None:
+def last_complete(output_dir: str | os.PathLike[str], *, resumable: bool = True, remove: bool = True) -> Path | None:
     """The newest complete checkpoint, or None.
 
-    Incomplete ones are named on stderr and removed: HF Trainer would count them among those to keep.
+    With ``remove``, incomplete ones are named on stderr and removed: HF Trainer would count them among those to keep.
     """
     best = None
     for path in checkpoints(output_dir):
         if problem := checkpoint_problem(path, resumable=resumable):
-            print(f"{path}: incomplete checkpoint removed: {problem}", file=sys.stderr)
-            shutil.rmtree(path, ignore_errors=True)
+            if remove:
+                print(f"{path}: incomplete checkpoint removed: {problem}", file=sys.stderr)
+                shutil.rmtree(path, ignore_errors=True)
         else:
             best = path
     return best

@@ -57,7 +57,7 @@ def _as_text(values: dict[str, Any], name: str) -> str:
     if name not in values:
         raise BadRowError(f"no field {name!r}")
     value = values[name]
-    if value is None:
+    if value is None or value != value:  # pandas writes what is missing as NaN
         return ""
     if isinstance(value, (list, dict, bool)):
         raise BadRowError(f"{name!r} is not a text but a {type(value).__name__}")
@@ -270,7 +270,7 @@ def _raw_label(values: dict[str, Any], columns: Sequence[str], empty_label: bool
     for name in columns:
         value = values.get(name)
         empty = isinstance(value, str) and not value.strip() and (len(columns) > 1 or not empty_label)
-        if value is None or empty:
+        if value is None or empty or value != value:  # NaN is missing
             raise BadRowError(f"no label in {name!r}")
         found.append(value)
     return found[0] if len(columns) == 1 else found

@@ -91,6 +91,8 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     max_length = sequence_limit(config, tokenizer, data_args.max_seq_length)
     files = _open_files(data_args, args)
     checkpoint = _prepare_output(output, args)
+    if args.distributed_state is not None:
+        args.distributed_state.wait_for_everyone()  # else one process could find what another has written
 
     splits, labels, encoded = _read(files, data_args, args, tokenizer, max_length)
     _check_metric(args, labels)
@@ -123,8 +125,9 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
         from fastbert import optimize
 
         optimize(model)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / RUN, run)
+    if args.process_index == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / RUN, run)
 
     datasets = {name: split.dataset(encoded[name], labels.kind != SINGLE) for name, split in splits.items()}
     lengths = splits["train"].tokens["input_ids"].combine_chunks().value_lengths().to_pylist()
@@ -332,7 +335,7 @@ def _prepare_output(output: Path, args: FinetuneArguments) -> Path | None:
     if resume is not None and resume.lower() in ("true", "1"):
         if content and not ours:
             raise CommandError(f"--output_dir {output}: holds no run to resume (but {content[0]!r})")
-        found = last_complete(output, resumable=resumable)
+        found = last_complete(output, resumable=resumable, remove=args.process_index == 0)
         _say(f"resuming from {found}" if found else f"no complete checkpoint in {output} yet: starting anew")
         return found
     if not content:
@@ -343,6 +346,8 @@ def _prepare_output(output: Path, args: FinetuneArguments) -> Path | None:
             f"--output_dir {output}: not empty (it holds {', '.join(map(repr, content[:3]))}"
             f"{' …' if len(content) > 3 else ''}); choose another, {hint}start anew with --overwrite_output_dir"
         )
+    if args.process_index != 0:
+        return None
     for path in checkpoints(output):
         shutil.rmtree(path)
     for name in (RUN, REPORT, CURVES):

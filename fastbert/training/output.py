@@ -140,12 +140,13 @@ class Output:
     def discard(self) -> None:
         """Remove what an unfinished run left."""
         self.close()
-        for path in (self.journal, self.part):
+        for path in (self.journal, self.part, self.journal.with_name(self.journal.name + ".part")):
             path.unlink(missing_ok=True)
 
     def describe(self) -> str:
         """What has become of the rows so far, for messages about an interruption."""
-        return f"{self.rows} rows are complete in {self.part}; go on with the same command and --resume"
+        rows = (self._read_journal() or {"rows": 0})["rows"]
+        return f"{rows} rows are complete in {self.part}; go on with the same command and --resume"
 
     def close(self) -> None:
         """Close the part file."""
