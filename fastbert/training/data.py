@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from .errors import CommandError
 from .rows import Row, RowFile, open_rows
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -149,13 +149,14 @@ class Split:
         """The rows at ``indices``, in that order."""
         return Split(
             self.source,
-            self.tokens.take(pa.array(indices)),
+            self.tokens.take(list(indices)),
             [self.labels[i] for i in indices],
             [self.lines[i] for i in indices],
         )
 
     def dataset(self, encoded: list[Any], regression_or_multi: bool) -> Dataset:
         """A ``datasets.Dataset`` with the tokens and the encoded labels."""
+        import pyarrow as pa
         from datasets import Dataset
 
         if regression_or_multi:
@@ -202,6 +203,8 @@ def read_split(
     that cannot be read or have no text or label are reported on stderr by line; with ``on_bad_row="error"`` they end
     the run. Raises CommandError then, and where no row is left.
     """
+    import pyarrow as pa
+
     tables: list[pa.Table] = []
     split = Split(str(rows.path), pa.table({}), [], [])
     window: list[tuple[str, str | None]] = []

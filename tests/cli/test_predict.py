@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,18 @@ def test_standard_input_and_output(
     lines = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
     assert [line["predicted_label"] for line in lines] == ["animal", "space"]
     assert lines[1]["n"] == 2
+
+
+def test_text_files_need_no_extra_package(kit: Any, classifier: Path, tmp_path: Path) -> None:
+    """A machine that only predicts has no need of datasets, pyarrow or scikit-learn."""
+    given = kit.write_rows(tmp_path / "in.csv", [{"text": "a dog"}])
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(('pyarrow', 'datasets', 'sklearn', 'pandas', 'matplotlib')));"
+        f"from fastbert.cli import main; sys.exit(main({kit.predict_flags(classifier, given, tmp_path / 'out.csv')!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "out.csv")[0]["predicted_label"] == "animal"
 
 
 def test_cut_texts_are_counted(kit: Any, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
