@@ -95,7 +95,7 @@ def attention(
                 return out
         except RuntimeError:
             pass
-    if torch.is_autocast_enabled(qkv.device.type):
+    if checks.autocasting(qkv):
         qkv = checks.autocast(qkv)
     _check(qkv, cu_seqlens, max_seqlen, bias, dropout_p, seed)
     head_dim = qkv.size(3)
@@ -174,7 +174,10 @@ def _run_reference(
 ) -> Tensor:
     if qkv.is_cpu and not torch.compiler.is_compiling():
         check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
-    return attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, bias, seed)
+    if not checks.autocasting(qkv):
+        return attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, bias, seed)
+    with torch.autocast(qkv.device.type, enabled=False):  # it would cast what is computed in float32 on purpose
+        return attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, bias, seed)
 
 
 _forward: Any = dispatch.leaf("attention_fwd_cpu")

@@ -71,6 +71,12 @@ def in_range(op: str, name: str, value: Tensor, limit: int, what: str) -> None:
         raise IndexError(f"{op}: {name} has values from {low} to {high}, but {what} has only rows 0 to {limit - 1}")
 
 
+def autocasting(value: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor (it does not know every device, meta for one)."""
+    kind = value.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def autocast(value: Tensor) -> Tensor:
     """Cast as autocast casts the input of a matrix product: float64 and integers stay."""
     if value.dtype in (torch.float32, torch.bfloat16, torch.float16):

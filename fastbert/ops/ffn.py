@@ -35,7 +35,7 @@ def ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *, backend: 
                 return y
         except RuntimeError:
             pass
-    if torch.is_autocast_enabled(x.device.type):
+    if checks.autocasting(x):
         x, weight1, bias1, weight2 = (checks.autocast(value) for value in (x, weight1, bias1, weight2))
     _check(x, weight1, bias1, weight2)
     chosen = dispatch.select("ffn", device=x.device, dtype=x.dtype, backend=backend)

@@ -48,7 +48,7 @@ def linear(
                 return y
         except RuntimeError:
             pass
-    if torch.is_autocast_enabled(x.device.type):
+    if checks.autocasting(x):
         x = checks.autocast(x)
         weights = [checks.autocast(w) for w in weights]
         biases = [checks.autocast(b) for b in biases]

@@ -58,7 +58,7 @@ def mlm_loss(
     hidden: [..., H]. labels: int64 [...], in [0, V) or ignore_index. decoder_weight: [V, H]. decoder_bias: [V].
     transform_weight: [H, H]. transform_bias, norm_weight, norm_bias: [H].
     num_items: what the sum is divided by, in place of the number of labels (gradient accumulation).
-    backend: forces the implementation of the decoder and loss (see `fastbert.dispatch`).
+    backend: forces an implementation (see `fastbert.dispatch`), for the transform too where its ops have it.
 
     Returns (loss, count): a float32 scalar (float64 for float64), and the number of labels, int64. Without any
     label the loss is NaN, as PyTorch's own mean is, and the gradients are 0. Differentiable once.
@@ -74,8 +74,14 @@ def mlm_loss(
     if not torch.compiler.is_compiling():  # there, a shape that depends on the data would break the graph
         index = labelled.nonzero().squeeze(1)
         hidden, labels = hidden[index], labels[index]
-    transformed = layernorm(F.gelu(linear(hidden, transform_weight, transform_bias)), norm_weight, norm_bias, eps=eps)
-    if torch.is_autocast_enabled(hidden.device.type):
+    transformed = layernorm(
+        F.gelu(linear(hidden, transform_weight, transform_bias, backend=None if backend == "triton" else backend)),
+        norm_weight,
+        norm_bias,
+        eps=eps,
+        backend=backend,
+    )
+    if checks.autocasting(hidden):
         transformed, decoder_weight = checks.autocast(transformed), checks.autocast(decoder_weight)
         decoder_bias = None if decoder_bias is None else checks.autocast(decoder_bias)
     chosen = dispatch.select("mlm_loss", device=transformed.device, dtype=transformed.dtype, backend=backend)

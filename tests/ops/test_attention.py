@@ -156,7 +156,7 @@ def test_attention_bias_larger_than_needed(backend: str) -> None:
 
 @backends
 def test_attention_expanded_bias(backend: str) -> None:
-    """A mask as Hugging Face expands it, [B, 1, S, S] with strides of 0, is not written out, and its gradient is right."""
+    """A mask as Hugging Face expands it, [B, 1, S, S] with strides of 0, gives the same, gradient included."""
     accuracy.require("attention", backend, torch.float32, 32)
     lengths = (9, 4)
     tensors = tensors_for(lengths, 2, 32, "B11S", torch.float32)

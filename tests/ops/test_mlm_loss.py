@@ -16,7 +16,7 @@ from fastbert.ops.mlm_loss import mlm_loss_ref
 
 # shape of the labels, hidden, vocabulary, share labelled, label smoothing, bias
 CASES = [
-    ((1,), 8, 3, 1.0, 0.0, True),
+    ((40,), 8, 33, 1.0, 0.0, True),
     ((2, 9), 16, 31, 0.5, 0.0, True),
     ((3, 33), 40, 1000, 0.2, 0.0, True),
     ((4, 64), 100, 257, 1.0, 0.0, False),
@@ -80,7 +80,8 @@ def eager(labels: Tensor, smoothing: float) -> Callable[..., Tensor]:
     def loss(
         hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, ignored: int, smooth: float
     ) -> Tensor:
-        logits = F.linear(hidden, weight, bias).float()
+        logits = F.linear(hidden, weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels, ignore_index=ignored, label_smoothing=smooth)
 
     return formula(labels, smoothing, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, 1e-5), loss)
@@ -118,8 +119,25 @@ def check(
     accuracy.require("mlm_loss", backend, dtype)
     labels = labels_for(shape, vocabulary, share)
     tensors = tensors_for(hidden, vocabulary, biased, dtype, shape)
-    (accuracy.check_backward if backward else accuracy.check_forward)(
-        ours(backend, labels, smoothing), eager(labels, smoothing), reference(labels, smoothing), tensors
+    if backward:
+        accuracy.check_backward(
+            ours(backend, labels, smoothing), eager(labels, smoothing), reference(labels, smoothing), tensors
+        )
+        return
+    # One loss is one number, and an error of one number is chance: judge the losses of the labels one by one.
+    singles = [
+        torch.full_like(labels, -100).view(-1).index_copy(0, place, labels.view(-1)[place]).view(shape)
+        for place in (labels.view(-1) != -100).nonzero()[:40]
+    ]
+
+    def each(of: Callable[[Tensor], Callable[..., Tensor]]) -> Callable[..., Tensor]:
+        return lambda **tensors: torch.stack([of(single)(**tensors) for single in singles])
+
+    accuracy.check_forward(
+        each(lambda single: ours(backend, single, smoothing)),
+        each(lambda single: eager(single, smoothing)),
+        each(lambda single: reference(single, smoothing)),
+        tensors,
     )
 
 
@@ -151,6 +169,19 @@ def test_mlm_loss_any_shape(
     rows: int, hidden: int, vocabulary: int, share: float, smoothing: float, biased: bool, dtype: torch.dtype
 ) -> None:
     check("cpu", dtype, (rows,), hidden, vocabulary, share, smoothing, biased, backward=True)
+
+
+@backends
+@dtypes
+def test_mlm_loss_is_the_mean_over_the_labels(backend: str, dtype: torch.dtype) -> None:
+    accuracy.require("mlm_loss", backend, dtype)
+    labels = labels_for((4, 33), 50, 0.5)
+    tensors = tensors_for(24, 50, True, dtype, (4, 33))
+    expected = eager(labels, 0.1)(**accuracy.double(tensors))
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        ours(backend, labels, 0.1)(**tensors), expected.float(), rtol=8 * rounding, atol=8 * rounding
+    )
 
 
 @backends

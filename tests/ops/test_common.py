@@ -1,0 +1,470 @@
+"""What holds for every op: it repeats, it runs in threads, after fork, compiled, exported, under autocast."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import accuracy
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastbert import dispatch, ops
+
+
+class Sample(NamedTuple):
+    """An op as a function of its floating point tensors alone, and such tensors."""
+
+    op: str
+    run: Callable[..., Tensor]
+    tensors: dict[str, Tensor]
+
+
+def sample(op: str, p: float = 0.1, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Sample:
+    random = accuracy.generator(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    dropout = {"dropout_p": p, "seed": accuracy.seed_tensor() if p > 0 else None}
+    cu_seqlens = torch.tensor([0, 70, 70, 130, 163], dtype=torch.int32)
+    rows, hidden = 163, 96
+    if op == "attention":
+        tensors = {"qkv": normal(rows, 3, 3, 32), "bias": normal(4, 3, 1, 70)}
+        run = partial(ops.attention, cu_seqlens=cu_seqlens, max_seqlen=70, backend=backend, **dropout)
+    elif op == "embedding":
+        ids = {
+            "input_ids": torch.randint(50, (3, 21), generator=random),
+            "token_type_ids": torch.randint(2, (3, 21), generator=random),
+        }
+        tensors = {"word": normal(50, hidden), "position": normal(30, hidden), "token_type": normal(2, hidden)}
+        tensors |= {"weight": normal(hidden), "bias": normal(hidden)}
+        run = partial(ops.embedding, **ids, padding_idx=0, backend=backend, **dropout)
+    elif op == "ffn":
+        tensors = {"x": normal(rows, hidden), "weight1": normal(200, hidden) / 10, "bias1": normal(200)}
+        tensors["weight2"] = normal(hidden, 200) / 10
+        run = partial(ops.ffn, backend=backend)
+    elif op == "layernorm":
+        tensors = {"x": normal(rows, hidden), "residual": normal(rows, hidden)}
+        tensors |= {name: normal(hidden) for name in ("weight", "bias", "x_bias")}
+        run = partial(ops.layernorm, backend=backend, **dropout)
+    elif op == "linear":
+        tensors = {"x": normal(rows, hidden), "weight": normal(130, hidden) / 10, "bias": normal(130)}
+        run = partial(ops.linear, backend=backend)
+    else:
+        labels = torch.randint(150, (rows,), generator=random).masked_fill(torch.rand(rows) > 2.0, -100)
+        labels[::3] = -100
+        tensors = {"hidden": normal(rows, hidden), "decoder_weight": normal(150, hidden) / 10}
+        tensors |= {"decoder_bias": normal(150), "transform_weight": normal(hidden, hidden) / 10}
+        tensors |= {name: normal(hidden) for name in ("transform_bias", "norm_weight", "norm_bias")}
+
+        def run(**tensors: Tensor) -> Tensor:
+            return ops.mlm_loss(labels=labels, backend=backend, **tensors)[0]
+
+    return Sample(
+        op,
+        run,
+        {name: value if name == "bias" and op == "attention" else value.to(dtype) for name, value in tensors.items()},
+    )
+
+
+def upstream_for(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, generator=accuracy.generator(2)).to(y.dtype)
+
+
+def results(of: Sample) -> list[Tensor]:
+    """Output and gradients."""
+    with torch.no_grad():
+        upstream = upstream_for(of.run(**of.tensors))
+    y, gradients = accuracy.evaluate(of.run, of.tensors, upstream)
+    return [y, *gradients.values()]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+every_op = pytest.mark.parametrize("op", dispatch.OPS)
+backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
+
+
+@every_op
+@dtypes
+@backends
+def test_repeats_bit_for_bit(backend: str, dtype: torch.dtype, op: str) -> None:
+    accuracy.require(op, backend, dtype)
+    of = sample(op, dtype=dtype, backend=backend)
+    assert same(results(of), results(of))
+
+
+@every_op
+@dtypes
+def test_thread_count_does_not_change_the_forward(dtype: torch.dtype, op: str) -> None:
+    accuracy.require(op, "cpu", dtype)
+    of = sample(op, dtype=dtype, backend="cpu")
+    threads = torch.get_num_threads()
+    outputs = []
+    try:
+        with torch.no_grad():
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                outputs.append(of.run(**of.tensors))
+    finally:
+        torch.set_num_threads(threads)
+    assert same(outputs[:1], outputs[1:2])
+    assert same(outputs[:1], outputs[2:])
+
+
+@every_op
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_backends_draw_the_same_mask(p: float, op: str) -> None:
+    accuracy.require(op, "cpu", torch.float32)
+    for ours, reference in zip(
+        results(sample(op, p, backend="cpu")), results(sample(op, p, backend="reference")), strict=True
+    ):
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("op", ["attention", "embedding", "layernorm"])
+@backends
+def test_seed_is_drawn_from_pytorch(backend: str, op: str) -> None:
+    accuracy.require(op, backend, torch.float32)
+    of = sample(op, 0.3, backend=backend)
+    run = partial(of.run, seed=None, **of.tensors)
+    torch.manual_seed(3)
+    first, second = run(), run()
+    torch.manual_seed(3)
+    assert torch.equal(run(), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("op", ["attention", "embedding", "layernorm"])
+@backends
+def test_checkpointing_replays_the_mask(backend: str, op: str) -> None:
+    accuracy.require(op, backend, torch.float32)
+    of = sample(op, 0.3, backend=backend)
+    gradients = []
+    for again in (False, True):
+        leaves = {name: value.clone().requires_grad_() for name, value in of.tensors.items()}
+        torch.manual_seed(3)
+
+        def function(*values: Tensor, names: tuple[str, ...] = tuple(leaves)) -> Tensor:
+            return of.run(seed=None, **dict(zip(names, values, strict=True)))
+
+        y = checkpoint(function, *leaves.values(), use_reentrant=False) if again else function(*leaves.values())
+        gradients.append(torch.autograd.grad(y, list(leaves.values()), upstream_for(y)))
+    assert same(*gradients)
+
+
+@every_op
+@backends
+def test_inference_mode(backend: str, op: str) -> None:
+    accuracy.require(op, backend, torch.float32)
+    of = sample(op, 0.0, backend=backend)
+    with torch.no_grad():
+        expected = of.run(**of.tensors)
+    with torch.inference_mode():
+        assert torch.equal(of.run(**of.tensors), expected)
+    parameters = {name: torch.nn.Parameter(value) for name, value in of.tensors.items()}
+    with torch.inference_mode():
+        assert torch.equal(of.run(**parameters), expected)
+    with torch.no_grad():
+        y = of.run(**parameters)
+    assert torch.equal(y, expected)
+    assert not y.requires_grad
+
+
+def strided(value: Tensor, way: str) -> Tensor:
+    """The same values with other strides."""
+    if way == "transposed":
+        return value.transpose(0, -1).contiguous().transpose(0, -1)
+    if way == "every second":
+        return torch.stack([value, torch.full_like(value, torch.nan)], -1)[..., 0]
+    padded = torch.full([size + 1 for size in value.shape], torch.nan, dtype=value.dtype)
+    inner = padded[tuple(slice(1, None) for _ in value.shape)]
+    return inner.copy_(value)
+
+
+@every_op
+@dtypes
+@backends
+@pytest.mark.parametrize("way", ["transposed", "every second", "inside a larger one"])
+def test_other_strides(way: str, backend: str, dtype: torch.dtype, op: str) -> None:
+    accuracy.require(op, backend, dtype)
+    of = sample(op, dtype=dtype, backend=backend)
+    other = {name: strided(value, way) for name, value in of.tensors.items()}
+    assert all(torch.equal(value, of.tensors[name]) for name, value in other.items())
+    with torch.no_grad():
+        expected = of.run(**of.tensors)
+        torch.testing.assert_close(of.run(**other), expected)
+        unforced = sample(op, dtype=dtype)
+        torch.testing.assert_close(unforced.run(**other), unforced.run(**of.tensors))
+    leaves = {name: value.requires_grad_() for name, value in other.items()}
+    upstream = strided(upstream_for(expected), way) if expected.dim() else upstream_for(expected)
+    gradients = torch.autograd.grad(of.run(**leaves), list(leaves.values()), upstream)
+    _, plain = accuracy.evaluate(of.run, of.tensors, upstream.contiguous())
+    for gradient, expected in zip(gradients, plain.values(), strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=accuracy.name_of)
+def test_other_dtypes(dtype: torch.dtype, op: str) -> None:
+    of = sample(op, dtype=dtype)
+    expected = results(sample(op, backend="reference"))
+    for ours, single in zip(results(of), expected, strict=True):
+        assert ours.dtype == (torch.float32 if single.dim() == 0 and dtype == torch.float16 else ours.dtype)
+        torch.testing.assert_close(ours.float(), single, rtol=0.05, atol=0.05 * float(single.abs().max()))
+
+
+@every_op
+@backends
+def test_nan_stays_nan(backend: str, op: str) -> None:
+    """A NaN in an input reaches the outputs that depend on it and no others, and nothing crashes."""
+    accuracy.require(op, backend, torch.float32)
+    of = sample(op, 0.0, backend=backend)
+    for name, value in of.tensors.items():
+        broken = of.tensors | {name: value.clone()}
+        broken[name].view(-1)[0] = torch.nan
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                leaves = {key: tensor.clone().requires_grad_(grad) for key, tensor in broken.items()}
+                y = of.run(**leaves)
+                if name not in ("word", "position", "token_type", "hidden"):  # there, row 0 need not be looked at
+                    assert torch.isnan(y).any(), name
+                if grad:
+                    y.sum().backward()
+    if op != "mlm_loss":
+        first = next(iter(of.tensors))
+        broken = of.tensors | {first: of.tensors[first].clone()}
+        broken[first][0] = torch.nan
+        with torch.no_grad():
+            y = of.run(**broken)
+        assert torch.isfinite(y[-1]).all()
+
+
+@every_op
+def test_concurrent_calls(op: str) -> None:
+    """Several Python threads at once, forward and backward; each gets what a lone call gets."""
+    accuracy.require(op, "cpu", torch.float32)
+    of = sample(op, backend="cpu")
+    expected = results(of)
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(6):
+            with torch.no_grad():
+                if not torch.equal(of.run(**of.tensors), expected[0]):
+                    wrong.append("forward")
+            if not same(results(of), expected):
+                wrong.append("backward")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_after_fork() -> None:
+    """A child made by fork after its parent used the ops, as DataLoader workers are."""
+    samples = [sample(op) for op in dispatch.OPS]
+    expected = [of.run(**of.tensors) for of in samples]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends the child if it hangs
+        right = True
+        for of, value in zip(samples, expected, strict=True):
+            if of.op == "mlm_loss":  # gathers with PyTorch's own kernels, which hang in a child with several threads
+                torch.set_num_threads(1)
+            right = right and torch.equal(of.run(**of.tensors), value)
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@every_op
+def test_second_order_gradients_raise(op: str) -> None:
+    accuracy.require(op, "cpu", torch.float32)
+    of = sample(op, 0.0, backend="cpu")
+    leaves = {name: value.clone().requires_grad_() for name, value in of.tensors.items()}
+
+    def penalty(of: Sample) -> None:
+        gradients = torch.autograd.grad(of.run(**leaves).sum(), list(leaves.values()), create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
+
+    with pytest.raises(RuntimeError, match='no second-order gradients; use backend="reference"'):
+        penalty(of)
+    penalty(sample(op, 0.0, backend="reference"))
+
+
+@every_op
+@pytest.mark.parametrize("backend", accuracy.BACKENDS)
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
+def test_compile(gradients: bool, backend: str, op: str) -> None:
+    accuracy.require(op, backend, torch.float32)
+    torch._dynamo.reset()
+    of = sample(op, backend=backend)
+    compiled = of._replace(run=torch.compile(of.run, fullgraph=True, backend="aot_eager"))
+    if not gradients:
+        with torch.no_grad():
+            torch.testing.assert_close(compiled.run(**of.tensors), of.run(**of.tensors))
+        return
+    for ours, expected in zip(results(compiled), results(of), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_export_with_dynamic_shapes() -> None:
+    """A whole layer, padded as compiled code has it, exported once and run at other sizes."""
+    random = accuracy.generator(3)
+    names = ("word", "position", "token_type")
+    tensors = {name: torch.randn(40, 32, generator=random) for name in names}
+    square, row = torch.randn(32, 32, generator=random) / 6, torch.randn(32, generator=random)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.square, self.row = torch.nn.Parameter(square), torch.nn.Parameter(row)
+
+        def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+            batch, length = input_ids.shape
+            x = ops.embedding(input_ids, *tensors.values(), self.row, self.row, padding_idx=0).reshape(-1, 32)
+            qkv = ops.linear(x, [self.square] * 3, [self.row] * 3).view(-1, 3, 4, 8)
+            cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32)
+            bias = (1.0 - mask[:, None, None, :]) * -1e9
+            x = ops.layernorm(ops.attention(qkv, cu_seqlens, length, bias=bias), self.row, self.row, residual=x)
+            return ops.ffn(x, self.square, self.row, self.square).view(batch, length, 32)
+
+    def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
+        mask = torch.ones(batch, length)
+        mask[0, length // 2 :] = 0
+        return torch.randint(40, (batch, length), generator=random), mask
+
+    layer = Layer()
+    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=40)}
+    with torch.no_grad():
+        exported = torch.export.export(layer, inputs(3, 7), dynamic_shapes=(sizes, sizes))
+        if dispatch.extension_error is None:
+            assert sum("fastbert" in str(node.target) for node in exported.graph.nodes) == 5
+        for size in ((3, 7), (2, 40), (5, 12)):
+            values = inputs(*size)
+            torch.testing.assert_close(exported.module()(*values), layer(*values))
+
+
+@every_op
+@backends
+def test_autocast(backend: str, op: str) -> None:
+    """Casts as stock modules do: matrix products in bfloat16, embedding and normalisation in what they are given."""
+    accuracy.require(op, backend, torch.bfloat16)
+    of = sample(op, 0.0, backend=backend)
+    if op in ("embedding", "layernorm"):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same(results(of), results(sample(op, 0.0, backend=backend)))
+            assert of.run(**of.tensors).dtype == torch.float32
+        return
+    with torch.autocast("cpu", torch.bfloat16):
+        values = results(of)
+    expected = results(sample(op, 0.0, torch.bfloat16, backend))
+    assert values[0].dtype == (torch.float32 if op == "mlm_loss" else torch.bfloat16)
+    if op != "mlm_loss":  # whose LayerNorm has float32 weights under autocast
+        assert torch.equal(values[0], expected[0])
+    for ours, plain, name in zip(values[1:], expected[1:], of.tensors, strict=True):
+        assert ours.dtype == of.tensors[name].dtype, name
+        torch.testing.assert_close(ours, plain.float(), rtol=0.05, atol=0.05 * float(plain.abs().max()))
+
+
+def leaf_calls(op: str, p: float) -> list[tuple[str, tuple]]:
+    """Arguments of the C++ ops of one op, forward and backward, as its Python side calls them."""
+    of = sample(op, p, backend="cpu")
+    t = of.tensors
+    seed = accuracy.seed_tensor() if p > 0 else None
+    if op == "attention":
+        cu_seqlens = of.run.keywords["cu_seqlens"]
+        forward = (t["qkv"], cu_seqlens, 70, 0.2, p, seed, t["bias"])
+    elif op == "embedding":
+        ids = of.run.keywords
+        positions = torch.arange(21).repeat(3)
+        tables = [t[name] for name in ("word", "position", "token_type", "weight", "bias")]
+        flat = (ids["input_ids"].view(-1), positions, ids["token_type_ids"].view(-1))
+        forward = (*flat, *tables, 0, 1e-5, p, seed, True)
+    elif op == "ffn":
+        forward = (t["x"], t["weight1"], t["bias1"], t["weight2"], True)
+    elif op == "layernorm":
+        forward = (t["x"], t["x_bias"], t["residual"], t["weight"], t["bias"], 1e-5, p, seed, True)
+    elif op == "linear":
+        forward = (t["x"], [t["weight"], t["weight"]], [t["bias"], t["bias"]])
+    else:
+        labels = torch.arange(163) % 150
+        forward = (t["hidden"], labels, t["decoder_weight"], t["decoder_bias"], -100, 0.1, True)
+    y, *saved = (outputs,) if isinstance(outputs := call(f"{op}_fwd_cpu", forward), Tensor) else outputs
+    dy = upstream_for(y)
+    calls = [(f"{op}_fwd_cpu", forward)]
+    if op == "attention":
+        calls.append(("attention_bwd_cpu", (dy, t["qkv"], y, *saved, *forward[1:], True)))
+    elif op == "embedding":
+        calls.append(("embedding_bwd_cpu", (dy, *saved, *flat, t["weight"], 50, 30, 2, 0, p, seed)))
+    elif op == "ffn":
+        calls.append(("ffn_bwd_cpu", (dy, t["x"], *saved, t["weight1"], t["weight2"])))
+    elif op == "layernorm":
+        z, mean, rstd = saved
+        calls.append(("layernorm_bwd_cpu", (dy, z, t["weight"], mean, rstd, p, seed, True)))
+    elif op == "linear":
+        calls.append(("linear_bwd_cpu", (dy, t["x"], forward[1], True, True, True)))
+    return calls
+
+
+def call(name: str, arguments: tuple) -> Tensor | tuple[Tensor, ...]:
+    return getattr(torch.ops.fastbert, name).default(*arguments)
+
+
+@every_op
+@pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
+def test_opcheck(p: float, op: str) -> None:
+    accuracy.require(op, "cpu", torch.float32)
+    for name, arguments in leaf_calls(op, p):
+        torch.library.opcheck(getattr(torch.ops.fastbert, name).default, arguments)
+    name, arguments = leaf_calls(op, p)[0]
+
+    def trainable(value: object) -> object:
+        if isinstance(value, list):
+            return [trainable(entry) for entry in value]
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.clone().requires_grad_() if is_float else value
+
+    torch.library.opcheck(getattr(torch.ops.fastbert, name).default, tuple(map(trainable, arguments)))
+
+
+def other_isas() -> list[str]:
+    if dispatch.extension_error is not None:
+        return []
+    from fastbert import _C
+
+    return [isa for isa in _C.supported_isas() if isa != _C.isa()]
+
+
+@pytest.mark.parametrize("isa", other_isas() or ["none"])
+def test_other_instruction_sets(isa: str) -> None:
+    """The tables of all ops, in a process limited to an instruction set that this machine would not choose."""
+    if isa == "none":
+        pytest.skip(dispatch.extension_error or "this machine and build have a single instruction set")
+    folder = Path(__file__).parent
+    environment = os.environ | {"FASTBERT_CPU_ISA": isa}
+    found = subprocess.check_output(
+        [sys.executable, "-c", "from fastbert import _C; print(_C.isa())"], env=environment, text=True
+    )
+    assert found.strip() == isa
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(folder)]
+    chosen = "cpu and (_fwd or _bwd) and not 768 and not 512 and not 511"
+    run = subprocess.run([*command, "-k", chosen], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]

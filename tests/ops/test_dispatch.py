@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastbert import dispatch, ops
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_every_op_says_why_each_backend_does_not_run(op: str) -> None:
+    description = dispatch.describe("cpu", torch.float32)[op]
+    names = {implementation.name for implementation in dispatch._implementations[op].values()}
+    assert {description["backend"], *description["rejected"]} == names
+    assert all(description["rejected"].values())
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_runs_where_the_extension_is_built(op: str, dtype: torch.dtype) -> None:
+    """So that the skips of the other tests cannot hide it."""
+    if dispatch.extension_error is not None:
+        pytest.skip(dispatch.extension_error)
+    assert dispatch.describe("cpu", dtype, head_dim=64)[op]["backend"] == "cpu"
+    assert dispatch.select(op, device="cpu", dtype=dtype).name == "cpu"
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_run_on_the_reference(op: str, dtype: torch.dtype) -> None:
+    description = dispatch.describe("cpu", dtype)[op]
+    assert description["backend"] == "reference"
+    if dispatch.extension_error is None:
+        assert str(dtype) in description["rejected"]["cpu"]
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_other_devices_run_on_the_reference(op: str) -> None:
+    description = dispatch.describe("meta", torch.float32)[op]
+    assert description["backend"] == "reference"
+    assert "meta" in description["rejected"]["cpu"]
+
+
+def test_meta_tensors() -> None:
+    with torch.device("meta"):
+        x, square, row = torch.randn(7, 16), torch.randn(16, 16), torch.randn(16)
+        assert ops.linear(x, [square, square], [row, row]).shape == (7, 32)
+        assert ops.ffn(x, square, row, square).shape == (7, 16)
+        assert ops.layernorm(x, row, row, residual=x, dropout_p=0.1).shape == (7, 16)
+        cu_seqlens = torch.zeros(3, dtype=torch.int32)
+        assert ops.attention(torch.randn(7, 3, 2, 8), cu_seqlens, 4, dropout_p=0.1).shape == (7, 16)
+        ids = torch.zeros(2, 5, dtype=torch.int64)
+        y = ops.embedding(ids, square, square, square, row, row, dropout_p=0.1)
+    assert y.shape == (2, 5, 16)
+    assert y.is_meta
+
+
+def test_environment_forces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTBERT_BACKEND", "reference")
+    description = dispatch.describe()
+    assert all(op["backend"] == "reference" for op in description.values())
+    if dispatch.extension_error is None:
+        assert description["ffn"]["rejected"]["cpu"] == "FASTBERT_BACKEND=reference forces reference"
+    assert dispatch.select("ffn", device="cpu", dtype=torch.float32).name == "reference"
+    monkeypatch.setenv("FASTBERT_BACKEND", "attention:reference, ffn:reference")
+    assert dispatch.select("attention", device="cpu", dtype=torch.float32).name == "reference"
+    monkeypatch.delenv("FASTBERT_BACKEND")
+    if dispatch.extension_error is None:
+        assert dispatch.select("attention", device="cpu", dtype=torch.float32).name == "cpu"
+
+
+def test_a_single_op_is_forced_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    automatic = dispatch.describe()
+    monkeypatch.setenv("FASTBERT_BACKEND", "ffn:reference")
+    description = dispatch.describe()
+    assert description["ffn"]["backend"] == "reference"
+    assert all(description[op] == automatic[op] for op in dispatch.OPS if op != "ffn")
+
+
+def test_a_backend_for_all_leaves_out_ops_that_lack_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTBERT_BACKEND", "triton,linear:reference")
+    assert dispatch.select("linear", device="cpu", dtype=torch.float32).name == "reference"
+    monkeypatch.setenv("FASTBERT_BACKEND", "triton")
+    assert dispatch.select("linear", device="meta", dtype=torch.float32).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("gpu", ["'gpu'", "cpu, cuda, triton, reference"]),
+        ("atention:cpu", ["'atention'", "attention, embedding, ffn"]),
+        ("attention:fast", ["'fast'", "attention", "cpu, cuda, triton, reference"]),
+        ("linear:triton", ["'triton'", "linear", "cpu, reference"]),
+        ("attention:", ["''"]),
+        ("cpu,reference", ["twice"]),
+        ("ffn:cpu,ffn:reference", ["ffn", "twice"]),
+    ],
+)
+def test_bad_settings(monkeypatch: pytest.MonkeyPatch, setting: str, words: list[str]) -> None:
+    monkeypatch.setenv("FASTBERT_BACKEND", setting)
+    for call in (dispatch.describe, lambda: dispatch.select("ffn", device="cpu", dtype=torch.float32)):
+        with pytest.raises(ValueError, match="FASTBERT_BACKEND=") as caught:
+            call()
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+    x = torch.randn(2, 8)
+    with pytest.raises(ValueError, match="FASTBERT_BACKEND="), torch.no_grad():
+        ops.linear(x, x)
+
+
+def test_a_forced_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"backend argument forces linear:cpu, which cannot run: .*"):
+        ops.linear(x, x, backend="cpu")
+    monkeypatch.setenv("FASTBERT_BACKEND", "linear:cpu")
+    with pytest.raises(RuntimeError, match="FASTBERT_BACKEND=linear:cpu forces linear:cpu, which cannot run: "):
+        ops.linear(x, x)
+    assert ops.linear(x, x, backend="reference").shape == (2, 2)  # the argument comes before the environment
+    description = dispatch.describe("cpu", torch.float64)["linear"]
+    assert description["backend"] is None
+    assert set(description["rejected"]) == {"cpu", "reference"}
+
+
+def test_unknown_names_as_arguments() -> None:
+    with pytest.raises(ValueError, match=r"softmax.*attention, embedding"):
+        dispatch.select("softmax", device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"quick.*cpu, reference"):
+        ops.linear(torch.randn(2, 8), torch.randn(2, 8), backend="quick")
+
+
+def test_cuda_backends_are_named() -> None:
+    rejected = dispatch.describe("cpu", torch.float32)["attention"]["rejected"]
+    expected = "needs a tensor on cuda" if torch.cuda.is_available() else "no CUDA device"
+    assert rejected["cuda"].startswith(expected)
+    assert rejected["triton"].startswith(expected)
+
+
+def test_without_the_extension_everything_runs_on_the_reference() -> None:
+    program = (
+        "import sys; sys.modules['fastbert._C'] = None\n"
+        "import torch; from fastbert import dispatch, ops\n"
+        "for op, d in dispatch.describe().items():\n"
+        "    assert d['backend'] == 'reference', (op, d)\n"
+        "    assert d['rejected']['cpu'], d\n"
+        "x = torch.randn(3, 8, requires_grad=True)\n"
+        "ops.layernorm(ops.linear(x, x), x[:, 0], x[:, 0], dropout_p=0.5).sum().backward()\n"
+        "try: ops.linear(x, x, backend='cpu')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert "cannot run: " in printed
