@@ -24,13 +24,18 @@ DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
 _HARMLESS_HOOKS = ("transformers.utils.output_capturing", "torch.distributed")
+_REQUIRE_GRADS = "make_inputs_require_grad"  # transformers' and PEFT's hook on the word embeddings, for checkpointing
 
 
 def foreign_hook(module: nn.Module) -> str | None:
-    """The name of a hook on the module that is neither transformers' own capture of outputs nor FSDP's, if any."""
+    """The name of a hook on the module that somebody put there to look or to change something, if any.
+
+    Transformers' own capture of outputs and FSDP's hooks do not count.
+    """
     for hooks in _HOOKS:
         for hook in getattr(module, hooks).values():
-            if not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS_HOOKS):
+            harmless = (getattr(hook, "__module__", None) or "").startswith(_HARMLESS_HOOKS)
+            if not harmless and not getattr(hook, "__name__", "").startswith(_REQUIRE_GRADS):
                 return getattr(hook, "__qualname__", type(hook).__qualname__)
     return None
 
@@ -244,6 +249,8 @@ class ResolvedEmbeddings(Resolved):
             modules = [self.parts[path]._parameters for path in tables]
             norm = self.parts["LayerNorm"]._parameters
             self.weights = Weights((*modules, norm, norm), ("weight",) * 4 + ("bias",))
+            hooks = self.parts["word_embeddings"]._forward_hooks.values()
+            self.requires_grad = any(getattr(hook, "__name__", "").startswith(_REQUIRE_GRADS) for hook in hooks)
 
 
 def captured(what: str) -> bool:

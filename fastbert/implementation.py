@@ -1,4 +1,4 @@
-"""The attention implementation "fastbert" of transformers: its 2-D mask, and what stock attention modules run under it."""
+"""The attention implementation "fastbert": its 2-D mask, and what stock attention modules run under it."""
 
 from __future__ import annotations
 

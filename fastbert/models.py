@@ -242,9 +242,9 @@ class FastPreTraining(FastMaskedLM):
         return_dict = kwargs.get("return_dict")
         return_dict = self.config.return_dict if return_dict is None else return_dict
         weights = None
-        if labels is not None and next_sentence_label is not None and return_dict:
-            if not torch.compiler.is_compiling() and guards.foreign_hook(self.cls) is None:
-                weights, eps = self._head_weights()
+        wanted = labels is not None and next_sentence_label is not None and return_dict
+        if wanted and not torch.compiler.is_compiling() and guards.foreign_hook(self.cls) is None:
+            weights, eps = self._head_weights()
         if weights is None:
             return rescaled(stock(self, **kwargs), labels, num_items)
         dropped = ("labels", "next_sentence_label", "return_dict")

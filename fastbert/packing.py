@@ -180,8 +180,6 @@ def batch_of(
     if isinstance(attention_mask, PackedBatch):
         return attention_mask
     batch, seqlen = hidden_states.shape[:2]
-    if not torch.compiler.is_compiling() and hidden_states.numel() == 0:
-        return "the batch is empty"
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         return f"the attention mask is a {type(attention_mask).__name__}"
     if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:

@@ -1,7 +1,8 @@
 """Which modules are swapped in place, and how a call goes through them.
 
 A swapped module keeps its object, its parameters and its place: only its `__class__` becomes a subclass of the stock
-class, with the stock class's own name, whose forward takes the packed path when nothing in `guards.py` speaks against it.
+class, with the stock class's own name, whose forward takes the packed path when nothing in `guards.py` speaks against
+it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -18,10 +20,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
 
-from fastbert import (
-    encoder,
-    implementation,  # noqa: F401  (registers the attention implementation)
-)
+import fastbert.implementation  # noqa: F401  (registers the attention implementation)
+from fastbert import encoder
 from fastbert.guards import (
     IMPLEMENTATION,
     PACKABLE,
@@ -249,10 +249,22 @@ def encoder_batch(
 ) -> PackedBatch | None:
     """The packed batch of an encoder's call, or None if the stock forward has to run it."""
     keep_padding = kwargs.pop(KEEP_PADDING, False)
-    if call_reason(module._fastbert.config, kwargs | crossing) is not None:
+    if call_reason(module._fastbert.config, kwargs | crossing) is not None or all_stock(module.layer):
         return None
     batch = batch_of(hidden_states, attention_mask, kwargs, keep_padding=keep_padding)
     return batch if isinstance(batch, PackedBatch) else None
+
+
+def all_stock(layers: nn.ModuleList) -> bool:
+    """Whether no layer could use packed tokens, so that packing them would be for nothing."""
+    if torch.compiler.is_compiling():
+        return False
+    for layer in layers:
+        if isinstance(layer, FastLayer):
+            state = layer._fastbert
+            if (state.fast and state.reason is None) or layer.static_reason() is None:
+                return False
+    return True
 
 
 def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, **kwargs: Any) -> Tensor:
@@ -306,29 +318,40 @@ class FastEmbeddings(Fast):
             self._fastbert.reason = reason
         if reason is not None:
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
-        return encoder.embed(self, input_ids, token_type_ids, position_ids, past_key_values_length)
+        y = encoder.embed(self, input_ids, token_type_ids, position_ids, past_key_values_length)
+        if self.resolve().requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+            y.requires_grad_()
+        return y
+
+    def resolve(self) -> ResolvedEmbeddings:
+        """The module's parts, looked up anew only if something changed."""
+        state = self._fastbert
+        if torch.compiler.is_compiling():
+            return ResolvedEmbeddings(self)
+        if state.resolved is None or not state.resolved.current(self):
+            state.resolved = ResolvedEmbeddings(self)
+        return state.resolved
 
     def static_reason(self) -> str | None:
         """Why the module could not take the fast path whatever the call, or None."""
-        state = self._fastbert
-        if torch.compiler.is_compiling():
-            resolved = ResolvedEmbeddings(self)
-        elif state.resolved is None or not state.resolved.current(self):
-            resolved = state.resolved = ResolvedEmbeddings(self)
-        else:
-            resolved = state.resolved
+        resolved = self.resolve()
         if resolved.reason is not None:
             return resolved.reason
         weights = resolved.weights.read()
         return "a weight is no parameter" if weights is None else wrong_weights(weights)
 
 
-@functools.cache
 def fast_class(stock: type[nn.Module]) -> type[nn.Module] | None:
     """The subclass that stands in for a stock class, or None if there is none."""
     role, family = ROLES.get((stock.__module__, stock.__name__), (None, None))
-    if role is None:
+    if role is None or family is None:
         return None
+    importlib.import_module("fastbert.models")  # which makes some of the classes itself
+    return _fast_class(stock, role, family)
+
+
+@functools.cache
+def _fast_class(stock: type[nn.Module], role: str, family: Family) -> type[nn.Module]:
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
     names |= {"stock": stock, "family": family}
     mixins: dict[str, type] = {"layer": FastLayer, "encoder": FastEncoder, "embeddings": FastEmbeddings}
@@ -424,9 +447,12 @@ def restore(model: Model) -> Model:
             raise RuntimeError(f"restore: {name or 'model'} has become a {type(module).__qualname__} since optimize")
     for _, module in swapped:
         state = module.__dict__.pop("_fastbert", None)
-        if state is not None and state.implementation is not None:
-            if state.config._attn_implementation == IMPLEMENTATION:
-                state.config._attn_implementation = state.implementation
+        if (
+            state is not None
+            and state.implementation is not None
+            and state.config._attn_implementation == IMPLEMENTATION
+        ):
+            state.config._attn_implementation = state.implementation
         if type(module) is fast_class(module.stock):
             module.__class__ = module.stock
     return model

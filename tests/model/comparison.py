@@ -165,7 +165,9 @@ def reasons(model: nn.Module) -> list[str | None]:
     return [layer["reason"] for layer in fastbert.report(model).as_dict()["layers"]]
 
 
-def check_model(stock: nn.Module, batch: dict[str, Any], dtype: torch.dtype = torch.float32, *, fast: bool = True) -> None:
+def check_model(
+    stock: nn.Module, batch: dict[str, Any], dtype: torch.dtype = torch.float32, *, fast: bool = True
+) -> None:
     """Output and all gradients of a base model, by the rule, over the real tokens."""
     keep = real(batch)
     results = []

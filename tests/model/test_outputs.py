@@ -197,7 +197,7 @@ def test_masked_language_model_of_another_family(family: str) -> None:
     stock = build(family, "ForMaskedLM")
     for model in contestants(stock):
         outputs = model(**batch, labels=labels)
-        gradients = torch.autograd.grad(outputs.loss, [p for p in model.parameters()], allow_unused=True)
+        gradients = torch.autograd.grad(outputs.loss, list(model.parameters()), allow_unused=True)
         results.append((outputs.loss, outputs.logits[real(batch)], gradients))
     judge("loss", *(r[0] for r in results))
     judge("logits", *(r[1] for r in results))

@@ -1,0 +1,104 @@
+"""torch.compile with fullgraph and torch.export keep the fused ops and give the same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comparison import build, inputs, real
+
+import fastbert
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("mask", ["none", "holes"])
+def test_compile_forward_and_backward(mask: str) -> None:
+    model = fastbert.optimize(build(head="ForSequenceClassification", train=True))
+    batch = inputs(mask)
+    labels = torch.arange(4) % 2
+    model(**batch, labels=labels).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    logits = model(**batch).logits
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = compiled(**batch, labels=labels)
+    torch.testing.assert_close(outputs.logits, logits, atol=1e-5, rtol=1e-5)
+    outputs.loss.backward()
+    for gradient, p in zip(expected, (p for p in model.parameters() if p.grad is not None), strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_compile_with_inductor_and_another_shape() -> None:
+    model = fastbert.optimize(build(num_hidden_layers=1))
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for batch in (inputs("right"), inputs("right", batch=3, seqlen=16), inputs("none")):
+            torch.testing.assert_close(compiled(**batch)[0], model(**batch)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_compile_masked_language_model() -> None:
+    model = fastbert.optimize(build(head="ForMaskedLM", train=True))
+    batch = inputs("right")
+    labels = batch["input_ids"].masked_fill(~real(batch), -100)
+    expected = model(**batch, labels=labels)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch, labels=labels)
+    torch.testing.assert_close(compiled.loss, expected.loss, atol=1e-5, rtol=1e-5)
+    keep = real(batch)
+    torch.testing.assert_close(compiled.logits[keep], expected.logits[keep], atol=1e-5, rtol=1e-5)
+
+
+def test_compile_with_dropout() -> None:
+    changes: dict[str, Any] = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    model = fastbert.optimize(build(train=True, num_hidden_layers=1, **changes))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    batch = inputs("right")
+    torch.manual_seed(5)
+    one = compiled(**batch)[0]
+    two = compiled(**batch)[0]
+    torch.manual_seed(5)
+    assert torch.equal(compiled(**batch)[0], one)
+    assert not torch.equal(one, two)
+    one.square().sum().backward()
+
+
+def test_compile_hidden_states_and_4d_mask() -> None:
+    model = fastbert.optimize(build())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    batch: dict[str, Any] = inputs("right")
+    with torch.no_grad():
+        ours = compiled(**batch, output_hidden_states=True).hidden_states
+        for one, other in zip(ours, model(**batch, output_hidden_states=True).hidden_states, strict=True):
+            torch.testing.assert_close(one[real(batch)], other[real(batch)], atol=1e-5, rtol=1e-5)
+        batch["attention_mask"] = torch.randn(4, 1, 21, 21)
+        torch.testing.assert_close(compiled(**batch)[0], model(**batch)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_compile_sees_a_changed_layer() -> None:
+    model = fastbert.optimize(build())
+    model.encoder.layer[1].chunk_size_feed_forward = 7
+    batch = inputs("right")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(**batch)[0][real(batch)], model(**batch)[0][real(batch)], atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_export_with_dynamic_batch_and_length(grad: bool) -> None:
+    model = fastbert.optimize(build())
+    batch, seqlen = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("seqlen", min=2, max=72)
+    shapes = {"input_ids": {0: batch, 1: seqlen}, "attention_mask": {0: batch, 1: seqlen}}
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (), inputs("right"), dynamic_shapes=shapes)
+        module = program.module()
+        targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        backend = fastbert.report(model).ops["attention"]["backend"]
+        assert backend == "reference" or any("fastbert" in target for target in targets)
+        for case in (inputs("holes", batch=3, seqlen=33), inputs("left", batch=1, seqlen=5)):
+            torch.testing.assert_close(module(**case)[0], model(**case)[0], atol=1e-5, rtol=1e-5)

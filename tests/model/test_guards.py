@@ -1,0 +1,306 @@
+"""Whatever the packed path cannot do goes to the stock forward, layer by layer, with a reason, and is right."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comparison import all_fast, build, inputs, real, reasons
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import fastbert
+
+
+def check_same(model: nn.Module, expected: str, *, layers: slice = slice(0, 1), **extra: Any) -> None:
+    """`model` is fast but for the layers given, which say why, and gives what it gives after `restore`."""
+    batch: dict[str, Any] = inputs("holes") | extra
+    ours = model(**batch)[0]
+    found = reasons(model)
+    assert all(expected in (reason or "fast") for reason in found[layers]), found
+    for reason in found[: layers.start or 0] + (found[layers.stop :] if layers.stop else []):
+        assert reason is None, found
+    stock = fastbert.restore(model)(**batch)[0]
+    keep = real(batch)
+    torch.testing.assert_close(ours[keep], stock[keep], atol=2e-5, rtol=2e-5)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def first(model: Any) -> Any:
+    return model.encoder.layer[0]
+
+
+def subclass(model: Any) -> None:
+    first(model).attention.self.query.__class__ = Doubled
+
+
+def replace(model: Any) -> None:
+    first(model).output.dense = Doubled(96, 48)
+
+
+def hook(model: Any) -> None:
+    first(model).intermediate.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def pre_hook(model: Any) -> None:
+    first(model).attention.self.value.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def own_forward(model: Any) -> None:
+    linear = first(model).output.dense
+    stock = linear.forward
+    linear.forward = lambda x: 2 * stock(x)
+
+
+def pruned(model: Any) -> None:
+    prune.l1_unstructured(first(model).attention.self.query, "weight", amount=0.5)
+
+
+def reparametrized(model: Any) -> None:
+    parametrizations.weight_norm(first(model).attention.self.query)
+
+
+def old_weight_norm(model: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(first(model).attention.self.query)
+
+
+def chunked(model: Any) -> None:
+    first(model).chunk_size_feed_forward = 7
+
+
+def no_bias(model: Any) -> None:
+    first(model).attention.self.query.bias = None
+
+
+def other_dropout(model: Any) -> None:
+    first(model).output.dropout = nn.AlphaDropout(0.0)
+
+
+def other_norm(model: Any) -> None:
+    first(model).output.LayerNorm = nn.RMSNorm(48)
+
+
+def other_activation(model: Any) -> None:
+    del first(model).intermediate.intermediate_act_fn
+    first(model).intermediate.intermediate_act_fn = nn.functional.relu
+
+
+def plain_weight(model: Any) -> None:
+    linear = first(model).attention.self.query
+    weight = linear.weight.detach() * 2
+    del linear.weight
+    linear.weight = weight
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def tensor_subclass(model: Any) -> None:
+    linear = first(model).output.dense
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Marked))
+
+
+CHANGES = [
+    (subclass, "attention.self.query is a Doubled, not exactly nn.Linear"),
+    (replace, "output.dense is a Doubled"),
+    (hook, "sits on intermediate"),
+    (pre_hook, "sits on attention.self.value"),
+    (own_forward, "the forward of output.dense is replaced"),
+    (pruned, "sits on attention.self.query"),
+    (reparametrized, "attention.self.query is a ParametrizedLinear"),
+    (old_weight_norm, "sits on attention.self.query"),
+    (chunked, "chunk_size_feed_forward is set"),
+    (no_bias, "a bias is missing"),
+    (other_dropout, "output.dropout is a AlphaDropout"),
+    (other_norm, "output.LayerNorm is a RMSNorm"),
+    (other_activation, "the activation is relu"),
+    (plain_weight, "a weight is no parameter"),
+    (tensor_subclass, "a weight is a"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES, ids=[change.__name__ for change, _ in CHANGES])
+@pytest.mark.parametrize("when", ["before", "after", "after a call"])
+def test_changed_layer(change: Callable[[Any], None], reason: str, when: str) -> None:
+    model = build()
+    if when == "before":
+        change(model)
+    fastbert.optimize(model)
+    if when == "after a call":
+        model(**inputs())
+    if when != "before":
+        change(model)
+    check_same(model, reason)
+
+
+def test_layer_comes_back_to_the_fast_path() -> None:
+    model = fastbert.optimize(build())
+    handle = first(model).intermediate.register_forward_hook(lambda *args: None)
+    model(**inputs())
+    assert reasons(model)[0] is not None
+    handle.remove()
+    model(**inputs())
+    assert all_fast(model)
+
+
+def test_attention_replaced_by_somebody() -> None:
+    class Attention(nn.Module):
+        def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+            return hidden_states.flip(-1), None
+
+    model = fastbert.optimize(build())
+    model.encoder.layer[1].attention = Attention()
+    check_same(model, "attention", layers=slice(1, 2))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "silu"])
+def test_activation(activation: str) -> None:
+    check_same(fastbert.optimize(build(hidden_act=activation)), "not exact GELU", layers=slice(0, None))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_python"])
+def test_exact_gelu_is_fast(activation: str) -> None:
+    model = fastbert.optimize(build(hidden_act=activation))
+    model(**inputs())
+    assert all_fast(model)
+
+
+def test_chunking() -> None:
+    model = fastbert.optimize(build(chunk_size_feed_forward=7))
+    check_same(model, "chunk_size_feed_forward is set", layers=slice(0, None))
+
+
+def test_decoder() -> None:
+    stock = build(is_decoder=True)
+    batch = inputs("right")
+    expected = stock(**batch)[0]
+    model = fastbert.optimize(copy.deepcopy(stock))
+    torch.testing.assert_close(model(**batch)[0], expected)
+    assert all("causal" in (reason or "") for reason in reasons(model))
+    past = stock(input_ids=batch["input_ids"][:, :8], use_cache=True).past_key_values
+    ours = model(input_ids=batch["input_ids"][:, :8], use_cache=True).past_key_values
+    after = stock(input_ids=batch["input_ids"][:, 8:9], past_key_values=past)[0]
+    torch.testing.assert_close(model(input_ids=batch["input_ids"][:, 8:9], past_key_values=ours)[0], after)
+
+
+def test_cross_attention() -> None:
+    stock = build(is_decoder=True, add_cross_attention=True)
+    batch = inputs("right")
+    extra = {"encoder_hidden_states": torch.randn(4, 9, 48), "encoder_attention_mask": torch.ones(4, 9).long()}
+    extra["encoder_attention_mask"][1, 4:] = 0
+    expected = stock(**batch, **extra)[0]
+    model = fastbert.optimize(copy.deepcopy(stock))
+    torch.testing.assert_close(model(**batch, **extra)[0], expected)
+    assert None not in reasons(model)
+
+
+@pytest.mark.parametrize("mask", ["none", "holes"])
+def test_attentions(mask: str) -> None:
+    stock = build(attn_implementation="eager")
+    batch = inputs(mask)
+    expected = stock(**batch, output_attentions=True)
+    model = fastbert.optimize(copy.deepcopy(stock))
+    assert model.config._attn_implementation == "fastbert"
+    outputs = model(**batch, output_attentions=True)
+    keep = real(batch)
+    assert len(outputs.attentions) == 2
+    for ours, theirs in zip(outputs.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(ours.transpose(1, 2)[keep], theirs.transpose(1, 2)[keep])
+    torch.testing.assert_close(outputs[0][keep], expected[0][keep], atol=2e-5, rtol=2e-5)
+    assert reasons(model) == ["attentions were asked for"] * 2
+    model(**batch)
+    assert all_fast(model)  # although the hooks that record attentions stay
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_dtype_without_kernels(dtype: torch.dtype) -> None:
+    model = fastbert.optimize(build()).to(dtype)
+    stock = build().to(dtype)
+    stock.load_state_dict(model.state_dict())
+    batch = inputs("right")
+    torch.testing.assert_close(model(**batch)[0][real(batch)], stock(**batch)[0][real(batch)])
+    assert reasons(model) == [f"no kernels for {dtype} on cpu"] * 2
+
+
+def test_layers_of_several_dtypes() -> None:
+    model = fastbert.optimize(build())
+    first(model).attention.self.query.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(**inputs())
+    assert "weights of several dtypes" in (reasons(model)[0] or "")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "fastbert"])
+def test_attention_implementation_set_later(implementation: str) -> None:
+    model = fastbert.optimize(build())
+    batch = inputs("holes")
+    expected = model(**batch)[0]
+    model.set_attn_implementation(implementation)
+    y = model(**batch)[0]
+    keep = real(batch)
+    torch.testing.assert_close(y[keep], expected[keep], atol=2e-5, rtol=2e-5)
+    if implementation == "eager":
+        assert reasons(model) == ["the attention implementation was set to 'eager'"] * 2
+        gradient = torch.autograd.grad(y[keep].square().sum(), model.embeddings.LayerNorm.weight, create_graph=True)[0]
+        torch.autograd.grad(gradient.square().sum(), model.embeddings.LayerNorm.weight)  # a second derivative
+    else:
+        assert all_fast(model)
+    assert fastbert.restore(model).config._attn_implementation == (
+        "sdpa" if implementation == "fastbert" else implementation
+    )
+
+
+def test_stock_layer_between_fast_ones() -> None:
+    model = fastbert.optimize(build(num_hidden_layers=3))
+    model.encoder.layer[1].intermediate.register_forward_hook(lambda module, args, output: output + 1)
+    check_same(model, "sits on intermediate", layers=slice(1, 2))
+
+
+def test_global_hooks() -> None:
+    model = fastbert.optimize(build())
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        model(**inputs())
+        assert first(model).attention.self.query in seen
+        assert "hooks on every module" in (reasons(model)[0] or "")
+    finally:
+        handle.remove()
+    model(**inputs())
+    assert all_fast(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_submodules() -> None:
+    stock = build()
+    quantized = torch.ao.quantization.quantize_dynamic(stock, {nn.Linear}, torch.qint8)
+    batch = inputs("right")
+    expected = quantized(**batch)[0]
+    fastbert.optimize(quantized)
+    torch.testing.assert_close(quantized(**batch)[0][real(batch)], expected[real(batch)])
+    assert all("not exactly nn.Linear" in (reason or "") for reason in reasons(quantized))
+
+
+def test_transforms_of_torch_func() -> None:
+    model = fastbert.optimize(build())
+    batch = inputs("right")
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (), batch)[0][real(batch)].square().sum()
+
+    gradients = torch.func.grad(loss)(weights)
+    loss_now = model(**batch)[0][real(batch)].square().sum()
+    expected = torch.autograd.grad(loss_now, model.embeddings.word_embeddings.weight)[0]
+    torch.testing.assert_close(gradients["embeddings.word_embeddings.weight"], expected, atol=1e-3, rtol=1e-3)

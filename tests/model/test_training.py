@@ -1,0 +1,292 @@
+"""Losses, logits on demand, gradient accumulation, Trainer, several processes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import transformers
+from comparison import all_fast, build, inputs, judge_gradients, real
+from torch import nn
+
+import fastbert
+from fastbert import ops
+
+
+def mlm_batch(share: float = 0.3) -> dict[str, torch.Tensor]:
+    batch = inputs("right")
+    labels = batch["input_ids"].clone()
+    labels[(torch.rand(labels.shape) > share) | ~real(batch)] = -100
+    return batch | {"labels": labels}
+
+
+def shapes_seen(model: nn.Module, **batch: Any) -> tuple[Any, list[torch.Size]]:
+    """The output, and the shapes that the decoder of the head was called with."""
+    seen: list[torch.Size] = []
+    decoder = model.cls.predictions.decoder
+    stock = nn.Linear.forward
+
+    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if self is decoder:
+            seen.append(x.shape)
+        return stock(self, x)
+
+    nn.Linear.forward = forward  # type: ignore[method-assign]
+    try:
+        return model(**batch), seen
+    finally:
+        nn.Linear.forward = stock  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])
+def test_logits_only_when_asked_for(head: str) -> None:
+    model = fastbert.optimize(build(head=head, train=True))
+    batch = mlm_batch()
+    if head == "ForPreTraining":
+        batch["next_sentence_label"] = torch.tensor([0, 1, 0, 1])
+    field = "logits" if head == "ForMaskedLM" else "prediction_logits"
+    outputs, seen = shapes_seen(model, **batch)
+    assert outputs.loss is outputs["loss"]
+    assert outputs.loss is outputs[0]
+    assert next(iter(outputs)) == "loss"
+    assert list(outputs.keys())[1] == field
+    assert field in outputs
+    assert seen == []
+    assert getattr(outputs, field).shape == (4, 21, 120)
+    stock = fastbert.restore(copy.deepcopy(model))(**batch)
+    assert list(stock.keys()) == list(outputs.keys())
+    readers = (
+        lambda o: getattr(o, field),
+        lambda o: o[field],
+        lambda o: o[1],
+        lambda o: o[1:][0],
+        lambda o: o.to_tuple()[1],
+        lambda o: dict(o.items())[field],
+        lambda o: list(o.values())[1],
+        lambda o: {**o}[field],
+        lambda o: dict(o)[field],
+        lambda o: o.get(field),
+        lambda o: copy.copy(o)[field],
+        lambda o: pickle.loads(pickle.dumps(type(o)(**{k: v.detach() for k, v in o.items()})))[field],
+        lambda o: torch.utils._pytree.tree_map(lambda x: x, o)[field],
+    )
+    keep = real(batch)
+    for read in readers:
+        torch.testing.assert_close(read(model(**batch))[keep], stock[1][keep], atol=2e-5, rtol=2e-5)
+    assert isinstance(outputs, type(stock))
+    outputs = model(**batch)
+    setattr(outputs, field, torch.ones(2))
+    assert outputs[field].shape == (2,)
+    assert outputs[1].shape == (2,)
+
+
+def test_gradients_through_loss_and_logits_together() -> None:
+    batch = mlm_batch()
+    stock = build(head="ForMaskedLM", train=True)
+    results = []
+    for model in (fastbert.optimize(copy.deepcopy(stock)), stock, copy.deepcopy(stock).double()):
+        outputs = model(**batch)
+        total = outputs.loss + outputs.logits[real(batch)].square().mean()
+        results.append(torch.autograd.grad(total, list(model.parameters()), allow_unused=True))
+    judge_gradients([name for name, _ in stock.named_parameters()], *results)
+
+
+def test_logits_keep_the_state_of_the_forward() -> None:
+    model = fastbert.optimize(build(head="ForMaskedLM", train=True))
+    batch = mlm_batch()
+    outputs = model(**batch)
+    with torch.no_grad():
+        assert outputs.logits.requires_grad
+    with torch.no_grad():
+        outputs = model(**batch)
+    assert not outputs.logits.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**batch)
+    assert outputs.logits.dtype is torch.bfloat16
+    outputs = model(**batch)
+    outputs.loss.backward()
+    with torch.no_grad():
+        model.cls.predictions.decoder.weight.add_(1)
+    with pytest.warns(UserWarning, match=r"read them before optimizer.step\(\)"):
+        outputs.logits  # noqa: B018
+
+
+def test_tuple_output() -> None:
+    model = fastbert.optimize(build(head="ForMaskedLM", train=True))
+    batch = mlm_batch()
+    loss, logits = model(**batch, return_dict=False)
+    torch.testing.assert_close(loss, model(**batch).loss)
+    assert logits.shape == (4, 21, 120)
+    positional = model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+    torch.testing.assert_close(positional.loss, loss)
+    with pytest.raises(TypeError):
+        model(batch["input_ids"], input_ids=batch["input_ids"])
+
+
+def test_no_label_at_all() -> None:
+    batch = mlm_batch(share=0.0)
+    model = fastbert.optimize(build(head="ForMaskedLM", train=True))
+    loss = model(**batch).loss
+    assert loss.isnan() == fastbert.restore(copy.deepcopy(model))(**batch).loss.isnan()
+    model(**batch, num_items_in_batch=5).loss.backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_a_changed_head_falls_back() -> None:
+    batch = mlm_batch()
+    model = fastbert.optimize(build(head="ForMaskedLM", train=True))
+    model.cls.predictions.transform.register_forward_hook(lambda module, args, output: output * 2)
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, fastbert.restore(model)(**batch).loss)
+
+
+ACCUMULATED = {
+    "ForMaskedLM": lambda b: {"labels": b["labels"]},
+    "ForTokenClassification": lambda b: {"labels": torch.where(b["labels"] < 0, b["labels"], b["labels"] % 2)},
+    "ForSequenceClassification": lambda b: {"labels": torch.arange(4) % 2},
+    "ForNextSentencePrediction": lambda b: {"labels": torch.arange(4) % 2},
+}
+
+
+@pytest.mark.parametrize("head", ACCUMULATED)
+def test_accumulated_batches_make_one_big_batch(head: str) -> None:
+    model = fastbert.optimize(build(head=head, train=True))
+    batch = mlm_batch()
+    batch |= ACCUMULATED[head](batch)
+    model(**batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    num_items = (batch["labels"] != -100).sum()
+    for rows in (slice(0, 1), slice(1, 4)):
+        model(**{name: value[rows] for name, value in batch.items()}, num_items_in_batch=num_items).loss.backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, batch: dict[str, torch.Tensor]) -> None:
+        self.rows = [{name: value[i] for name, value in batch.items()} for i in range(4)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return self.rows[i]
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering"])
+def test_trainer_accumulates_to_the_gradient_of_one_batch(head: str, tmp_path: Path) -> None:
+    stock = build(head=head, num_labels=2)
+    batch = mlm_batch()
+    if head == "ForSequenceClassification":
+        batch["labels"] = torch.arange(4) % 2
+    elif head == "ForQuestionAnswering":
+        del batch["labels"]
+        batch |= {"start_positions": torch.arange(4), "end_positions": torch.arange(4) + 2}
+    weights = []
+    for size, steps in ((4, 1), (1, 4)):
+        model = fastbert.optimize(copy.deepcopy(stock))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=2,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=Rows(batch))
+        result = trainer.train()
+        weights.append((result.training_loss, copy.deepcopy(model.state_dict())))
+        assert all_fast(model)
+    assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-3)
+    for name, value in weights[0][1].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(weights[1][1][name], value, atol=2e-4, rtol=2e-3, msg=name)
+
+
+def test_trainer_evaluates_and_saves(tmp_path: Path) -> None:
+    model = fastbert.BertForSequenceClassification(build(head="ForSequenceClassification").config)
+    batch = mlm_batch()
+    batch["labels"] = torch.arange(4) % 2
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=Rows(batch),
+        eval_dataset=Rows(batch),
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    )
+    trainer.train()
+    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+    trainer.save_model(str(tmp_path / "saved"))
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert type(again) is transformers.BertForSequenceClassification
+    assert again.config.architectures == ["BertForSequenceClassification"]
+    del batch["labels"]
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_mlm_loss_counts_as_the_op_says() -> None:
+    model = fastbert.optimize(build(head="ForMaskedLM"))
+    batch = mlm_batch()
+    head = model.cls.predictions
+    norm = head.transform.LayerNorm
+    dense = head.transform.dense
+    hidden = model.bert(batch["input_ids"], batch["attention_mask"])[0]
+    loss, count = ops.mlm_loss(
+        hidden,
+        batch["labels"],
+        head.decoder.weight,
+        head.decoder.bias,
+        dense.weight,
+        dense.bias,
+        norm.weight,
+        norm.bias,
+    )
+    assert count == (batch["labels"] != -100).sum()
+    torch.testing.assert_close(model(**batch).loss, loss)
+
+
+def _train(rank: int, folder: str, state: dict[str, torch.Tensor], config: Any, batch: dict[str, torch.Tensor]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = fastbert.BertForMaskedLM(config)
+    model.load_state_dict(state)
+    parallel = nn.parallel.DistributedDataParallel(model.train())
+    rows = slice(2 * rank, 2 * rank + 2)
+    parallel(**{name: value[rows] for name, value in batch.items()}).loss.backward()
+    assert all_fast(model)
+    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    stock = build(head="ForMaskedLM", train=True)
+    batch = mlm_batch()
+    losses = [stock(**{name: value[rows] for name, value in batch.items()}).loss for rows in (slice(0, 2), slice(2, 4))]
+    (sum(losses) / 2).backward()
+    run = functools.partial(mp.start_processes, nprocs=2, start_method="fork")
+    torch.set_num_threads(1)
+    run(_train, args=(str(tmp_path), stock.state_dict(), stock.config, batch))
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name, parameter in stock.named_parameters():
+        assert torch.equal(one[name], other[name])
+        torch.testing.assert_close(one[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
