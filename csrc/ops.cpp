@@ -116,6 +116,7 @@ AttentionShape check_attention(const char* op, const Tensor& qkv, const Tensor& 
   check(op, "qkv", qkv, qkv.scalar_type(), {-1, 3, -1, -1});
   AttentionShape a{};
   a.total = qkv.size(0), a.heads = qkv.size(2), a.head_dim = qkv.size(3), a.max_seqlen = max_seqlen;
+  if (a.heads <= 0) fail(op, ": qkv has shape ", shape_text(qkv), "; it must have at least one head");
   if (a.head_dim <= 0 || a.head_dim % 8 != 0)
     fail(op, ": qkv has head_dim ", a.head_dim, "; it must be a positive multiple of 8");
   check(op, "cu_seqlens", cu_seqlens, ScalarType::Int, {-1});

@@ -52,35 +52,26 @@ void multiply(int64_t rows, int64_t depth, const float* a, int64_t stride, const
   }
 }
 
-// Rows of m from `first` on in fp32: where they lie, or converted into `space`.
-struct Lines {
-  const float* data;
-  int64_t stride;
-};
-inline Lines lines_of(const Matrix& m, int64_t first, int64_t rows, int64_t depth, float* space) {
-  if (m.dtype == DType::kFloat32) return {static_cast<const float*>(m.data) + first * m.row_stride, m.row_stride};
-  const int64_t stride = ceil_div(depth, VLEN) * VLEN;
-  gather_lines<bf16>(m, first, rows, 0, depth, stride, space);
-  return {space, stride};
+// out [rows][stride] = rows of m from `first` on, times factor, in fp32.
+template <class T>
+void scaled_rows(const Matrix& m, int64_t first, int64_t rows, int64_t depth, float factor, float* out, int64_t stride) {
+  const T* src = static_cast<const T*>(m.data) + first * m.row_stride;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < depth; j += VLEN)
+      store(out + r * stride + j, load_n(src + r * m.row_stride + j, depth - j) * factor);
 }
 
-// Makes s[0 .. n) scores up to a factor that is returned: with a bias, s * scale + bias and 1, else s itself and scale.
-// Up to the next multiple of VLEN s becomes minus infinity times the sign of that factor.
-FASTBERT_INLINE float add_bias(float* s, int64_t n, float scale, const float* bias) {
-  for (int64_t j = 0; bias != nullptr && j < n; j += VLEN) store(s + j, load(s + j) * scale + load_n(bias + j, n - j));
-  const float factor = bias != nullptr ? 1.0f : scale;
-  if (n % VLEN != 0) {
-    float* last = s + n / VLEN * VLEN;
-    const vf nothing = splat(factor < 0.0f ? __builtin_inff() : -__builtin_inff());
-    store(last, iota() < static_cast<int32_t>(n % VLEN) ? load(last) : nothing);
-  }
-  return factor;
-}
-
-FASTBERT_INLINE float largest(const float* s, int64_t n, float factor) {
-  vf top = splat(-__builtin_inff());
+// Adds the bias (null for none) to s[0 .. n), makes it minus infinity up to the next multiple of VLEN, and returns the
+// largest.
+FASTBERT_INLINE float add_bias(float* s, int64_t n, const float* bias) {
+  const vf lowest = splat(-__builtin_inff());
+  vf top = lowest;
   for (int64_t j = 0; j < n; j += VLEN) {
-    top = at_least(top, load(s + j) * factor);
+    vf x = load(s + j);
+    if (bias != nullptr) x += load_n(bias + j, n - j);
+    if (n - j < VLEN) x = iota() < static_cast<int32_t>(n - j) ? x : lowest;
+    if (bias != nullptr || n - j < VLEN) store(s + j, x);
+    top = at_least(top, x);
   }
   return max(top);
 }
@@ -104,17 +95,16 @@ void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T
 
   for (int64_t q = query_begin; q < query_end; q += kForwardRows) {
     const int64_t rows = smaller(kForwardRows, query_end - q);
-    const Lines query = lines_of(head.matrix(0), q, rows, d, queries);
+    scaled_rows<T>(head.matrix(0), q, rows, d, shape.scale, queries, dp);
     float top[kForwardRows], total[kForwardRows];
     for (int64_t r = 0; r < rows; ++r) top[r] = -__builtin_inff(), total[r] = 0.0f;
     for (int64_t k = 0; k < length; k += block) {
       const int64_t n = smaller(block, length - k);
-      multiply<false>(rows, d, query.data, query.stride, keys + k * d, d, 0, n, scores, block, false);
+      multiply<false>(rows, d, queries, dp, keys + k * d, d, 0, n, scores, block, false);
       for (int64_t r = 0; r < rows; ++r) {
         float* s = scores + r * block;
         const float* bias = head.bias_row(q + r);
-        const float factor = add_bias(s, n, shape.scale, bias == nullptr ? nullptr : bias + k);
-        const float high = largest(s, n, factor);
+        const float high = add_bias(s, n, bias == nullptr ? nullptr : bias + k);
         if (high > top[r]) {
           const float shrink = k > 0 ? sum(exp(splat(top[r] - high))) / VLEN : 0.0f;
           for (int64_t j = 0; k > 0 && j < dp; j += VLEN) store(result + r * dp + j, load(result + r * dp + j) * shrink);
@@ -125,7 +115,7 @@ void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T
         const float base = top[r] == -__builtin_inff() ? 0.0f : top[r];
         vf part = {};
         for (int64_t j = 0; j < n; j += VLEN) {
-          const vf p = exp(load(s + j) * factor - base);
+          const vf p = exp(load(s + j) - base);
           part += p;
           store(s + j, p);
         }
@@ -172,9 +162,9 @@ void attention_fwd(const Executor& executor, DType dtype, const AttentionShape& 
 }
 
 template <class T>
-void store_rows(const float* rows, int64_t count, int64_t ld, int64_t d, T* out, int64_t stride) {
+void store_rows(const float* rows, int64_t count, int64_t ld, int64_t d, float factor, T* out, int64_t stride) {
   for (int64_t r = 0; r < count; ++r)
-    for (int64_t j = 0; j < d; j += VLEN) store_n(out + r * stride + j, load(rows + r * ld + j), d - j);
+    for (int64_t j = 0; j < d; j += VLEN) store_n(out + r * stride + j, load(rows + r * ld + j) * factor, d - j);
 }
 
 template <class T>
@@ -191,8 +181,8 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
   float *keys = take(along_keys), *values = take(along_keys), *key_rows = take(along_dims);
   float *dkeys = take(length * dp), *dvalues = take(length * dp);
   float *scores = take(kRows * block), *grads = take(kRows * block);
-  float *dqueries = take(kRows * dp), *query_panels = take(kRows * dp), *dout_panels = take(kRows * dp);
-  float *query_space = take(kRows * dp), *dout_space = take(kRows * dp), *factors = take(block);
+  float *queries = take(kRows * dp), *douts = take(kRows * dp), *dqueries = take(kRows * dp);
+  float *query_panels = take(kRows * dp), *dout_panels = take(kRows * dp), *factors = take(block);
   pack_all(transposed(head.matrix(1)), d, length, keys);
   pack_all(transposed(head.matrix(2)), d, length, values);
   pack_all(head.matrix(1), length, d, key_rows);
@@ -203,38 +193,46 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
   const int64_t grad_place = head.first * 3 * width + head.h * d;
   for (int64_t q = 0; q < length; q += kRows) {
     const int64_t rows = smaller(kRows, length - q);
-    const Lines query = lines_of(head.matrix(0), q, rows, d, query_space);
-    const Lines grad = lines_of(upstream, q, rows, d, dout_space);
-    pack_all({query.data, query.stride, 1, DType::kFloat32}, rows, d, query_panels);
-    pack_all({grad.data, grad.stride, 1, DType::kFloat32}, rows, d, dout_panels);
-    float delta[kRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* o = out + place + (q + r) * width;
-      vf part = {};
-      for (int64_t j = 0; j < d; j += VLEN) part += load_n(o + j, d - j) * load_n(grad.data + r * grad.stride + j, d - j);
-      delta[r] = sum(part);
-    }
+    scaled_rows<T>(head.matrix(0), q, rows, d, shape.scale, queries, dp);
+    scaled_rows<T>(upstream, q, rows, d, 1.0f, douts, dp);
+    pack_all({queries, dp, 1, DType::kFloat32}, rows, d, query_panels);
+    pack_all({douts, dp, 1, DType::kFloat32}, rows, d, dout_panels);
     for (int64_t k = 0; k < length; k += block) {
       const int64_t n = smaller(block, length - k);
-      multiply<false>(rows, d, query.data, query.stride, keys + k * d, d, 0, n, scores, block, false);
-      multiply<false>(rows, d, grad.data, grad.stride, values + k * d, d, 0, n, grads, block, false);
+      multiply<false>(rows, d, queries, dp, keys + k * d, d, 0, n, scores, block, false);
+      multiply<false>(rows, d, douts, dp, values + k * d, d, 0, n, grads, block, false);
       for (int64_t r = 0; r < rows; ++r) {
         float *s = scores + r * block, *g = grads + r * block;
         const float* bias = head.bias_row(q + r);
-        const float factor = add_bias(s, n, shape.scale, bias == nullptr ? nullptr : bias + k);
+        add_bias(s, n, bias == nullptr ? nullptr : bias + k);
         const float row_lse = lse[head.h * shape.total + head.first + q + r];
         const float base = row_lse == -__builtin_inff() ? 0.0f : row_lse;
         if (dropout.active)
           dropout.factors(factors, k, n, static_cast<uint32_t>(head.first + q + r), static_cast<uint32_t>(head.h),
                           kStreamAttention);
+        vf part = {};
+        for (int64_t j = 0; j < n; j += VLEN) {
+          const vf p = exp(load(s + j) - base);
+          const vf f = dropout.active ? load(factors + j) : splat(1.0f);
+          const vf dp_dropped = load(g + j) * f;
+          part += p * dp_dropped;
+          store(s + j, p);
+          store(g + j, dp_dropped);
+        }
+        // sum_j P_ij dP_ij = sum_d dO_id O_id. The first is the more exact one, but needs all keys at hand.
+        float delta = sum(part);
+        if (block < length) {
+          const T* o = out + place + (q + r) * width;
+          vf dot = {};
+          for (int64_t j = 0; j < d; j += VLEN) dot += load_n(o + j, d - j) * load(douts + r * dp + j);
+          delta = sum(dot);
+        }
         float* db = dbias == nullptr ? nullptr : dbias + head.bias_offset(q + r) + k;
         for (int64_t j = 0; j < n; j += VLEN) {
-          const vf p = exp(load(s + j) * factor - base);
-          const vf f = dropout.active ? load(factors + j) : splat(1.0f);
-          // Beyond the last key p is 0, but what the panels were padded with may have met an infinity.
-          const vf ds = p * (load(g + j) * f - delta[r]);
-          store(s + j, p * f);
-          store(g + j, ds * shape.scale);
+          const vf p = load(s + j);
+          const vf ds = p * (load(g + j) - delta);
+          store(g + j, ds);
+          if (dropout.active) store(s + j, p * load(factors + j));
           if (db != nullptr) store_n(db + j, load_n(db + j, n - j) + ds, n - j);
         }
       }
@@ -242,10 +240,10 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
       multiply<true>(n, rows, scores, block, dout_panels, rows, 0, d, dvalues + k * dp, dp, true);
       multiply<true>(n, rows, grads, block, query_panels, rows, 0, d, dkeys + k * dp, dp, true);
     }
-    store_rows(dqueries, rows, dp, d, dqkv + grad_place + q * 3 * width, 3 * width);
+    store_rows(dqueries, rows, dp, d, shape.scale, dqkv + grad_place + q * 3 * width, 3 * width);
   }
-  store_rows(dkeys, length, dp, d, dqkv + grad_place + width, 3 * width);
-  store_rows(dvalues, length, dp, d, dqkv + grad_place + 2 * width, 3 * width);
+  store_rows(dkeys, length, dp, d, 1.0f, dqkv + grad_place + width, 3 * width);
+  store_rows(dvalues, length, dp, d, 1.0f, dqkv + grad_place + 2 * width, 3 * width);
 }
 
 template <class T>

@@ -207,7 +207,7 @@ inline PackedB pack(const Executor& executor, const Stack& b, int64_t depth, Scr
   float* out = static_cast<float*>(scratch(slot, packed.panels() * depth * NR * 4));
   packed.data = out;
   // Packing a few columns of x for a latency call is cheaper than waking the other threads.
-  const int64_t grain = larger(1, ceil_div(int64_t{32} << 10, depth * NR));
+  const int64_t grain = larger(1, ceil_div(int64_t{32} << 10, larger(depth, 1) * NR));
   parallel_tasks(executor, ceil_div(packed.panels(), grain), [&](int64_t task, int) {
     for (int64_t p = task * grain; p < smaller((task + 1) * grain, packed.panels()); ++p) {
       int i = 0;
@@ -242,8 +242,8 @@ inline PackedB pack_rows(const Executor& executor, const Stack& b, int64_t n, Sc
 // `rows` lines of A from line `first` on, elements k .. k+depth of each, in fp32: out[r * stride + k], or
 // out[k * stride + r] if it is A's columns that are contiguous.
 template <class T>
-void gather_lines(const Matrix& m, int64_t first, int64_t rows, int64_t k, int64_t depth, int64_t stride, float* out) {
-  const bool columns = m.col_stride != 1;
+void gather_lines(const Matrix& m, bool columns, int64_t first, int64_t rows, int64_t k, int64_t depth, int64_t stride,
+                  float* out) {
   const T* src = static_cast<const T*>(m.data) + first * m.row_stride + k * m.col_stride;
   const int64_t lines = columns ? depth : rows, length = columns ? rows : depth;
   const int64_t line_stride = columns ? m.col_stride : m.row_stride;
@@ -251,13 +251,17 @@ void gather_lines(const Matrix& m, int64_t first, int64_t rows, int64_t k, int64
     for (int64_t j = 0; j < length; j += VLEN) store(out + i * stride + j, load_n(src + i * line_stride + j, length - j));
 }
 
-// sums[r] += the sum over k of column-contiguous lines (out[k * stride + r]).
-inline void add_line_sums(const float* lines, int64_t rows, int64_t depth, int64_t stride, float* sums) {
-  for (int64_t r = 0; r < rows; r += VLEN) {
-    vf total = {};
-    for (int64_t k = 0; k < depth; ++k) total += load(lines + k * stride + r);
-    store(sums + r, load(sums + r) + total);
+// The sum of `depth` rows of n <= VLEN columns, in blocks: one long chain of additions would lose digits.
+template <class T>
+FASTBERT_INLINE vf sum_rows(const T* rows, int64_t depth, int64_t stride, int64_t n) {
+  constexpr int64_t kBlock = 32;
+  vf total = {};
+  for (int64_t k = 0; k < depth; k += kBlock) {
+    vf part = {};
+    for (int64_t i = k; i < smaller(k + kBlock, depth); ++i) part += load_n(rows + i * stride, n);
+    total += part;
   }
+  return total;
 }
 
 // sums (null, or rows rounded up to VLEN floats; A's columns contiguous) receives the sum of each line of A.
@@ -265,7 +269,7 @@ template <class Epilogue>
 void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& b, int64_t panel_begin,
                    int64_t panel_end, float* sums, const Epilogue& epilogue) {
   const int64_t depth = b.depth;
-  const bool columns = a.col_stride != 1;
+  const bool columns = a.col_stride != 1 || sums != nullptr;
   const bool in_place = !columns && a.dtype == DType::kFloat32;
   // Either A's lines stay in cache while every panel passes (one tile at a time), or, where they are too long or have
   // to be converted first, the results of many panels do while A passes once.
@@ -286,11 +290,12 @@ void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& 
         lines = static_cast<const float*>(a.data) + first * a.row_stride + k;
         stride = a.row_stride;
       } else if (a.dtype == DType::kFloat32) {
-        gather_lines<float>(a, first, rows, k, kc, stride, gathered);
+        gather_lines<float>(a, columns, first, rows, k, kc, stride, gathered);
       } else {
-        gather_lines<bf16>(a, first, rows, k, kc, stride, gathered);
+        gather_lines<bf16>(a, columns, first, rows, k, kc, stride, gathered);
       }
-      if (sums != nullptr && p0 == panel_begin) add_line_sums(lines, padded, kc, stride, sums);
+      for (int64_t r = 0; sums != nullptr && p0 == panel_begin && r < rows; r += VLEN)
+        store(sums + r, load(sums + r) + sum_rows(lines + r, kc, stride, VLEN));
       for (int64_t p = p0; p < p1; ++p) {
         int64_t col, cols;
         b.locate(p, &col, &cols);
@@ -334,9 +339,9 @@ void gemm(const Executor& executor, const Stack& a, const PackedB& b, float* sum
   for (int i = 0; i < a.count; ++i) blocks[i + 1] = blocks[i] + ceil_div(a.extent[i], rows);
   // Few rows: share out the columns too.
   const int64_t row_blocks = blocks[a.count];
-  const int64_t groups = row_blocks >= 2 * executor.workers
-                             ? 1
-                             : smaller(b.panels(), ceil_div(4 * executor.workers, larger(row_blocks, 1)));
+  if (row_blocks == 0 || b.panels() == 0) return;
+  const int64_t groups =
+      row_blocks >= 2 * executor.workers ? 1 : smaller(b.panels(), ceil_div(4 * executor.workers, row_blocks));
   const int64_t group_panels = ceil_div(b.panels(), groups);
   parallel_tasks(executor, row_blocks * groups, [&](int64_t task, int) {
     const int64_t block = task / groups, group = task % groups;
