@@ -162,9 +162,9 @@ class Weights(NamedTuple):
 
 
 class ResolvedLayer(Resolved):
-    """The parts of a transformer layer."""
+    """The parts of a transformer layer. home: the Python module that its containers' classes come from."""
 
-    def __init__(self, module: nn.Module, names: encoder.LayerNames) -> None:
+    def __init__(self, module: nn.Module, names: encoder.LayerNames, home: str) -> None:
         paths = {names.query: nn.Linear, names.key: nn.Linear, names.value: nn.Linear}
         paths |= {names.attention_out: nn.Linear, names.up: nn.Linear, names.down: nn.Linear}
         paths |= {names.attention_norm: nn.LayerNorm, names.norm: nn.LayerNorm}
@@ -176,7 +176,7 @@ class ResolvedLayer(Resolved):
 
         def check(parts: dict[str, nn.Module]) -> str | None:
             plain = {path: part for path, part in parts.items() if path != names.activation}
-            return wrong_type(plain, paths, type(module).__module__) or self._check(module, names, parts)
+            return wrong_type(plain, paths, home) or self._check(module, names, parts)
 
         super().__init__(module, (*paths, *optional), check)
         if self.reason is not None:
@@ -209,20 +209,18 @@ class ResolvedLayer(Resolved):
         return None
 
     def settings(self) -> encoder.LayerSettings:
-        dropouts = self.attention_dropout, self.hidden_dropout, self.ffn_dropout
-        p = [d.p if d is not None and d.training else 0.0 for d in dropouts]
-        if not self.attention.training:
-            p[0] = 0.0
-        elif not self.attention_dropout.training:
-            p[0] = self.attention_dropout.p  # stock reads p and the attention's own mode
+        """What the packed layer needs besides its weights, read anew at each call."""
+        hidden, ffn = self.hidden_dropout, self.ffn_dropout
         norm1, norm2 = self.norms
         return encoder.LayerSettings(
-            self.heads,
-            self.attention.scaling,
-            norm1.eps,
-            norm2.eps,
-            *p,
-            torch.are_deterministic_algorithms_enabled(),
+            heads=self.heads,
+            scale=self.attention.scaling,
+            eps1=norm1.eps,
+            eps2=norm2.eps,
+            attention_dropout=self.attention_dropout.p if self.attention.training else 0.0,
+            hidden_dropout=hidden.p if hidden is not None and hidden.training else 0.0,
+            ffn_dropout=ffn.p if ffn.training else 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
 
 

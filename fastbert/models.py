@@ -284,7 +284,7 @@ class LazyField(OrderedDict[str, Any]):
     def defer(self, compute: Callable[[], Tensor]) -> None:
         """Let `compute` make the field's value later."""
         self.__dict__["_compute"] = compute
-        names = list(self.__dataclass_fields__)  # type: ignore[attr-defined]
+        names = list(self.__dataclass_fields__)
         OrderedDict.__setitem__(self, self.lazy, None)
         for name in names[names.index(self.lazy) + 1 :]:
             if name in self.keys():
@@ -326,7 +326,7 @@ class LazyField(OrderedDict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         stock = type(self).__mro__[2]
-        return stock, tuple(getattr(self, name) for name in stock.__dataclass_fields__)  # type: ignore[attr-defined]
+        return stock, tuple(getattr(self, name) for name in stock.__dataclass_fields__)
 
 
 @functools.cache

@@ -247,13 +247,13 @@ class _Gather(torch.autograd.Function):
     """Rows of x [N, ...] by index; the indices differ, so backward is a plain write instead of a sum."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, indices: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(indices)
         ctx.rows = x.shape[0]
         return x.index_select(0, indices)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Scatter.apply(grad, ctx.saved_tensors[0], ctx.rows), None
 
 
@@ -261,10 +261,10 @@ class _Scatter(torch.autograd.Function):
     """Rows of x [T, ...] written to places of a zero tensor [N, ...]; the inverse of _Gather."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, indices: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, indices: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(indices)
         return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, indices, x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Gather.apply(grad, ctx.saved_tensors[0]), None, None

@@ -201,9 +201,9 @@ class FastLayer(Fast):
         """The layer's parts, looked up anew only if something changed."""
         state = self._fastbert
         if torch.compiler.is_compiling():
-            return ResolvedLayer(self, self.family.names)
+            return ResolvedLayer(self, self.family.names, self.stock.__module__)
         if state.resolved is None or not state.resolved.current(self):
-            state.resolved = ResolvedLayer(self, self.family.names)
+            state.resolved = ResolvedLayer(self, self.family.names, self.stock.__module__)
         return state.resolved
 
 
@@ -294,7 +294,7 @@ def linked_mask(batch: PackedBatch, dtype: torch.dtype) -> Tensor | None:
     mask = batch.stock_mask(dtype)
     if mask is not None and batch.source is None and not torch.compiler.is_compiling():
         mask = mask.view(mask.shape)  # so that the batch, which keeps the mask, is not in a cycle with it
-        mask._fastbert_batch = batch  # type: ignore[attr-defined]
+        mask._fastbert_batch = batch
     return mask
 
 

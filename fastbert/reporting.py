@@ -51,7 +51,9 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__qualname__}")
-    layers, others, count = [], [], {"fast": 0, "stock": 0}
+    layers: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    count = {"fast": 0, "stock": 0}
     head_dim, like = None, None
     for name, module in model.named_modules():
         role = patch.ROLES.get((type(module).__module__, type(module).__name__), (None,))[0]
@@ -62,7 +64,10 @@ def report(model: nn.Module) -> Report:
         if not isinstance(module, patch.Fast):
             reason: str | None = "fastbert.optimize has not been called"
         else:
-            reason = module.static_reason() or module._fastbert.reason
+            state = module._fastbert
+            reason = module.static_reason() or state.reason
+            if reason is not None and "DTensor" in reason and state.fast:
+                reason = state.reason  # sharded by FSDP: between calls the weights are not what they are in a call
         entry = {"name": name, "path": "fast" if reason is None else "stock", "reason": reason}
         (layers if role == "layer" else others).append(entry)
         if isinstance(module, patch.FastLayer):

@@ -118,6 +118,8 @@ def judge(name: str, ours: Tensor, eager: Tensor, truth: Tensor, factor: float =
     rounding = torch.finfo(ours.dtype).eps
     allowed = factor * error_eager.max() + rounding * truth.abs().max()
     assert error.max() <= allowed, f"{name}: error {error.max():.3g}, allowed {allowed:.3g}"
+    if truth.numel() < 100:  # too few to compare their RMS
+        return
     rms, rms_eager, rms_truth = (value.square().mean().sqrt() for value in (error, error_eager, truth))
     allowed = 1.5 * rms_eager + rounding * rms_truth
     assert rms <= allowed, f"{name}: RMS error {rms:.3g}, allowed {allowed:.3g}"

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from comparison import all_fast, build, inputs, real, reasons
@@ -304,3 +305,23 @@ def test_transforms_of_torch_func() -> None:
     loss_now = model(**batch)[0][real(batch)].square().sum()
     expected = torch.autograd.grad(loss_now, model.embeddings.word_embeddings.weight)[0]
     torch.testing.assert_close(gradients["embeddings.word_embeddings.weight"], expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_by_jit() -> None:
+    model = fastbert.optimize(build()).eval()
+    batch = inputs("holes")
+    traced = torch.jit.trace(model, (batch["input_ids"], batch["attention_mask"]), strict=False, check_trace=False)
+    assert reasons(model) == ["torch.jit.trace is running"] * 2
+    other = inputs("right", batch=2, seqlen=9)
+    y = traced(other["input_ids"], other["attention_mask"])["last_hidden_state"]
+    torch.testing.assert_close(y[real(other)], model(**other)[0][real(other)], atol=2e-5, rtol=2e-5)
+
+
+def test_offloaded_by_accelerate() -> None:
+    stock = build()
+    batch = inputs("holes")
+    expected = stock(**batch)[0]
+    model = accelerate.cpu_offload(fastbert.optimize(stock), execution_device=torch.device("cpu"))
+    torch.testing.assert_close(model(**batch)[0][real(batch)], expected[real(batch)], atol=2e-5, rtol=2e-5)
+    assert all("is replaced" in (reason or "") for reason in reasons(model))

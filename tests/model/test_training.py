@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 import warnings
 from pathlib import Path
@@ -278,14 +277,44 @@ def _train(rank: int, folder: str, state: dict[str, torch.Tensor], config: Any, 
     torch.distributed.destroy_process_group()
 
 
+def _shard(rank: int, folder: str, state: dict[str, torch.Tensor], config: Any, batch: dict[str, torch.Tensor]) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    model = fastbert.BertModel(config)
+    model.load_state_dict(state)
+    for layer in model.train().encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(**batch)[0][real(batch)].square().sum().backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    assert all_fast(model), str(fastbert.report(model))
+    if rank == 0:
+        torch.save(gradients, f"{folder}/gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_over_two_processes(tmp_path: Path) -> None:
+    stock = build(train=True)
+    batch = inputs("holes")
+    stock(**batch)[0][real(batch)].square().sum().backward()
+    arguments = (str(tmp_path), stock.state_dict(), stock.config, batch)
+    mp.start_processes(_shard, args=arguments, nprocs=2, start_method="fork")
+    for name, gradient in torch.load(tmp_path / "gradients.pt").items():
+        expected = stock.get_parameter(name).grad
+        torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4, msg=name)
+
+
 def test_two_processes(tmp_path: Path) -> None:
     stock = build(head="ForMaskedLM", train=True)
     batch = mlm_batch()
     losses = [stock(**{name: value[rows] for name, value in batch.items()}).loss for rows in (slice(0, 2), slice(2, 4))]
     (sum(losses) / 2).backward()
-    run = functools.partial(mp.start_processes, nprocs=2, start_method="fork")
-    torch.set_num_threads(1)
-    run(_train, args=(str(tmp_path), stock.state_dict(), stock.config, batch))
+    arguments = (str(tmp_path), stock.state_dict(), stock.config, batch)
+    mp.start_processes(_train, args=arguments, nprocs=2, start_method="fork")
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, parameter in stock.named_parameters():
         assert torch.equal(one[name], other[name])
