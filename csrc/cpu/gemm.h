@@ -20,6 +20,7 @@ constexpr int NR = 2 * VLEN;
 constexpr int64_t KC = 384;            // a KC x NR piece of a panel stays near L1
 constexpr int64_t kTaskRows = 96;      // and kTaskRows x K of A in L2
 constexpr int64_t kTaskBytes = 256 << 10;
+constexpr int64_t kChain = 128;        // products added up before they join the others
 constexpr int kMaxStack = 4;
 constexpr int kAhead = 4;              // lines of B fetched ahead for each line of A
 constexpr int64_t kLine = 16;          // floats in a line of cache
@@ -29,48 +30,54 @@ constexpr int64_t kLine = 16;          // floats in a line of cache
   X(0, 0, 0) X(1, 0, 1) X(2, 0, 2) X(3, 3, 0) X(4, 3, 1) X(5, 3, 2) X(6, 6, 0) X(7, 6, 1) X(8, 6, 2) X(9, 9, 0) X(10, 9, 1) X(11, 9, 2)
 
 // c [R][ldc] (+)= A [R][depth] b [depth][V * VLEN]. A(i, k) is a[i * stride + k], or a[k * stride + i] if Columns.
-// The accumulators are named one by one: GCC 12 keeps an array of them in memory.
+// The accumulators are named one by one: GCC 12 keeps an array of them in memory. Every kChain products they are added to
+// c: in one long chain of additions fp32 would lose more digits than the dot products of a BLAS do.
 template <int R, int V, bool Columns>
 void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, const float* b_ahead, float* c,
                   int64_t ldc, bool add) {
-#define X(i, base, more) vf c##i##_0 = {}, c##i##_1 = {};
-  FASTBERT_STRIP(X)
-#undef X
   const float *p0 = a, *p3 = a + 3 * stride, *p6 = a + 6 * stride, *p9 = a + 9 * stride;
-  for (int64_t k0 = 0; k0 < depth; k0 += kLine) {
-    // The next strip's lines, on their way while this one is worked on: weights of a latency call come from memory.
-    if constexpr (!Columns)
-      for (int i = 0; i < R; ++i) __builtin_prefetch(a + (R + i) * stride + k0);
-    for (int i = 0; i < kAhead; ++i) __builtin_prefetch(b_ahead + k0 * kAhead + i * kLine, 0, 2);
-    const int64_t end = smaller(kLine, depth - k0);
-    for (int64_t k = 0; k < end; ++k) {
-      const vf b0 = load(b);
-      vf b1 = {};
-      if constexpr (V > 1) b1 = load(b + VLEN);
+  int64_t k0 = 0;
+  do {
+#define X(i, base, more) vf c##i##_0 = {}, c##i##_1 = {};
+    FASTBERT_STRIP(X)
+#undef X
+    const int64_t chain_end = smaller(depth, k0 + kChain);
+    for (; k0 < chain_end; k0 += kLine) {
+      // The next strip's lines, on their way while this one is worked on: weights of a latency call come from memory.
+      if constexpr (!Columns)
+        for (int i = 0; i < R; ++i) __builtin_prefetch(a + (R + i) * stride + k0);
+      for (int i = 0; i < kAhead; ++i) __builtin_prefetch(b_ahead + k0 * kAhead + i * kLine, 0, 2);
+      const int64_t end = smaller(kLine, depth - k0);
+      for (int64_t k = 0; k < end; ++k) {
+        const vf b0 = load(b);
+        vf b1 = {};
+        if constexpr (V > 1) b1 = load(b + VLEN);
 #define X(i, base, more)                                          \
   if constexpr (R > i) {                                          \
     const vf s = splat(Columns ? p0[i] : p##base[more * stride]); \
     c##i##_0 += s * b0;                                           \
     if constexpr (V > 1) c##i##_1 += s * b1;                      \
   }
-      FASTBERT_STRIP(X)
+        FASTBERT_STRIP(X)
 #undef X
-      b += V * VLEN;
-      if constexpr (Columns) {
-        p0 += stride;
-      } else {
-        ++p0, ++p3, ++p6, ++p9;
+        b += V * VLEN;
+        if constexpr (Columns) {
+          p0 += stride;
+        } else {
+          ++p0, ++p3, ++p6, ++p9;
+        }
       }
     }
-  }
 #define X(i, base, more)                                                   \
   if constexpr (R > i) {                                                   \
     float* row = c + i * ldc;                                              \
     store(row, add ? load(row) + c##i##_0 : c##i##_0);                     \
     if constexpr (V > 1) store(row + VLEN, add ? load(row + VLEN) + c##i##_1 : c##i##_1); \
   }
-  FASTBERT_STRIP(X)
+    FASTBERT_STRIP(X)
 #undef X
+    add = true;
+  } while (k0 < depth);
 }
 
 using MicroKernel = void (*)(int64_t, const float*, int64_t, const float*, const float*, float*, int64_t, bool);
@@ -251,16 +258,15 @@ void gather_lines(const Matrix& m, bool columns, int64_t first, int64_t rows, in
     for (int64_t j = 0; j < length; j += VLEN) store(out + i * stride + j, load_n(src + i * line_stride + j, length - j));
 }
 
-// The sum of `depth` rows of n <= VLEN columns, in blocks: one long chain of additions would lose digits.
+// The sum of `depth` rows of n <= VLEN columns, by halves, so that no digits are lost in a long chain of additions.
 template <class T>
-FASTBERT_INLINE vf sum_rows(const T* rows, int64_t depth, int64_t stride, int64_t n) {
-  constexpr int64_t kBlock = 32;
-  vf total = {};
-  for (int64_t k = 0; k < depth; k += kBlock) {
-    vf part = {};
-    for (int64_t i = k; i < smaller(k + kBlock, depth); ++i) part += load_n(rows + i * stride, n);
-    total += part;
+vf sum_rows(const T* rows, int64_t depth, int64_t stride, int64_t n) {
+  if (depth > 8) {
+    const int64_t half = depth / 2;
+    return sum_rows(rows, half, stride, n) + sum_rows(rows + half * stride, depth - half, stride, n);
   }
+  vf total = {};
+  for (int64_t i = 0; i < depth; ++i) total += load_n(rows + i * stride, n);
   return total;
 }
 

@@ -57,11 +57,8 @@ void linear_fwd(const Executor& executor, DType dtype, int64_t m, int64_t k, con
 template <class T>
 void column_sums(const Executor& executor, int64_t m, int64_t n, const T* x, T* out) {
   parallel_tasks(executor, ceil_div(n, 4 * VLEN), [&](int64_t task, int) {
-    for (int64_t c = task * 4 * VLEN; c < smaller(n, (task + 1) * 4 * VLEN); c += VLEN) {
-      vf total = {};
-      for (int64_t r = 0; r < m; r += KC) total += sum_rows(x + r * n + c, smaller(KC, m - r), n, n - c);
-      store_n(out + c, total, n - c);
-    }
+    for (int64_t c = task * 4 * VLEN; c < smaller(n, (task + 1) * 4 * VLEN); c += VLEN)
+      store_n(out + c, sum_rows(x + c, m, n, n - c), n - c);
   });
 }
 
