@@ -20,7 +20,7 @@ constexpr int NR = 2 * VLEN;
 constexpr int64_t KC = 384;            // a KC x NR piece of a panel stays near L1
 constexpr int64_t kTaskRows = 96;      // and kTaskRows x K of A in L2
 constexpr int64_t kTaskBytes = 256 << 10;
-constexpr int64_t kChain = 128;        // products added up before they join the others
+constexpr int64_t kDotChain = 128;        // products added up before they join the others
 constexpr int kMaxStack = 4;
 constexpr int kAhead = 4;              // lines of B fetched ahead for each line of A
 constexpr int64_t kLine = 16;          // floats in a line of cache
@@ -30,7 +30,7 @@ constexpr int64_t kLine = 16;          // floats in a line of cache
   X(0, 0, 0) X(1, 0, 1) X(2, 0, 2) X(3, 3, 0) X(4, 3, 1) X(5, 3, 2) X(6, 6, 0) X(7, 6, 1) X(8, 6, 2) X(9, 9, 0) X(10, 9, 1) X(11, 9, 2)
 
 // c [R][ldc] (+)= A [R][depth] b [depth][V * VLEN]. A(i, k) is a[i * stride + k], or a[k * stride + i] if Columns.
-// The accumulators are named one by one: GCC 12 keeps an array of them in memory. Every kChain products they are added to
+// The accumulators are named one by one: GCC 12 keeps an array of them in memory. Every kDotChain products they are added to
 // c: in one long chain of additions fp32 would lose more digits than the dot products of a BLAS do.
 template <int R, int V, bool Columns>
 void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, const float* b_ahead, float* c,
@@ -41,7 +41,7 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
 #define X(i, base, more) vf c##i##_0 = {}, c##i##_1 = {};
     FASTBERT_STRIP(X)
 #undef X
-    const int64_t chain_end = smaller(depth, k0 + kChain);
+    const int64_t chain_end = smaller(depth, k0 + kDotChain);
     for (; k0 < chain_end; k0 += kLine) {
       // The next strip's lines, on their way while this one is worked on: weights of a latency call come from memory.
       if constexpr (!Columns)
