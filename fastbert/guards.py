@@ -79,7 +79,7 @@ class Resolved:
                 module._modules is self.root
                 and tuple(map(operator.getitem, self.dicts, self.names)) == self.modules
                 and tuple(map(type, self.modules)) == self.types
-                and tuple(chain.from_iterable(self.hooks)) == self.hook_ids
+                and (tuple(chain.from_iterable(self.hooks)) == self.hook_ids if any(self.hooks) else not self.hook_ids)
                 and tuple(map(operator.contains, self.instances, repeat("forward"))) == self.replaced
             )
         except KeyError:
@@ -124,6 +124,9 @@ def is_gelu(activation: Any) -> bool:
     return activation is nn.functional.gelu
 
 
+_dtype_of = operator.attrgetter("dtype")
+
+
 def wrong_weights(weights: tuple[Tensor, ...], x: Tensor | None = None) -> str | None:
     """Why these parameters, with an input x, cannot be handed to the kernels, or None."""
     for kind in set(map(type, weights)):
@@ -132,7 +135,7 @@ def wrong_weights(weights: tuple[Tensor, ...], x: Tensor | None = None) -> str |
                 return "a bias is missing"
             if not (torch.compiler.is_compiling() and issubclass(kind, Tensor)):
                 return f"a weight is a {kind.__qualname__}, not a plain nn.Parameter"
-    dtypes = {weight.dtype for weight in weights}
+    dtypes = set(map(_dtype_of, weights))
     first = weights[0]
     if len(dtypes) > 1:
         return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})"

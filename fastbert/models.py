@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -276,6 +277,26 @@ class FastPreTraining(FastMaskedLM):
 # --- logits on demand ------------------------------------------------------------------------------------
 
 
+class Deferred(NamedTuple):
+    """What stands for a field that is not computed yet, while accelerate rebuilds the output around it."""
+
+    compute: Callable[[], Tensor]
+
+    def as_float(self) -> Tensor:
+        return self.compute().float()
+
+
+def _is_converted_to_fp32() -> bool:
+    """Whether the items are being read by accelerate's mixed precision, which makes every output float32.
+
+    It would compute the logits of every training step, although nobody has asked for them.
+    """
+    caller = sys._getframe(2)
+    return caller.f_code.co_name == "recursively_apply" and (
+        caller.f_back is not None and caller.f_back.f_code.co_name == "convert_to_fp32"
+    )
+
+
 class LazyField(OrderedDict[str, Any]):
     """Mixin for a ModelOutput: one field, named `lazy`, is computed when it is first read, in whatever way."""
 
@@ -301,6 +322,9 @@ class LazyField(OrderedDict[str, Any]):
 
     def _set(self, value: Any) -> None:
         self.__dict__.pop("_compute", None)
+        if isinstance(value, Deferred):
+            self.__dict__["_compute"] = value.as_float
+            value = None
         self.__dict__[self.lazy] = value
 
     def __getitem__(self, key: Any) -> Any:
@@ -313,8 +337,14 @@ class LazyField(OrderedDict[str, Any]):
         return self[key] if key in self.keys() else default
 
     def items(self) -> Any:
+        compute = self.__dict__.get("_compute")
+        if compute is not None and _is_converted_to_fp32():
+            return (OrderedDict(self._without_computing()) | {self.lazy: Deferred(compute)}).items()
         self._compute_now()
         return super().items()
+
+    def _without_computing(self) -> list[tuple[str, Any]]:
+        return [(name, OrderedDict.__getitem__(self, name)) for name in self.keys()]
 
     def values(self) -> Any:
         self._compute_now()
@@ -374,8 +404,10 @@ def forward_of(stock: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = names[: len(args)]
-        if len(args) > len(names) or any(name in kwargs for name in given):
-            return stock_forward(self, *args, **kwargs)  # which raises the usual TypeError
+        # Wrong arguments go to the stock forward for the usual TypeError; so does a model that was restored while
+        # somebody (accelerate) still holds this forward.
+        if len(args) > len(names) or any(name in kwargs for name in given) or not isinstance(self, FastModel):
+            return stock_forward(self, *args, **kwargs)
         return self.head_forward(stock_forward, dict(zip(given, args, strict=True)) | kwargs)
 
     return forward

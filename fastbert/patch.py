@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copyreg
 import functools
 import importlib
 import os
@@ -128,6 +129,10 @@ class State:
 # --- the swapped classes ------------------------------------------------------------------------------------
 
 
+class FastMeta(type):
+    """The type of the swapped classes, by which pickle knows them: it could not find them under their stock names."""
+
+
 class Fast:
     """What the swapped classes have in common. `stock` is the class that was there before."""
 
@@ -135,14 +140,22 @@ class Fast:
     family: Family
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # By the stock class: the swapped one carries its name, so pickle could not find it.
+        # By the stock class: a copy starts with the swapped class made anew where it is loaded.
         return _rebuild, (self.stock,), self.__getstate__()
 
 
-def _rebuild(stock: type[nn.Module]) -> nn.Module:
-    cls = fast_class(stock)
-    assert cls is not None
+def _class_of(stock: type[nn.Module]) -> Any:
+    return fast_class(stock)
+
+
+def _rebuild(stock: type[nn.Module]) -> Any:
+    cls = _class_of(stock)
     return cls.__new__(cls)
+
+
+def restored_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The stock forward of a module that was restored while somebody (accelerate) still held our forward."""
+    return type(module).forward(module, *args, **kwargs)
 
 
 class FastLayer(Fast):
@@ -151,6 +164,8 @@ class FastLayer(Fast):
     _fastbert: State
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, FastLayer):
+            return restored_forward(self, hidden_states, attention_mask, *args, **kwargs)
         reason, weights, settings = self._readiness(hidden_states, args, kwargs)
         batch = attention_mask
         if reason is None and not isinstance(batch, PackedBatch):
@@ -222,6 +237,11 @@ class FastEncoder(Fast):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
+        if not isinstance(self, FastEncoder):
+            kwargs |= {"encoder_attention_mask": encoder_attention_mask, "use_cache": use_cache}
+            return restored_forward(
+                self, hidden_states, attention_mask, encoder_hidden_states, past_key_values=past_key_values, **kwargs
+            )
         crossing = {"encoder_hidden_states": encoder_hidden_states, "past_key_values": past_key_values}
         batch = encoder_batch(self, hidden_states, attention_mask, kwargs, crossing)
         if batch is None:
@@ -238,6 +258,8 @@ class FastDistilBertEncoder(Fast):
     _fastbert: State
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if not isinstance(self, FastDistilBertEncoder):
+            return restored_forward(self, hidden_states, attention_mask, **kwargs)
         batch = encoder_batch(self, hidden_states, attention_mask, kwargs, {})
         if batch is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
@@ -311,13 +333,16 @@ class FastEmbeddings(Fast):
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
     ) -> Tensor:
+        arguments = input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
+        if not isinstance(self, FastEmbeddings):
+            return restored_forward(self, *arguments)
         reason = call_reason(self._fastbert.config, {}) or self.static_reason()
         if input_ids is None or inputs_embeds is not None:
             reason = "inputs_embeds were given"
         if not torch.compiler.is_compiling():
             self._fastbert.reason = reason
         if reason is not None:
-            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+            return super().forward(*arguments)
         y = encoder.embed(self, input_ids, token_type_ids, position_ids, past_key_values_length)
         if self.resolve().requires_grad and torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_()
@@ -351,7 +376,7 @@ def fast_class(stock: type[nn.Module]) -> type[nn.Module] | None:
 
 
 @functools.cache
-def _fast_class(stock: type[nn.Module], role: str, family: Family) -> type[nn.Module]:
+def _fast_class(stock: type[nn.Module], role: str, family: Family) -> Any:
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
     names |= {"stock": stock, "family": family}
     mixins: dict[str, type] = {"layer": FastLayer, "encoder": FastEncoder, "embeddings": FastEmbeddings}
@@ -365,7 +390,10 @@ def _fast_class(stock: type[nn.Module], role: str, family: Family) -> type[nn.Mo
         mixin = models.mixin(role, family)
         if hasattr(mixin, "head_forward"):
             names["forward"] = models.forward_of(stock)
-    return type(stock.__name__, (mixin, stock), names)
+    return FastMeta(stock.__name__, (mixin, stock), names)
+
+
+copyreg.pickle(FastMeta, lambda cls: (_class_of, (cls.stock,)))
 
 
 # --- optimize and restore ------------------------------------------------------------------------------------

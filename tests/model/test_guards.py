@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -325,3 +326,11 @@ def test_offloaded_by_accelerate() -> None:
     model = accelerate.cpu_offload(fastbert.optimize(stock), execution_device=torch.device("cpu"))
     torch.testing.assert_close(model(**batch)[0][real(batch)], expected[real(batch)], atol=2e-5, rtol=2e-5)
     assert all("is replaced" in (reason or "") for reason in reasons(model))
+    torch.testing.assert_close(fastbert.restore(model)(**batch)[0][real(batch)], expected[real(batch)])
+
+
+def test_forward_replaced_on_a_layer() -> None:
+    model = build()
+    layer = model.encoder.layer[0]
+    layer.forward = functools.partial(type(layer).forward, layer)
+    check_same(fastbert.optimize(model), "its forward was replaced before")

@@ -249,6 +249,12 @@ def test_deepcopy_and_pickle() -> None:
     assert torch.equal(torch.load(buffer, weights_only=False)(**batch).logits, expected)
 
 
+def test_classes_are_pickled() -> None:
+    assert pickle.loads(pickle.dumps(fastbert.BertForMaskedLM)) is fastbert.BertForMaskedLM
+    layer = type(fastbert.optimize(build()).encoder.layer[0])
+    assert pickle.loads(pickle.dumps(layer)) is layer
+
+
 def test_state_dict_goes_both_ways() -> None:
     stock = build(head="ForMaskedLM")
     ours = fastbert.optimize(build(head="ForMaskedLM"))

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -115,6 +116,23 @@ def test_logits_keep_the_state_of_the_forward() -> None:
         model.cls.predictions.decoder.weight.add_(1)
     with pytest.warns(UserWarning, match=r"read them before optimizer.step\(\)"):
         outputs.logits  # noqa: B018
+
+
+def test_logits_stay_deferred_in_mixed_precision() -> None:
+    model = fastbert.optimize(build(head="ForMaskedLM", train=True))
+    batch = mlm_batch()
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare_model(model)
+    outputs, seen = shapes_seen(prepared, **batch)
+    assert seen == []
+    assert outputs.loss.dtype is torch.float32
+    assert list(outputs) == ["loss", "logits"]
+    assert outputs.logits.dtype is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = fastbert.restore(copy.deepcopy(model))(**batch).logits.float()
+    keep = real(batch)
+    torch.testing.assert_close(outputs.logits[keep], expected[keep], atol=0.1, rtol=0.1)
+    outputs.loss.backward()
 
 
 def test_tuple_output() -> None:
