@@ -10,8 +10,10 @@ first. The first one that gives no reason against runs. FASTBERT_BACKEND, or an 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -46,9 +48,19 @@ def _load_extension() -> str | None:
         importlib.import_module("fastbert._C")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "fastbert._C":
-            return "not built (fastbert was installed without its C++ extension)"
+            return f"not built ({_build_reason()})"
         return f"the C++ extension does not load: {error}"
     return None
+
+
+def _build_reason() -> str:
+    """What the build noted down about why it left the extension out."""
+    try:
+        note = json.loads(Path(__file__).with_name("_build.json").read_text(encoding="utf-8"))
+        reason = note["reason"]
+    except (OSError, ValueError, KeyError):
+        reason = ""
+    return reason or "fastbert was installed without its C++ extension"
 
 
 extension_error: str | None = _load_extension()

@@ -90,9 +90,7 @@ def attention(
     if _missing is None and leaf.direct(qkv, backend) and dropout_p == 0.0 and seed is None and bias is None:
         try:
             with leaf.below_autograd():
-                out = _forward(qkv, cu_seqlens, max_seqlen, scale, 0.0, None, None)[0]
-            if out.is_cpu:
-                return out
+                return _forward(qkv, cu_seqlens, max_seqlen, scale, 0.0, None, None)[0]
         except RuntimeError:
             pass
     if checks.autocasting(qkv):

@@ -65,9 +65,7 @@ def layernorm(
     if _missing is None and leaf.direct(x, backend) and dropout_p == 0.0 and seed is None and x.dim() == 2:
         try:
             with leaf.below_autograd():
-                y = _forward(x, x_bias, residual, weight, bias, eps, 0.0, None, False)[0]
-            if y.is_cpu:
-                return y
+                return _forward(x, x_bias, residual, weight, bias, eps, 0.0, None, False)[0]
         except RuntimeError:
             pass
     _check(x, weight, bias, x_bias, residual, dropout_p, seed)

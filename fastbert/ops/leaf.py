@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastbert import dispatch
 
@@ -24,7 +27,7 @@ def register(
 ) -> None:
     """Register fake kernels and autograd for `fastbert::<op>_fwd_cpu` and, if it has a fake, `<op>_bwd_cpu`."""
     name = f"fastbert::{op}_fwd_cpu"
-    torch.library.register_fake(name, forward_fake)
+    torch.library.register_fake(name, _guarded(op, forward_fake))
     torch.library.register_autograd(name, backward, setup_context=setup_context)
     if backward_fake is None:
         return
@@ -33,8 +36,23 @@ def register(
         raise RuntimeError(second_order_message(op))
 
     name = f"fastbert::{op}_bwd_cpu"
-    torch.library.register_fake(name, backward_fake)
+    torch.library.register_fake(name, _guarded(op, backward_fake))
     torch.library.register_autograd(name, second_order)
+
+
+def _guarded(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch calls a fake kernel for real tensors too if one of them is on the meta device. Its answer would then be
+    memory that nobody wrote.
+    """
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        tensors = [arg for arg in pytree.tree_leaves(args) if isinstance(arg, Tensor)]
+        if any(type(value) in (Tensor, Parameter) and not value.is_meta for value in tensors):
+            raise RuntimeError(f"{op}: some tensors are on the meta device and others are not; they must agree")
+        return fake(*args)
+
+    return checked
 
 
 def second_order_message(op: str) -> str:
@@ -43,8 +61,7 @@ def second_order_message(op: str) -> str:
 
 def direct(x: Tensor, backend: str | None) -> bool:
     """Whether an op may call its C++ op at once and leave the checks to it: the path of inference, where a microsecond
-    an op counts. If the C++ op refuses, or the answer is not on the CPU (an argument was on the meta device), the op
-    goes its full way: argument checks, and the choice of implementation.
+    an op counts. If the C++ op refuses, the op goes its full way: argument checks, and the choice of implementation.
     """
     return (
         not torch.compiler.is_compiling()
