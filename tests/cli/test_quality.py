@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def trec() -> Path:
 
 
 @pytest.mark.slow
-def test_trec_within_the_spread_of_stock(kit: Any, minilm: Path, trec: Path, tmp_path: Path) -> None:
-    """Three epochs on TREC with real weights: the mean of three fast runs is within the spread of three stock ones."""
+def test_trec_is_no_worse_than_stock(kit: Any, minilm: Path, trec: Path, tmp_path: Path) -> None:
+    """Three epochs on TREC with real weights: the mean of three fast runs is not below the worst of three stock ones."""
     accuracy: dict[bool, list[float]] = {True: [], False: []}
     for seed in SEEDS:
         for optimize in (True, False):
@@ -53,6 +54,25 @@ def test_trec_within_the_spread_of_stock(kit: Any, minilm: Path, trec: Path, tmp
             assert main(flags) == 0
             accuracy[optimize].append(json.loads((out / "report.json").read_text(encoding="utf-8"))["test"]["accuracy"])
     mean = sum(accuracy[True]) / len(SEEDS)
-    # One question of the 529 more than the spread: three seeds do not show all of it.
-    assert min(accuracy[False]) - 1 / 529 <= mean <= max(accuracy[False]) + 1 / 529, accuracy
+    assert mean >= min(accuracy[False]), accuracy
     assert mean > 0.94
+
+
+@pytest.mark.slow
+def test_without_dropout_every_step_is_the_same(kit: Any, minilm: Path, trec: Path, tmp_path: Path) -> None:
+    """With dropout the two draw different masks; without it nothing but rounding may differ, step after step."""
+    model = tmp_path / "model"
+    shutil.copytree(minilm, model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    losses = {}
+    for optimize in (True, False):
+        out = tmp_path / str(optimize)
+        more = {"max_train_samples": 300, "logging_steps": 1, "learning_rate": 1e-4, "eval_strategy": "no"}
+        flags = kit.finetune_flags(model, trec / "train.tsv", out, optimize=optimize, num_train_epochs=1, **more)
+        assert main(flags) == 0
+        history = json.loads((out / "report.json").read_text(encoding="utf-8"))["history"]
+        losses[optimize] = [entry["loss"] for entry in history["train"]]
+    assert len(losses[True]) == 38
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
