@@ -33,7 +33,7 @@ def trec() -> Path:
 
 @pytest.mark.slow
 def test_trec_is_no_worse_than_stock(kit: Any, minilm: Path, trec: Path, tmp_path: Path) -> None:
-    """Three epochs on TREC with real weights: the mean of three fast runs is not below the worst of three stock ones."""
+    """Three epochs on TREC with real weights: the mean of three fast runs is not below the worst stock one."""
     accuracy: dict[bool, list[float]] = {True: [], False: []}
     for seed in SEEDS:
         for optimize in (True, False):
