@@ -124,9 +124,6 @@ def is_gelu(activation: Any) -> bool:
     return activation is nn.functional.gelu
 
 
-_dtype_of = operator.attrgetter("dtype")
-
-
 def wrong_weights(weights: tuple[Tensor, ...], x: Tensor | None = None) -> str | None:
     """Why these parameters, with an input x, cannot be handed to the kernels, or None."""
     for kind in set(map(type, weights)):
@@ -135,7 +132,7 @@ def wrong_weights(weights: tuple[Tensor, ...], x: Tensor | None = None) -> str |
                 return "a bias is missing"
             if not (torch.compiler.is_compiling() and issubclass(kind, Tensor)):
                 return f"a weight is a {kind.__qualname__}, not a plain nn.Parameter"
-    dtypes = set(map(_dtype_of, weights))
+    dtypes = {weight.dtype for weight in weights}
     first = weights[0]
     if len(dtypes) > 1:
         return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})"

@@ -244,9 +244,11 @@ class FastEncoder(Fast):
             )
         crossing = {"encoder_hidden_states": encoder_hidden_states, "past_key_values": past_key_values}
         batch = encoder_batch(self, hidden_states, attention_mask, kwargs, crossing)
-        if batch is None:
+        if batch is None or all_stock(self.layer):
             crossing["encoder_attention_mask"] = encoder_attention_mask
-            return super().forward(hidden_states, attention_mask, **crossing, use_cache=use_cache, **kwargs)
+            return cleared(
+                super().forward(hidden_states, attention_mask, **crossing, use_cache=use_cache, **kwargs), batch
+            )
         watched = kwargs | {"encoder_attention_mask": encoder_attention_mask, "past_key_values": None}
         x = encode(self, hidden_states, batch, None, **watched)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x)
@@ -261,8 +263,8 @@ class FastDistilBertEncoder(Fast):
         if not isinstance(self, FastDistilBertEncoder):
             return restored_forward(self, hidden_states, attention_mask, **kwargs)
         batch = encoder_batch(self, hidden_states, attention_mask, kwargs, {})
-        if batch is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
+        if batch is None or all_stock(self.layer):
+            return cleared(super().forward(hidden_states, attention_mask, **kwargs), batch)
         return BaseModelOutput(last_hidden_state=encode(self, hidden_states, batch, **kwargs))
 
 
@@ -271,10 +273,17 @@ def encoder_batch(
 ) -> PackedBatch | None:
     """The packed batch of an encoder's call, or None if the stock forward has to run it."""
     keep_padding = kwargs.pop(KEEP_PADDING, False)
-    if call_reason(module._fastbert.config, kwargs | crossing) is not None or all_stock(module.layer):
+    if call_reason(module._fastbert.config, kwargs | crossing) is not None:
         return None
     batch = batch_of(hidden_states, attention_mask, kwargs, keep_padding=keep_padding)
     return batch if isinstance(batch, PackedBatch) else None
+
+
+def cleared(outputs: Any, batch: PackedBatch | None) -> Any:
+    """The outputs of stock layers with zeros at the masked places, as the packed path leaves them."""
+    if batch is not None:
+        outputs.last_hidden_state = batch.unpack(batch.pack(outputs.last_hidden_state))
+    return outputs
 
 
 def all_stock(layers: nn.ModuleList) -> bool:
