@@ -197,6 +197,7 @@ GOOD = {"input_ids": torch.tensor([[1, 2], [3, 4]])} | tensors_for(16, torch.flo
         ({"input_ids": torch.tensor([[1.0]])}, TypeError, ["input_ids", "float32", "int64"]),
         ({"input_ids": [[1]]}, TypeError, ["input_ids", "list"]),
         ({"input_ids": torch.zeros(1, 1, dtype=torch.int64, device="meta")}, ValueError, ["input_ids", "meta"]),
+        ({"position_ids": [[0, 1]]}, TypeError, ["position_ids", "list"]),
         ({"position_ids": torch.tensor([[0, 1, 2]])}, ValueError, ["position_ids", "[2, 2]", "[1, 3]"]),
         ({"token_type_ids": torch.tensor([[True, False]])}, TypeError, ["token_type_ids", "bool"]),
         ({"word": torch.randn(61)}, ValueError, ["word", "[61]"]),
