@@ -25,7 +25,8 @@ const int64_t* check_ids(const char* op, const char* name, const Tensor& ids, in
   const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
   for (int64_t i = 0; i < count; ++i)
     if (id[i] < 0 || id[i] >= rows)
-      fail(op, ": ", name, " holds ", id[i], " at place ", i, ", which is out of range: ", table, " has ", rows, " rows");
+      fail(op, ": ", name, " holds ", id[i], " at place ", i, ", which is out of range: ", table, " has ", rows,
+           " rows");
   return id;
 }
 
@@ -53,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_fwd(Tensor x, OptionalTenso
   Tensor z = save && changed ? new_tensor({shape.rows, shape.columns}, type) : none(type);
   Tensor mean = new_tensor({save ? shape.rows : 0}, ScalarType::Float);
   Tensor rstd = new_tensor({save ? shape.rows : 0}, ScalarType::Float);
-  kernels().layernorm_fwd(executor(), shape, x_data, x_bias_data, residual_data, weight_data, bias_data, data(y), data(z),
-                          floats(mean), floats(rstd));
+  kernels().layernorm_fwd(executor(), shape, x_data, x_bias_data, residual_data, weight_data, bias_data, data(y),
+                          data(z), floats(mean), floats(rstd));
   return {y, z, mean, rstd};
 }
 
@@ -76,15 +77,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_bwd(Tensor dy, Tens
   Tensor dx_bias = new_tensor({need_x_bias ? shape.columns : 0}, ScalarType::Float);
   kernels().layernorm_bwd(executor(), dtype, shape, dy.const_data_ptr(), z.const_data_ptr(), weight_data,
                           static_cast<const float*>(mean.const_data_ptr()),
-                          static_cast<const float*>(rstd.const_data_ptr()), data(dz), data(dx), data(dweight), data(dbias),
-                          floats(dx_bias));
+                          static_cast<const float*>(rstd.const_data_ptr()), data(dz), data(dx), data(dweight),
+                          data(dbias), floats(dx_bias));
   return {dz, dx, dweight, dbias, dx_bias};
 }
 
 // padding_idx matters to the backward alone, which learns of it from the arguments of the forward.
-std::tuple<Tensor, Tensor, Tensor> embedding_fwd(Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,
-                                                 Tensor position, Tensor token_type, Tensor weight, Tensor bias,
-                                                 int64_t /*padding_idx*/, double eps, double dropout_p,
+std::tuple<Tensor, Tensor, Tensor> embedding_fwd(Tensor input_ids, Tensor position_ids, Tensor token_type_ids,
+                                                 Tensor word, Tensor position, Tensor token_type, Tensor weight,
+                                                 Tensor bias, int64_t /*padding_idx*/, double eps, double dropout_p,
                                                  OptionalTensor seed, bool save) {
   const char* op = "embedding_fwd_cpu";
   const DType dtype = float_dtype(op, "word", word);
@@ -104,14 +105,16 @@ std::tuple<Tensor, Tensor, Tensor> embedding_fwd(Tensor input_ids, Tensor positi
   Tensor y = new_tensor({shape.rows, shape.columns}, type);
   Tensor xhat = save ? new_tensor({shape.rows, shape.columns}, type) : none(type);
   Tensor rstd = new_tensor({save ? shape.rows : 0}, ScalarType::Float);
-  kernels().embedding_fwd(executor(), dtype, shape, ids, tables, weight_data, bias_data, data(y), data(xhat), floats(rstd));
+  kernels().embedding_fwd(executor(), dtype, shape, ids, tables, weight_data, bias_data, data(y), data(xhat),
+                          floats(rstd));
   return {y, xhat, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_bwd(Tensor dy, Tensor xhat, Tensor rstd, Tensor input_ids,
-                                                                 Tensor position_ids, Tensor token_type_ids, Tensor weight,
-                                                                 int64_t num_words, int64_t num_positions,
-                                                                 int64_t num_types, int64_t padding_idx, double dropout_p,
+                                                                 Tensor position_ids, Tensor token_type_ids,
+                                                                 Tensor weight, int64_t num_words,
+                                                                 int64_t num_positions, int64_t num_types,
+                                                                 int64_t padding_idx, double dropout_p,
                                                                  OptionalTensor seed) {
   const char* op = "embedding_bwd_cpu";
   const DType dtype = float_dtype(op, "dy", dy);
@@ -129,15 +132,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_bwd(Tensor dy, Tens
       check_ids(op, "position_ids", position_ids, shape.rows, "position", num_positions),
       check_ids(op, "token_type_ids", token_type_ids, shape.rows, "token_type", num_types),
   };
-  Tensor dword = new_tensor({num_words, shape.columns}, type), dposition = new_tensor({num_positions, shape.columns}, type),
-         dtoken_type = new_tensor({num_types, shape.columns}, type);
+  Tensor dword = new_tensor({num_words, shape.columns}, type);
+  Tensor dposition = new_tensor({num_positions, shape.columns}, type);
+  Tensor dtoken_type = new_tensor({num_types, shape.columns}, type);
   Tensor dweight = new_tensor({shape.columns}, weight.scalar_type());
   Tensor dbias = new_tensor({shape.columns}, weight.scalar_type());
   Tensor workspace = new_tensor({shape.rows, shape.columns}, ScalarType::Float);
   void* const tables[] = {data(dword), data(dposition), data(dtoken_type)};
   kernels().embedding_bwd(executor(), dtype, shape, dy.const_data_ptr(), xhat.const_data_ptr(),
-                          static_cast<const float*>(rstd.const_data_ptr()), ids, weight_data, sizes, padding_idx, tables,
-                          data(dweight), data(dbias), floats(workspace));
+                          static_cast<const float*>(rstd.const_data_ptr()), ids, weight_data, sizes, padding_idx,
+                          tables, data(dweight), data(dbias), floats(workspace));
   return {dword, dposition, dtoken_type, dweight, dbias};
 }
 
@@ -170,12 +174,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlm_loss_fwd(Tensor h, Tensor labels,
   Tensor dbias = new_tensor({need_grad && bias.has_value() ? shape.vocabulary : 0}, type);
   const int64_t chunk = mlm_loss_chunk(labelled, shape.vocabulary);
   const bool sums_apart = need_grad && dtype == DType::kBFloat16 && labelled > chunk;
-  Tensor logits = new_tensor({chunk, shape.vocabulary}, ScalarType::Float);
   Tensor sums = new_tensor({sums_apart ? dweight.numel() : 0}, ScalarType::Float);
   *floats(loss) = static_cast<float>(kernels().mlm_loss(
       executor(), dtype, shape, h.const_data_ptr(), label, weight.const_data_ptr(),
-      bias.has_value() ? bias->const_data_ptr() : nullptr, data(dh), data(dweight), data(dbias), floats(logits),
-      floats(sums)));
+      bias.has_value() ? bias->const_data_ptr() : nullptr, data(dh), data(dweight), data(dbias), floats(sums)));
   return {loss, dh, dweight, dbias};
 }
 

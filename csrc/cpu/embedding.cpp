@@ -6,44 +6,94 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 
 template <class T>
-void embedding_fwd_as(const Executor& executor, const RowsShape& shape, const int64_t* const* ids,
-                      const void* const* tables, const Vector& weight_, const Vector& bias_, T* y, T* xhat, float* rstd) {
-  const int64_t n = shape.columns, padded = padded_columns(n);
-  float* room = static_cast<float*>(scratch(kScratchSums, 2 * padded * 4));
-  const float* weight = as_float(weight_, n, room);
-  const float* bias = as_float(bias_, n, room + padded);
-  const Dropout dropout = make_dropout(shape.dropout_p, shape.seed);
-  const int64_t rows_per_task = larger(1, kTaskElements / n);
-  parallel_tasks(executor, ceil_div(shape.rows, rows_per_task), [&](int64_t task, int) {
-    float* row = static_cast<float*>(scratch(kScratchRows, 2 * padded * 4));
-    float* factors = row + padded;
-    for (int64_t i = task * rows_per_task; i < smaller((task + 1) * rows_per_task, shape.rows); ++i) {
-      const T* word = static_cast<const T*>(tables[0]) + ids[0][i] * n;
-      const T* position = static_cast<const T*>(tables[1]) + ids[1][i] * n;
-      const T* type = static_cast<const T*>(tables[2]) + ids[2][i] * n;
-      if (dropout.active) dropout.factors(factors, 0, n, static_cast<uint32_t>(i), 0, kStreamRows);
-      const float m = sum_columns(n, [&](int64_t c, int64_t count) {
-        const vf v = load_n(word + c, count) + load_n(type + c, count) + load_n(position + c, count);
-        store(row + c, v);
-        return v;
-      }) / static_cast<float>(n);
-      const float s = inverse_deviation(row, n, m, shape.eps);
-      if (rstd != nullptr) rstd[i] = s;
-      for_columns(n, [&](int64_t c, int64_t count) {
-        const vf x = (load(row + c) - m) * s;
-        if (xhat != nullptr) store_n(xhat + i * n + c, x, count);
-        vf v = x * load_n(weight + c, count) + load_n(bias + c, count);
-        if (dropout.active) v *= load(factors + c);
-        store_n(y + i * n + c, v, count);
-      });
+struct EmbeddingForward {
+  int64_t rows, columns;
+  double eps;
+  const int64_t* ids[3];
+  const T* tables[3];
+  const float *weight, *bias;
+  Dropout dropout;
+  T *y, *xhat;
+  float* rstd;
+};
+
+// buffer: 2 * Rows padded rows.
+template <bool Drop, int Rows, class T>
+void embedding_rows(const EmbeddingForward<T>& a, int64_t row, float* buffer) {
+  const int64_t n = a.columns, padded = padded_columns(n);
+  const T *word[Rows], *position[Rows], *type[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    word[r] = a.tables[0] + a.ids[0][row + r] * n;
+    position[r] = a.tables[1] + a.ids[1][row + r] * n;
+    type[r] = a.tables[2] + a.ids[2][row + r] * n;
+  }
+  const float *const weight = a.weight, *const bias = a.bias;
+  T *const y = a.y + row * n, *const xhat = a.xhat == nullptr ? nullptr : a.xhat + row * n;
+  float* const factors = buffer + Rows * padded;
+  // No hardware prefetcher can know which words follow.
+  for (int64_t next = row + Rows; next < smaller(row + 2 * Rows, a.rows); ++next) {
+    const T* next_word = a.tables[0] + a.ids[0][next] * n;
+    for (int64_t c = 0; c < n; c += 64 / sizeof(T)) fetch(next_word + c);
+  }
+  if constexpr (Drop)
+    for (int r = 0; r < Rows; ++r)
+      a.dropout.factors(factors + r * padded, 0, n, static_cast<uint32_t>(row + r), 0, kStreamRows);
+  float mean[Rows], rstd[Rows];
+  sum_columns<Rows>(n, mean, [&](int r, int64_t c, int64_t count) FASTBERT_INLINED {
+    const vf v = load_n(word[r] + c, count) + load_n(type[r] + c, count) + load_n(position[r] + c, count);
+    store(buffer + c + r * padded, v);
+    return v;
+  });
+  for (int r = 0; r < Rows; ++r) mean[r] /= static_cast<float>(n);
+  inverse_deviation<Rows>(buffer, padded, n, mean, a.eps, rstd);
+  if (a.rstd != nullptr)
+    for (int r = 0; r < Rows; ++r) a.rstd[row + r] = rstd[r];
+  for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
+    const vf w = load_n(weight + c, count), b = load_n(bias + c, count);
+#pragma GCC unroll 2
+    for (int r = 0; r < Rows; ++r) {
+      const vf x = (load(buffer + c + r * padded) - mean[r]) * rstd[r];
+      if (xhat != nullptr) store_n(xhat + c + r * n, x, count);
+      vf v = x * w + b;
+      if constexpr (Drop) v *= load(factors + c + r * padded);
+      store_n(y + c + r * n, v, count);
     }
   });
+}
+
+template <bool Drop, class T>
+void embedding_fwd_tasks(const Executor& executor, const EmbeddingForward<T>& a) {
+  const int64_t rows_per_task = larger(2, kTaskElements / a.columns);
+  parallel_tasks(executor, ceil_div(a.rows, rows_per_task), [&](int64_t task, int) {
+    float* buffer = static_cast<float*>(scratch(kScratchRows, 4 * padded_columns(a.columns) * 4));
+    const int64_t end = smaller((task + 1) * rows_per_task, a.rows);
+    int64_t row = task * rows_per_task;
+    for (; row + 2 <= end; row += 2) embedding_rows<Drop, 2>(a, row, buffer);
+    if (row < end) embedding_rows<Drop, 1>(a, row, buffer);
+  });
+}
+
+template <class T>
+void embedding_fwd_as(const Executor& executor, const RowsShape& shape, const int64_t* const* ids,
+                      const void* const* tables, const Vector& weight, const Vector& bias, T* y, T* xhat, float* rstd) {
+  const int64_t n = shape.columns, padded = padded_columns(n);
+  float* room = static_cast<float*>(scratch(kScratchSums, 2 * padded * 4));
+  const auto table = [&](int i) { return static_cast<const T*>(tables[i]); };
+  const EmbeddingForward<T> a{shape.rows, n, shape.eps, {ids[0], ids[1], ids[2]}, {table(0), table(1), table(2)},
+                              as_float(weight, n, room), as_float(bias, n, room + padded),
+                              make_dropout(shape.dropout_p, shape.seed), y, xhat, rstd};
+  if (a.dropout.active) {
+    embedding_fwd_tasks<true>(executor, a);
+  } else {
+    embedding_fwd_tasks<false>(executor, a);
+  }
 }
 
 void embedding_fwd(const Executor& executor, DType dtype, const RowsShape& shape, const int64_t* const* ids,
                    const void* const* tables, Vector weight, Vector bias, void* y, void* xhat, float* rstd) {
   if (dtype == DType::kFloat32) {
-    embedding_fwd_as(executor, shape, ids, tables, weight, bias, static_cast<float*>(y), static_cast<float*>(xhat), rstd);
+    embedding_fwd_as(executor, shape, ids, tables, weight, bias, static_cast<float*>(y), static_cast<float*>(xhat),
+                     rstd);
   } else {
     embedding_fwd_as(executor, shape, ids, tables, weight, bias, static_cast<bf16*>(y), static_cast<bf16*>(xhat), rstd);
   }
@@ -65,8 +115,8 @@ inline void sort_by_row(const int64_t* ids, int64_t count, int64_t rows, const T
   sorted.first[0] = 0;
 }
 
-// out[c .. c + count) = sum of those columns of the tokens' rows of dz. Sums of 64 rows are added up, which keeps the error
-// of the token types' gradients, sums over half of the tokens, small.
+// out[c .. c + count) = sum of those columns of the tokens' rows of dz. Sums of 64 rows are added up, which keeps the
+// error of the token types' gradients, sums over half of the tokens, small.
 template <class T>
 FASTBERT_INLINE void sum_tokens(const float* dz, int64_t n, const int64_t* tokens, int64_t number, int64_t c,
                                 int64_t count, T* out) {
@@ -80,26 +130,10 @@ FASTBERT_INLINE void sum_tokens(const float* dz, int64_t n, const int64_t* token
   store_n(out, total, count);
 }
 
-// Memory that nobody reads soon: past the cache, and without reading what is overwritten.
-template <class T>
-FASTBERT_INLINE void fill_zero(T* out, int64_t n) {
-#if defined(__SSE2__)
-  char *p = reinterpret_cast<char*>(out), *end = reinterpret_cast<char*>(out + n);
-  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 15) & ~uintptr_t{15});
-  if (aligned < end) {
-    std::memset(p, 0, aligned - p);
-    for (p = aligned; p + 16 <= end; p += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_setzero_si128());
-  }
-  std::memset(p, 0, end - p);
-#else
-  std::memset(out, 0, n * sizeof(T));
-#endif
-}
-
 // dtable [rows, n]: each row is written once, by one worker, so that neither atomics nor a zeroed table are needed.
 template <class T>
-void table_gradient(const Executor& executor, const float* dz, const int64_t* ids, int64_t count, int64_t n, int64_t rows,
-                    int64_t padding_idx, T* dtable) {
+void table_gradient(const Executor& executor, const float* dz, const int64_t* ids, int64_t count, int64_t n,
+                    int64_t rows, int64_t padding_idx, T* dtable) {
   int64_t* memory = static_cast<int64_t*>(scratch(kScratchPackB, (rows + 1 + count) * sizeof(int64_t)));
   const TokensByRow sorted{memory, memory + rows + 1};
   sort_by_row(ids, count, rows, sorted);
@@ -109,19 +143,21 @@ void table_gradient(const Executor& executor, const float* dz, const int64_t* id
   parallel_tasks(executor, ceil_div(rows, rows_per_task) * slices, [&](int64_t task, int) {
     const int64_t begin = task / slices * rows_per_task, end = smaller(begin + rows_per_task, rows);
     const int64_t c0 = task % slices * slice, c1 = smaller(c0 + slice, n);
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t number = r == padding_idx ? 0 : sorted.first[r + 1] - sorted.first[r];
-      if (number == 0) {
-        fill_zero(dtable + r * n + c0, c1 - c0);
+    const auto number = [&](int64_t r) { return r == padding_idx ? 0 : sorted.first[r + 1] - sorted.first[r]; };
+    for (int64_t r = begin; r < end;) {
+      if (number(r) > 0) {
+        for_columns(c1 - c0, [&](int64_t c, int64_t width) FASTBERT_INLINED {
+          sum_tokens(dz, n, sorted.tokens + sorted.first[r], number(r), c0 + c, width, dtable + r * n + c0 + c);
+        });
+        ++r;
         continue;
       }
-      for_columns(c1 - c0, [&](int64_t c, int64_t width) {
-        sum_tokens(dz, n, sorted.tokens + sorted.first[r], number, c0 + c, width, dtable + r * n + c0 + c);
-      });
+      // Most rows of a vocabulary: one call for as many as there are, which fills faster than one for each.
+      const int64_t empty = r;
+      do ++r;
+      while (slices == 1 && r < end && number(r) == 0);
+      std::memset(dtable + empty * n + c0, 0, ((r - empty - 1) * n + c1 - c0) * sizeof(T));
     }
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
   });
 }
 
@@ -138,12 +174,13 @@ void embedding_bwd_as(const Executor& executor, const RowsShape& shape, const T*
   store_as(weight.dtype, sums, n, dweight);
   store_as(weight.dtype, sums + padded_columns(n), n, dbias);
   for (int i = 0; i < 3; ++i)
-    table_gradient(executor, dz, ids[i], shape.rows, n, sizes[i], i == 0 ? padding_idx : -1, static_cast<T*>(dtables[i]));
+    table_gradient(executor, dz, ids[i], shape.rows, n, sizes[i], i == 0 ? padding_idx : -1,
+                   static_cast<T*>(dtables[i]));
 }
 
 void embedding_bwd(const Executor& executor, DType dtype, const RowsShape& shape, const void* dy, const void* xhat,
-                   const float* rstd, const int64_t* const* ids, Vector weight, const int64_t* sizes, int64_t padding_idx,
-                   void* const* dtables, void* dweight, void* dbias, float* workspace) {
+                   const float* rstd, const int64_t* const* ids, Vector weight, const int64_t* sizes,
+                   int64_t padding_idx, void* const* dtables, void* dweight, void* dbias, float* workspace) {
   if (dtype == DType::kFloat32) {
     embedding_bwd_as(executor, shape, static_cast<const float*>(dy), static_cast<const float*>(xhat), rstd, ids, weight,
                      sizes, padding_idx, dtables, dweight, dbias, workspace);

@@ -15,7 +15,8 @@ struct Executor {
 };
 
 // Memory of the calling thread that lives until its next request for the same slot; 64-byte aligned.
-enum ScratchSlot { kScratchPackA, kScratchPackB, kScratchPackB2, kScratchTile, kScratchRows, kScratchSums, kScratchSlots };
+enum ScratchSlot { kScratchPackA, kScratchPackB, kScratchPackB2, kScratchTile, kScratchRows, kScratchSums, kScratchLogits,
+                   kScratchSlots };
 void* scratch(ScratchSlot slot, int64_t bytes);
 
 // Element (i, j) at data + i * row_stride + j * col_stride, counted in elements.
@@ -102,11 +103,10 @@ struct Kernels {
                         void* const* dtables, void* dweight, void* dbias, float* workspace);
 
   // The sum of the cross-entropies of h [rows, columns] weight [vocabulary, columns]^T + bias (or null), and its gradients
-  // unless dweight is null. Labels are in range or ignore_index. logits: mlm_loss_chunk * vocabulary floats; dweight_sums: as
-  // many floats as weight has if dweight is bf16 and there is more than one chunk.
+  // unless dweight is null. Labels are in range or ignore_index. dweight_sums: as many floats as weight has if dweight is
+  // bf16 and there is more than one chunk.
   double (*mlm_loss)(const Executor&, DType, const MlmLossShape&, const void* h, const int64_t* labels,
-                     const void* weight, const void* bias, void* dh, void* dweight, void* dbias, float* logits,
-                     float* dweight_sums);
+                     const void* weight, const void* bias, void* dh, void* dweight, void* dbias, float* dweight_sums);
 };
 
 }  // namespace fastbert

@@ -6,44 +6,86 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 
 template <class X, class R, class Y>
-void layernorm_fwd_as(const Executor& executor, const RowsShape& shape, const X* x, const Vector& x_bias_,
-                      const R* residual, const Vector& weight_, const Vector& bias_, Y* y, Y* z, float* mean,
+struct LayerNormForward {
+  int64_t columns;
+  double eps;
+  const X* x;
+  const R* residual;
+  const float *x_bias, *weight, *bias;
+  Dropout dropout;
+  Y *y, *z;
+  float *mean, *rstd;
+};
+
+// As in norm_backward_rows, everything is copied to locals. buffer: 2 * Rows padded rows.
+template <bool Drop, int Rows, class X, class R, class Y>
+void layernorm_rows(const LayerNormForward<X, R, Y>& a, int64_t row, float* buffer) {
+  const int64_t n = a.columns, padded = padded_columns(n);
+  const X* const x = a.x + row * n;
+  const R* const residual = a.residual == nullptr ? nullptr : a.residual + row * n;
+  const float *const x_bias = a.x_bias, *const weight = a.weight, *const bias = a.bias;
+  Y *const y = a.y + row * n, *const z = a.z == nullptr ? nullptr : a.z + row * n;
+  float* const factors = buffer + Rows * padded;
+  if constexpr (Drop)
+    for (int r = 0; r < Rows; ++r)
+      a.dropout.factors(factors + r * padded, 0, n, static_cast<uint32_t>(row + r), 0, kStreamRows);
+  float mean[Rows], rstd[Rows];
+  sum_columns<Rows>(n, mean, [&](int r, int64_t c, int64_t count) FASTBERT_INLINED {
+    fetch(x + c + (r + Rows) * n);
+    if (residual != nullptr) fetch(residual + c + (r + Rows) * n);
+    vf v = load_n(x + c + r * n, count);
+    if (x_bias != nullptr) v += load_n(x_bias + c, count);
+    if constexpr (Drop) v *= load(factors + c + r * padded);
+    if (residual != nullptr) v += load_n(residual + c + r * n, count);
+    if (z != nullptr) store_n(z + c + r * n, v, count);
+    store(buffer + c + r * padded, v);
+    return v;
+  });
+  for (int r = 0; r < Rows; ++r) mean[r] /= static_cast<float>(n);
+  inverse_deviation<Rows>(buffer, padded, n, mean, a.eps, rstd);
+  if (a.mean != nullptr)
+    for (int r = 0; r < Rows; ++r) a.mean[row + r] = mean[r], a.rstd[row + r] = rstd[r];
+  for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
+    const vf w = load_n(weight + c, count), b = load_n(bias + c, count);
+#pragma GCC unroll 2
+    for (int r = 0; r < Rows; ++r)
+      store_n(y + c + r * n, (load(buffer + c + r * padded) - mean[r]) * rstd[r] * w + b, count);
+  });
+}
+
+template <bool Drop, class X, class R, class Y>
+void layernorm_fwd_tasks(const Executor& executor, int64_t rows, const LayerNormForward<X, R, Y>& a) {
+  const int64_t rows_per_task = larger(2, kTaskElements / a.columns);
+  parallel_tasks(executor, ceil_div(rows, rows_per_task), [&](int64_t task, int) {
+    float* buffer = static_cast<float*>(scratch(kScratchRows, 4 * padded_columns(a.columns) * 4));
+    const int64_t end = smaller((task + 1) * rows_per_task, rows);
+    int64_t row = task * rows_per_task;
+    for (; row + 2 <= end; row += 2) layernorm_rows<Drop, 2>(a, row, buffer);
+    if (row < end) layernorm_rows<Drop, 1>(a, row, buffer);
+  });
+}
+
+template <class X, class R, class Y>
+void layernorm_fwd_as(const Executor& executor, const RowsShape& shape, const X* x, const Vector& x_bias,
+                      const R* residual, const Vector& weight, const Vector& bias, Y* y, Y* z, float* mean,
                       float* rstd) {
   const int64_t n = shape.columns, padded = padded_columns(n);
   float* room = static_cast<float*>(scratch(kScratchSums, 3 * padded * 4));
-  const float* x_bias = as_float(x_bias_, n, room);
-  const float* weight = as_float(weight_, n, room + padded);
-  const float* bias = as_float(bias_, n, room + 2 * padded);
-  const Dropout dropout = make_dropout(shape.dropout_p, shape.seed);
-  const int64_t rows_per_task = larger(1, kTaskElements / n);
-  parallel_tasks(executor, ceil_div(shape.rows, rows_per_task), [&](int64_t task, int) {
-    float* row = static_cast<float*>(scratch(kScratchRows, 2 * padded * 4));
-    float* factors = row + padded;
-    for (int64_t i = task * rows_per_task; i < smaller((task + 1) * rows_per_task, shape.rows); ++i) {
-      if (dropout.active) dropout.factors(factors, 0, n, static_cast<uint32_t>(i), 0, kStreamRows);
-      const float m = sum_columns(n, [&](int64_t c, int64_t count) {
-        vf v = load_n(x + i * n + c, count);
-        if (x_bias != nullptr) v += load_n(x_bias + c, count);
-        if (dropout.active) v *= load(factors + c);
-        if (residual != nullptr) v += load_n(residual + i * n + c, count);
-        if (z != nullptr) store_n(z + i * n + c, v, count);
-        store(row + c, v);
-        return v;
-      }) / static_cast<float>(n);
-      const float s = inverse_deviation(row, n, m, shape.eps);
-      if (mean != nullptr) mean[i] = m, rstd[i] = s;
-      for_columns(n, [&](int64_t c, int64_t count) {
-        const vf v = (load(row + c) - m) * s * load_n(weight + c, count) + load_n(bias + c, count);
-        store_n(y + i * n + c, v, count);
-      });
-    }
-  });
+  const LayerNormForward<X, R, Y> a{n, shape.eps, x, residual, as_float(x_bias, n, room),
+                                    as_float(weight, n, room + padded), as_float(bias, n, room + 2 * padded),
+                                    make_dropout(shape.dropout_p, shape.seed), y, z, mean, rstd};
+  if (a.dropout.active) {
+    layernorm_fwd_tasks<true>(executor, shape.rows, a);
+  } else {
+    layernorm_fwd_tasks<false>(executor, shape.rows, a);
+  }
 }
 
 void layernorm_fwd(const Executor& executor, const RowsShape& shape, Vector x, Vector x_bias, Vector residual,
                    Vector weight, Vector bias, void* y, void* z, float* mean, float* rstd) {
   const auto as = [&](auto* x_, auto* residual_, auto* y_) {
-    layernorm_fwd_as(executor, shape, x_, x_bias, residual_, weight, bias, y_, static_cast<decltype(y_)>(z), mean, rstd);
+    auto* z_ = static_cast<decltype(y_)>(z);
+    layernorm_fwd_as(executor, shape, x_, x_bias, residual_, weight, bias, y_, z_, mean, rstd);
   };
   const bool wide = x.dtype == DType::kFloat32, wide_residual = residual.dtype == DType::kFloat32;
   const float *xf = static_cast<const float*>(x.data), *rf = static_cast<const float*>(residual.data);

@@ -1,6 +1,6 @@
-// The decoder of the masked language model and its cross-entropy, with the gradients computed on the way. Logits are formed
-// transposed, a chunk of tokens at a time, as the panels of NR tokens that the products take as B: [panel][vocabulary][NR].
-// So the softmax runs down the lanes, nothing is packed twice, and the weights, the large operand, are read where they lie.
+// The decoder of the masked language model and its cross-entropy, with the gradients computed on the way. Logits are
+// formed transposed, a chunk of tokens at a time, in panels of NR tokens: [panel][vocabulary][NR]. So the softmax runs
+// down the lanes, and the weights, the large operand of all three products, are read where they lie.
 #include "gemm.h"
 #include "rows.h"
 #include "table.h"
@@ -8,58 +8,97 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-constexpr int64_t kStatRows = 256;  // x NR logits stay in L1
 constexpr float kLowest = -3.4028235e38f;
+constexpr int kStats = 3;
+
+// Rows begin .. begin + rows of the weights in fp32.
+template <class T>
+const float* lines_of(const T* weight, int64_t columns, int64_t begin, int64_t rows) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return weight + begin * columns;
+  } else {
+    float* out = static_cast<float*>(scratch(kScratchPackA, rows * columns * 4));
+    for_columns(rows * columns, [&](int64_t c, int64_t count) FASTBERT_INLINED {
+      store_n(out + c, load_n(weight + begin * columns + c, count), count);
+    });
+    return out;
+  }
+}
+
+// Maximum, sum of e^(logit - maximum) and sum of logits down VLEN columns of `rows` lines of NR.
+struct Stats {
+  vf max, powers, sum;
+};
+
+inline Stats column_stats(const float* column, int64_t rows) {
+  vf max0 = splat(kLowest), max1 = max0, sum0 = {}, sum1 = {}, powers0 = {}, powers1 = {};
+  int64_t r = 0;
+  for (; r + 2 <= rows; r += 2) {
+    const vf a = load(column + r * NR), b = load(column + (r + 1) * NR);
+    max0 = at_least(a, max0), max1 = at_least(b, max1);
+    sum0 += a, sum1 += b;
+  }
+  if (r < rows) max0 = at_least(load(column + r * NR), max0), sum0 += load(column + r * NR);
+  const vf max = at_least(max0, max1);
+  for (r = 0; r + 2 <= rows; r += 2) {
+    powers0 += exp(load(column + r * NR) - max);
+    powers1 += exp(load(column + (r + 1) * NR) - max);
+  }
+  if (r < rows) powers0 += exp(load(column + r * NR) - max);
+  return {max, powers0 + powers1, sum0 + sum1};
+}
+
+template <class T>
+struct DecoderLogits {
+  int64_t vocabulary, columns, tokens;  // tokens fill whole panels
+  const T *weight, *bias;
+  const float* h;  // packed, [panel of tokens][columns][NR]
+  float* logits;
+  float* stats;  // [block of the vocabulary][kStats][tokens]
+
+  void operator()(int64_t block) const {
+    const int64_t begin = block * kTaskRows, rows = smaller(kTaskRows, vocabulary - begin);
+    const float* w = lines_of(weight, columns, begin, rows);
+    for (int64_t t = 0; t < tokens; t += NR) {
+      float* out = logits + t * vocabulary + begin * NR;
+      multiply_panel<false>(rows, columns, w, columns, h + t * columns, NR, out, NR, false);
+      for (int64_t r = 0; bias != nullptr && r < rows; ++r) {
+        const vf b = splat(to_float(bias[begin + r]));
+        for (int64_t c = 0; c < NR; c += VLEN) store(out + r * NR + c, load(out + r * NR + c) + b);
+      }
+      for (int64_t c = 0; c < NR; c += VLEN) {
+        const Stats s = column_stats(out + c, rows);
+        float* to = stats + block * kStats * tokens + t + c;
+        store(to, s.max), store(to + tokens, s.powers), store(to + 2 * tokens, s.sum);
+      }
+    }
+  }
+};
 
 // What the softmax of each token of a chunk needs, [tokens] each. Tokens that only fill the last panel have scale 0.
 struct Softmax {
   float *max, *scale, *sum;
 };
 
-// max, sum of e^(logit - max) and sum of logits of each token, blocks of the vocabulary first so that the result depends
-// neither on the number of threads nor on one long chain of additions.
-inline void reduce_logits(const Executor& executor, const float* logits, int64_t vocabulary, int64_t tokens,
-                          float* partial, const Softmax& out) {
-  const int64_t blocks = ceil_div(vocabulary, kStatRows);
-  parallel_tasks(executor, blocks, [&](int64_t block, int) {
-    const int64_t begin = block * kStatRows, end = smaller(begin + kStatRows, vocabulary);
-    for (int64_t t = 0; t < tokens; t += VLEN) {
-      const float* column = logits + t / NR * NR * vocabulary + t % NR;
-      vf most0 = splat(kLowest), most1 = most0, total0 = {}, total1 = {}, powers0 = {}, powers1 = {};
-      int64_t v = begin;
-      for (; v + 2 <= end; v += 2) {
-        const vf a = load(column + v * NR), b = load(column + (v + 1) * NR);
-        most0 = at_least(a, most0), most1 = at_least(b, most1);
-        total0 += a, total1 += b;
-      }
-      if (v < end) most0 = at_least(load(column + v * NR), most0), total0 += load(column + v * NR);
-      const vf most = at_least(most0, most1);
-      for (v = begin; v + 2 <= end; v += 2) {
-        powers0 += exp(load(column + v * NR) - most);
-        powers1 += exp(load(column + (v + 1) * NR) - most);
-      }
-      if (v < end) powers0 += exp(load(column + v * NR) - most);
-      float* p = partial + block * 3 * tokens + t;
-      store(p, most);
-      store(p + tokens, powers0 + powers1);
-      store(p + 2 * tokens, total0 + total1);
-    }
-  });
+// Sums per block of the vocabulary, then over the blocks: neither the number of threads nor one long chain of additions
+// shows in the result. Leaves the sum of powers in scale.
+inline void reduce_stats(const float* stats, int64_t blocks, int64_t tokens, const Softmax& out) {
   for (int64_t t = 0; t < tokens; t += VLEN) {
-    vf most = splat(kLowest), powers = {}, total = {};
-    for (int64_t b = 0; b < blocks; ++b) most = at_least(load(partial + b * 3 * tokens + t), most);
+    vf max = splat(kLowest), powers = {}, total = {};
+    for (int64_t b = 0; b < blocks; ++b) max = at_least(load(stats + b * kStats * tokens + t), max);
     for (int64_t b = 0; b < blocks; ++b) {
-      const float* p = partial + b * 3 * tokens + t;
-      powers += load(p + tokens) * exp(load(p) - most);
-      total += load(p + 2 * tokens);
+      const float* s = stats + b * kStats * tokens + t;
+      powers += load(s + tokens) * exp(load(s) - max);
+      total += load(s + 2 * tokens);
     }
-    store(out.max + t, most);
-    store(out.scale + t, powers);
-    store(out.sum + t, total);
+    store(out.max + t, max), store(out.scale + t, powers), store(out.sum + t, total);
   }
 }
 
-// Logits -> their gradients in place, and with them dweight (+)= dlogits^T h and dbias += column sums of dlogits.
+// Gradients of logits, weights and tokens, a block of the vocabulary at a time: dlogits exist for that block only.
+// Each of kParts parts of the vocabulary sums dh^T of its blocks apart: a fixed number, for a fixed order of additions.
+constexpr int64_t kParts = 16;
+
 template <class T>
 struct DecoderGradient {
   int64_t vocabulary, columns, tokens;  // tokens fill whole panels
@@ -67,38 +106,42 @@ struct DecoderGradient {
   int64_t labelled;
   float on_label, everywhere;  // subtracted from the probability of the label, and of each word
   Softmax softmax;
-  float* logits;
+  const float* logits;
   PackedB h;  // [tokens, columns]
+  const T* weight;
+  float* dh;  // [kParts][panel of tokens][columns][NR]
   float* dbias;
-  float* sums;  // of the chunks before in fp32, null if dweight has them
+  float* sums;  // dweight of the chunks before in fp32, null if dweight itself has it
   T* dweight;
   bool first, last;
 
-  void gradient_of_logits(int64_t begin, int64_t rows) const {
-    for (int64_t r = begin; r < begin + rows; ++r) {
+  // d as rows [rows][tokens] and as panels [tokens / NR][rows][NR].
+  void gradient_of_logits(int64_t begin, int64_t rows, float* d, float* panels) const {
+    for (int64_t r = 0; r < rows; ++r) {
       vf row_sum = {};
       for (int64_t t = 0; t < tokens; t += VLEN) {
-        float* p = logits + t / NR * NR * vocabulary + r * NR + t % NR;
+        const vf logit = load(logits + t / NR * NR * vocabulary + (begin + r) * NR + t % NR);
         const vf scale = load(softmax.scale + t);
-        const vf d = exp(load(p) - load(softmax.max + t)) * scale - everywhere;
-        const vf live = scale == 0.0f ? vf{} : d;
-        store(p, live);
-        row_sum += live;
+        const vf v = scale == 0.0f ? vf{} : exp(logit - load(softmax.max + t)) * scale - everywhere;
+        store(d + r * tokens + t, v);
+        store(panels + t / NR * NR * rows + r * NR + t % NR, v);
+        row_sum += v;
       }
-      dbias[r] += sum(row_sum);
+      dbias[begin + r] += sum(row_sum);
     }
     for (int64_t t = 0; t < labelled; ++t) {
-      const int64_t label = labels[t];
-      if (label < begin || label >= begin + rows) continue;
-      logits[t / NR * NR * vocabulary + label * NR + t % NR] -= on_label;
-      dbias[label] -= on_label;
+      const int64_t r = labels[t] - begin;
+      if (r < 0 || r >= rows) continue;
+      d[r * tokens + t] -= on_label;
+      panels[t / NR * NR * rows + r * NR + t % NR] -= on_label;
+      dbias[begin + r] -= on_label;
     }
   }
 
   void store_tile(const float* tile, int64_t begin, int64_t rows, int64_t j, int64_t cols) const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (begin + r) * columns + j;
-      for_columns(cols, [&](int64_t c, int64_t count) {
+      for_columns(cols, [&](int64_t c, int64_t count) FASTBERT_INLINED {
         vf d = load(tile + r * NR + c);
         if (!first) d += sums != nullptr ? load_n(sums + at + c, count) : load_n(dweight + at + c, count);
         if (sums != nullptr && !last) {
@@ -110,38 +153,64 @@ struct DecoderGradient {
     }
   }
 
-  void operator()(int64_t begin, int64_t rows) const {
-    gradient_of_logits(begin, rows);
-    float* tile = static_cast<float*>(scratch(kScratchTile, rows * NR * 4));
+  void block(int64_t begin, int64_t rows, float* dh_part, bool add) const {
+    float* tile = static_cast<float*>(scratch(kScratchTile, rows * (NR + 2 * tokens) * 4));
+    float *d = tile + rows * NR, *panels = d + rows * tokens;
+    gradient_of_logits(begin, rows, d, panels);
     for (int64_t q = 0; q < h.panels(); ++q) {
       int64_t j, cols;
       h.locate(q, &j, &cols);
-      const int64_t width = panel_width(cols);
-      const float* panel = h.data + q * tokens * NR;
-      for (int64_t t = 0; t < tokens; t += NR)
-        multiply_panel<false>(rows, NR, logits + t * vocabulary + begin * NR, NR, panel + t * width, width, tile, NR, t > 0);
+      multiply_panel<false>(rows, tokens, d, tokens, h.data + q * tokens * NR, panel_width(cols), tile, NR, false);
       store_tile(tile, begin, rows, j, cols);
     }
+    const float* w = lines_of(weight, columns, begin, rows);
+    for (int64_t t = 0; t < tokens; t += NR)
+      multiply_panel<true>(columns, rows, w, columns, panels + t * rows, NR, dh_part + t * columns, NR, add);
+  }
+
+  void part(int64_t p) const {
+    float* dh_part = dh + p * columns * tokens;
+    const int64_t blocks = ceil_div(vocabulary, kTaskRows);
+    const int64_t begin = blocks * p / kParts, end = blocks * (p + 1) / kParts;
+    if (begin == end) std::memset(dh_part, 0, columns * tokens * 4);
+    for (int64_t b = begin; b < end; ++b)
+      block(b * kTaskRows, smaller(kTaskRows, vocabulary - b * kTaskRows), dh_part, b > begin);
   }
 };
 
+// out [tokens, columns] = the parts of dh^T added up.
+inline void reduce_parts(const Executor& executor, const float* dh, int64_t columns, int64_t tokens, float* out) {
+  parallel_tasks(executor, tokens / NR * ceil_div(columns, VLEN), [&](int64_t task, int) {
+    const int64_t t = task % (tokens / NR) * NR, c = task / (tokens / NR) * VLEN;
+    const int64_t count = smaller(columns - c, VLEN);
+    float tile[VLEN * NR];
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < NR; j += VLEN) {
+        vf total = {};
+        for (int64_t p = 0; p < kParts; ++p) total += load(dh + (p * tokens + t) * columns + (c + i) * NR + j);
+        store(tile + i * NR + j, total);
+      }
+    StoreTransposed<float>{out, columns, nullptr}(tile, NR, c, count, t, NR);
+  });
+}
+
 template <class T>
 double mlm_loss_as(const Executor& executor, DType dtype, const MlmLossShape& shape, const T* h, const int64_t* labels,
-                   const void* weight, const T* bias, T* dh, T* dweight, T* dbias, float* logits, float* dweight_sums) {
+                   const void* weight, const T* bias, T* dh, T* dweight, T* dbias, float* dweight_sums) {
   const int64_t n = shape.columns, vocabulary = shape.vocabulary;
   int64_t labelled = 0;
   for (int64_t i = 0; i < shape.rows; ++i) labelled += labels[i] != shape.ignore_index;
-  const int64_t chunk = mlm_loss_chunk(labelled, vocabulary), blocks = ceil_div(vocabulary, kStatRows);
+  const int64_t chunk = mlm_loss_chunk(labelled, vocabulary), blocks = ceil_div(vocabulary, kTaskRows);
   const bool gradients = dweight != nullptr;
 
   float* memory = static_cast<float*>(scratch(
-      kScratchSums, (3 * chunk * (blocks + 1) + vocabulary + VLEN) * 4 + 2 * labelled * sizeof(int64_t)));
+      kScratchSums, (3 * chunk + kStats * chunk * blocks + vocabulary) * 4 + 2 * labelled * sizeof(int64_t)));
   int64_t* row_of = reinterpret_cast<int64_t*>(memory);  // [labelled]: where the token stands in h
   int64_t* label_of = row_of + labelled;
-  float* stats = reinterpret_cast<float*>(label_of + labelled);
-  const Softmax softmax{stats, stats + chunk, stats + 2 * chunk};
-  float* partial = softmax.sum + chunk;
-  float* dbias_sums = partial + 3 * chunk * blocks;
+  float* floats = reinterpret_cast<float*>(label_of + labelled);
+  const Softmax softmax{floats, floats + chunk, floats + 2 * chunk};
+  float* stats = floats + 3 * chunk;
+  float* dbias_sums = stats + kStats * chunk * blocks;
   for (int64_t i = 0, k = 0; i < shape.rows; ++i)
     if (labels[i] != shape.ignore_index) row_of[k] = i, label_of[k++] = labels[i];
   std::memset(dbias_sums, 0, vocabulary * 4);
@@ -151,23 +220,18 @@ double mlm_loss_as(const Executor& executor, DType dtype, const MlmLossShape& sh
   const float smoothing = static_cast<float>(shape.label_smoothing);
   double loss = 0;
   float* rows = static_cast<float*>(scratch(kScratchRows, chunk * n * 4));
+  float* logits = static_cast<float*>(scratch(kScratchLogits, chunk * vocabulary * 4));
   for (int64_t base = 0; base < labelled; base += chunk) {
     const int64_t m = smaller(chunk, labelled - base), tokens = ceil_div(m, NR) * NR;
     for (int64_t t = 0; t < tokens; ++t)
-      for_columns(n, [&](int64_t c, int64_t count) {
+      for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
         store_n(rows + t * n + c, t < m ? load_n(h + row_of[base + t] * n + c, count) : vf{}, count);
       });
     const PackedB columns = pack(executor, single({rows, 1, n, DType::kFloat32}, tokens), n, kScratchPackB);
-    gemm(executor, single({weight, n, 1, dtype}, vocabulary), columns, nullptr,
-         [&](const float* tile, int64_t ld, int64_t i, int64_t count, int64_t j, int64_t) {
-           float* out = logits + j * vocabulary + i * NR;
-           for (int64_t r = 0; r < count; ++r) {
-             const float b = bias == nullptr ? 0.0f : to_float(bias[i + r]);
-             store(out + r * NR, load(tile + r * ld) + b);
-             store(out + r * NR + VLEN, load(tile + r * ld + VLEN) + b);
-           }
-         });
-    reduce_logits(executor, logits, vocabulary, tokens, partial, softmax);
+    const DecoderLogits<T> block_of_logits{vocabulary,   n,      tokens, static_cast<const T*>(weight), bias,
+                                           columns.data, logits, stats};
+    parallel_tasks(executor, blocks, [&](int64_t block, int) { block_of_logits(block); });
+    reduce_stats(stats, blocks, tokens, softmax);
     for (int64_t t = 0; t < tokens; ++t) {
       if (t < m) {
         const double label_logit = logits[t / NR * NR * vocabulary + label_of[base + t] * NR + t % NR];
@@ -180,27 +244,14 @@ double mlm_loss_as(const Executor& executor, DType dtype, const MlmLossShape& sh
     }
     if (!gradients) continue;
 
-    const bool last = base + chunk >= labelled;
-    const DecoderGradient<T> gradient{vocabulary,
-                                      n,
-                                      tokens,
-                                      label_of + base,
-                                      m,
-                                      1.0f - smoothing,
-                                      smoothing / static_cast<float>(vocabulary),
-                                      softmax,
-                                      logits,
-                                      pack(executor, single({rows, n, 1, DType::kFloat32}, n), tokens, kScratchPackB2),
-                                      dbias_sums,
-                                      dweight_sums,
-                                      dweight,
-                                      base == 0,
-                                      last};
-    parallel_tasks(executor, ceil_div(vocabulary, kTaskRows), [&](int64_t task, int) {
-      gradient(task * kTaskRows, smaller(kTaskRows, vocabulary - task * kTaskRows));
-    });
-    const PackedB dlogits{logits, vocabulary, 1, {0, tokens / NR}, {0}, {tokens}};
-    gemm(executor, single({weight, 1, n, dtype}, n), dlogits, nullptr, StoreTransposed<float>{rows, n, nullptr});
+    const PackedB packed = pack(executor, single({rows, n, 1, DType::kFloat32}, n), tokens, kScratchPackB2);
+    float* parts = static_cast<float*>(scratch(kScratchPackB, kParts * n * tokens * 4));
+    const DecoderGradient<T> gradient{vocabulary, n, tokens, label_of + base, m, 1.0f - smoothing,
+                                      smoothing / static_cast<float>(vocabulary), softmax, logits, packed,
+                                      static_cast<const T*>(weight), parts, dbias_sums, dweight_sums, dweight,
+                                      base == 0, base + chunk >= labelled};
+    parallel_tasks(executor, kParts, [&](int64_t p, int) { gradient.part(p); });
+    reduce_parts(executor, parts, n, tokens, rows);
     for (int64_t t = 0; t < m; ++t) store_as(dtype, rows + t * n, n, dh + row_of[base + t] * n);
   }
   if (gradients && dbias != nullptr) store_as(dtype, dbias_sums, vocabulary, dbias);
@@ -208,15 +259,15 @@ double mlm_loss_as(const Executor& executor, DType dtype, const MlmLossShape& sh
 }
 
 double mlm_loss(const Executor& executor, DType dtype, const MlmLossShape& shape, const void* h, const int64_t* labels,
-                const void* weight, const void* bias, void* dh, void* dweight, void* dbias, float* logits,
-                float* dweight_sums) {
+                const void* weight, const void* bias, void* dh, void* dweight, void* dbias, float* dweight_sums) {
   if (dtype == DType::kFloat32) {
     return mlm_loss_as(executor, dtype, shape, static_cast<const float*>(h), labels, weight,
                        static_cast<const float*>(bias), static_cast<float*>(dh), static_cast<float*>(dweight),
-                       static_cast<float*>(dbias), logits, nullptr);
+                       static_cast<float*>(dbias), nullptr);
   }
-  return mlm_loss_as(executor, dtype, shape, static_cast<const bf16*>(h), labels, weight, static_cast<const bf16*>(bias),
-                     static_cast<bf16*>(dh), static_cast<bf16*>(dweight), static_cast<bf16*>(dbias), logits, dweight_sums);
+  return mlm_loss_as(executor, dtype, shape, static_cast<const bf16*>(h), labels, weight,
+                     static_cast<const bf16*>(bias), static_cast<bf16*>(dh), static_cast<bf16*>(dweight),
+                     static_cast<bf16*>(dbias), dweight_sums);
 }
 
 }  // namespace FASTBERT_ISA

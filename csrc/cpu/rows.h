@@ -6,6 +6,9 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
+// For lambdas of inner loops: one that stays a call keeps what it captures, accumulators too, in memory.
+#define FASTBERT_INLINED __attribute__((always_inline))
+
 // Elements that make it worth waking another thread, and at least as many in a task.
 constexpr int64_t kTaskElements = 32 << 10;
 
@@ -20,35 +23,53 @@ FASTBERT_INLINE void for_columns(int64_t n, const F& f) {
   if (c < n) f(c, n - c);
 }
 
-// The sum of what f(c, count) returns; four accumulators, because one would wait for each addition.
-template <class F>
-FASTBERT_INLINE float sum_columns(int64_t n, const F& f) {
-  vf s0 = {}, s1 = {}, s2 = {}, s3 = {};
+// out[r] = the sum of what f(r, c, count) returns over row r of one or two. Two accumulators for each of two rows: one
+// would wait for each of its additions.
+template <int Rows, class F>
+FASTBERT_INLINE void sum_columns(int64_t n, float* out, const F& f) {
+  vf a0 = {}, a1 = {}, b0 = {}, b1 = {};
+  const auto add = [&](int64_t c, int64_t count, vf* a, vf* b) FASTBERT_INLINED {
+    *a += f(0, c, count);
+    if constexpr (Rows > 1) *b += f(1, c, count);
+  };
   int64_t c = 0;
-  for (; c + 4 * VLEN <= n; c += 4 * VLEN)
-    s0 += f(c, VLEN), s1 += f(c + VLEN, VLEN), s2 += f(c + 2 * VLEN, VLEN), s3 += f(c + 3 * VLEN, VLEN);
-  for (; c + VLEN <= n; c += VLEN) s0 += f(c, VLEN);
-  if (c < n) s1 += f(c, n - c);
-  return sum((s0 + s1) + (s2 + s3));
+  for (; c + 2 * VLEN <= n; c += 2 * VLEN) add(c, VLEN, &a0, &b0), add(c + VLEN, VLEN, &a1, &b1);
+  for_columns(n - c, [&](int64_t d, int64_t count) FASTBERT_INLINED { add(c + d, count, &a0, &b0); });
+  out[0] = sum(a0 + a1);
+  if constexpr (Rows > 1) out[1] = sum(b0 + b1);
 }
 
-FASTBERT_INLINE vf first_lanes(vf v, int64_t n) { return n >= VLEN ? v : (iota() < static_cast<int32_t>(n) ? v : vf{}); }
+FASTBERT_INLINE vf first_lanes(vf v, int64_t n) {
+  return n >= VLEN ? v : (iota() < static_cast<int32_t>(n) ? v : vf{});
+}
+
+// A row of the next round, on its way while this one is worked on: several rows at a time are more streams than hardware
+// prefetchers follow. Worth a sixth where rows come from memory. An address past the end does no harm.
+template <class T>
+FASTBERT_INLINE void fetch(const T* p) {
+  __builtin_prefetch(p);
+}
 
 // A parameter in fp32: where it lies, or converted into `room`. Null stays null.
 inline const float* as_float(const Vector& v, int64_t n, float* room) {
   if (v.dtype == DType::kFloat32 || v.data == nullptr) return static_cast<const float*>(v.data);
   const bf16* from = static_cast<const bf16*>(v.data);
-  for_columns(n, [&](int64_t c, int64_t count) { store_n(room + c, load_n(from + c, count), count); });
+  for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED { store_n(room + c, load_n(from + c, count), count); });
   return room;
 }
 
-// 1 / standard deviation of a row in fp32 whose mean is known: from the centred values, so that nothing cancels.
-FASTBERT_INLINE float inverse_deviation(const float* row, int64_t n, float mean, double eps) {
-  const float squares = sum_columns(n, [&](int64_t c, int64_t count) {
-    const vf d = first_lanes(load_n(row + c, count) - mean, count);
+// 1 / standard deviation of rows in fp32, `stride` apart, whose means are known: from the centred values, so that
+// nothing cancels.
+template <int Rows>
+FASTBERT_INLINE void inverse_deviation(const float* rows, int64_t stride, int64_t n, const float* mean, double eps,
+                                       float* rstd) {
+  float squares[Rows];
+  sum_columns<Rows>(n, squares, [&](int r, int64_t c, int64_t count) FASTBERT_INLINED {
+    const vf d = first_lanes(load(rows + r * stride + c) - mean[r], count);
     return d * d;
   });
-  return static_cast<float>(1.0 / __builtin_sqrt(squares / static_cast<double>(n) + eps));
+  for (int r = 0; r < Rows; ++r)
+    rstd[r] = static_cast<float>(1.0 / __builtin_sqrt(squares[r] / static_cast<double>(n) + eps));
 }
 
 // Backward of dropout_after(LayerNorm(z)) (embedding) or of LayerNorm(z) with z = dropout(x) + ... (layernorm).
@@ -71,56 +92,61 @@ struct NormBackward {
   int64_t sums() const { return dx_bias ? 3 : 2; }
 };
 
+// Everything is copied to locals: what a store might alias would be loaded again for every vector.
 template <DropoutAt At, int Rows, class T, class Out>
 void norm_backward_rows(const NormBackward<T, Out>& a, int64_t row, float* factors, float* sums) {
   const int64_t n = a.columns, padded = padded_columns(n);
+  const T *const dy = a.dy + row * n, *const z = a.z + row * n;
+  Out *const dz = a.dz + row * n, *const dx = At == DropoutAt::kBefore ? a.dx + row * n : nullptr;
+  const float* const weight = a.weight;
+  const bool dx_bias = a.dx_bias;
   float mean[Rows], scale[Rows], rstd[Rows], mean_g[Rows], mean_gx[Rows];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
-    const T *dy = a.dy + (row + r) * n, *z = a.z + (row + r) * n;
-    const float* f = factors + r * padded;
+    const float* const f = factors + r * padded;
     if constexpr (At != DropoutAt::kNowhere)
       a.dropout.factors(factors + r * padded, 0, n, static_cast<uint32_t>(row + r), 0, kStreamRows);
     rstd[r] = a.rstd[row + r];
-    mean[r] = a.mean == nullptr ? 0.0f : a.mean[row + r];
+    const float m = mean[r] = a.mean == nullptr ? 0.0f : a.mean[row + r];
     scale[r] = a.mean == nullptr ? 1.0f : rstd[r];
     vf g0 = {}, g1 = {}, gx0 = {}, gx1 = {};
-    const auto add = [&](int64_t c, int64_t count, vf* g, vf* gx) {
-      vf v = load_n(dy + c, count);
+    const auto add = [&](int64_t c, int64_t count, vf* g, vf* gx) FASTBERT_INLINED {
+      fetch(dy + (r + Rows) * n + c);
+      fetch(z + (r + Rows) * n + c);
+      vf v = load_n(dy + r * n + c, count);
       if constexpr (At == DropoutAt::kAfter) v *= load(f + c);
-      v *= load_n(a.weight + c, count);
+      v *= load_n(weight + c, count);
       *g += v;
-      *gx += v * (load_n(z + c, count) - mean[r]);
+      *gx += v * (load_n(z + r * n + c, count) - m);
     };
     int64_t c = 0;
     for (; c + 2 * VLEN <= n; c += 2 * VLEN) add(c, VLEN, &g0, &gx0), add(c + VLEN, VLEN, &g1, &gx1);
-    for_columns(n - c, [&](int64_t d, int64_t count) { add(c + d, count, &g0, &gx0); });
+    for_columns(n - c, [&](int64_t d, int64_t count) FASTBERT_INLINED { add(c + d, count, &g0, &gx0); });
     mean_g[r] = sum(g0 + g1) / static_cast<float>(n);
     mean_gx[r] = sum(gx0 + gx1) * scale[r] / static_cast<float>(n);
   }
-  for_columns(n, [&](int64_t c, int64_t count) {
-    vf dweight = load(sums + c), dbias = load(sums + padded + c), dx_bias = {};
-    const vf weight = load_n(a.weight + c, count);
+  for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
+    vf dweight = {}, dbias = {}, dx_sum = {};
+    const vf w = load_n(weight + c, count);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      const int64_t at = (row + r) * n + c;
-      vf dy = load_n(a.dy + at, count);
-      if constexpr (At == DropoutAt::kAfter) dy *= load(factors + r * padded + c);
-      const vf x = (load_n(a.z + at, count) - mean[r]) * scale[r];
-      vf dz = (dy * weight - mean_g[r] - x * mean_gx[r]) * rstd[r];
-      dweight += dy * x;
-      dbias += dy;
-      store_n(a.dz + at, dz, count);
+      vf g = load_n(dy + c + r * n, count);
+      if constexpr (At == DropoutAt::kAfter) g *= load(factors + c + r * padded);
+      const vf x = (load_n(z + c + r * n, count) - mean[r]) * scale[r];
+      vf d = (g * w - mean_g[r] - x * mean_gx[r]) * rstd[r];
+      dweight += g * x;
+      dbias += g;
+      store_n(dz + c + r * n, d, count);
       if constexpr (At == DropoutAt::kBefore) {
-        dz *= load(factors + r * padded + c);
-        store_n(a.dx + at, dz, count);
+        d *= load(factors + c + r * padded);
+        store_n(dx + c + r * n, d, count);
       }
-      dx_bias += dz;
+      dx_sum += d;
     }
     // Lanes beyond the last column gather what nobody reads.
-    store(sums + c, dweight);
-    store(sums + padded + c, dbias);
-    if (a.dx_bias) store(sums + 2 * padded + c, load(sums + 2 * padded + c) + dx_bias);
+    store(sums + c, load(sums + c) + dweight);
+    store(sums + padded + c, load(sums + padded + c) + dbias);
+    if (dx_bias) store(sums + 2 * padded + c, load(sums + 2 * padded + c) + dx_sum);
   });
 }
 
@@ -160,7 +186,8 @@ inline void store_as(DType dtype, const float* from, int64_t n, void* out) {
   if (dtype == DType::kFloat32) {
     std::memcpy(out, from, n * 4);
   } else {
-    for_columns(n, [&](int64_t c, int64_t count) { store_n(static_cast<bf16*>(out) + c, load_n(from + c, count), count); });
+    bf16* to = static_cast<bf16*>(out);
+    for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED { store_n(to + c, load_n(from + c, count), count); });
   }
 }
 

@@ -27,7 +27,7 @@ void embedding_bwd(const Executor&, DType, const RowsShape&, const void* dy, con
                    const int64_t* const* ids, Vector weight, const int64_t* sizes, int64_t padding_idx,
                    void* const* dtables, void* dweight, void* dbias, float* workspace);
 double mlm_loss(const Executor&, DType, const MlmLossShape&, const void* h, const int64_t* labels, const void* weight,
-                const void* bias, void* dh, void* dweight, void* dbias, float* logits, float* dweight_sums);
+                const void* bias, void* dh, void* dweight, void* dbias, float* dweight_sums);
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert
