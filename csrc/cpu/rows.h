@@ -150,31 +150,38 @@ void norm_backward_rows(const NormBackward<T, Out>& a, int64_t row, float* facto
   });
 }
 
-// Rows that one set of column sums covers: by the shape alone, so that the sums are the same for any number of threads.
-FASTBERT_INLINE int64_t rows_per_block(int64_t rows, int64_t columns) {
-  return ceil_div(larger(ceil_div(kTaskElements, columns), ceil_div(rows, 128)), 4) * 4;
-}
+// Rows that one set of column sums covers: by the shape alone, so that the sums are the same for any number of threads, and
+// few, so that fp32 does not lose digits in a long chain of additions.
+FASTBERT_INLINE int64_t rows_per_block(int64_t rows) { return larger(64, ceil_div(rows, 4 * 512) * 4); }
 
 // Computes dz, dx and returns the column sums [sums()][padded_columns], in memory of the caller's kScratchSums.
 template <DropoutAt At, class T, class Out>
 float* norm_backward(const Executor& executor, const NormBackward<T, Out>& a) {
   const int64_t padded = padded_columns(a.columns), width = a.sums() * padded;
-  const int64_t block = rows_per_block(a.rows, a.columns), blocks = ceil_div(a.rows, block);
+  const int64_t block = rows_per_block(a.rows), blocks = ceil_div(a.rows, block);
   float* sums = static_cast<float*>(scratch(kScratchSums, larger(blocks, 1) * width * 4));
   std::memset(sums, 0, larger(blocks, 1) * width * 4);
-  parallel_tasks(executor, blocks, [&](int64_t b, int) {
+  const int64_t blocks_per_task = larger(1, kTaskElements / (block * a.columns));
+  parallel_tasks(executor, ceil_div(blocks, blocks_per_task), [&](int64_t task, int) {
     float* factors = static_cast<float*>(scratch(kScratchRows, 4 * padded * 4));
-    const int64_t end = smaller((b + 1) * block, a.rows);
-    int64_t row = b * block;
-    for (; row + 4 <= end; row += 4) norm_backward_rows<At, 4>(a, row, factors, sums + b * width);
-    for (; row < end; ++row) norm_backward_rows<At, 1>(a, row, factors, sums + b * width);
+    for (int64_t b = task * blocks_per_task; b < smaller((task + 1) * blocks_per_task, blocks); ++b) {
+      const int64_t end = smaller((b + 1) * block, a.rows);
+      int64_t row = b * block;
+      for (; row + 4 <= end; row += 4) norm_backward_rows<At, 4>(a, row, factors, sums + b * width);
+      for (; row < end; ++row) norm_backward_rows<At, 1>(a, row, factors, sums + b * width);
+    }
   });
-  // Every column is summed in the order of the blocks.
+  // Over the blocks in their order, 16 and then those.
   const int64_t slice = larger(ceil_div(kTaskElements, larger(blocks, 1)), VLEN) / VLEN * VLEN;
   parallel_tasks(executor, blocks > 1 ? ceil_div(width, slice) : 0, [&](int64_t task, int) {
     for (int64_t c = task * slice; c < smaller((task + 1) * slice, width); c += VLEN) {
-      vf total = load(sums + c);
-      for (int64_t b = 1; b < blocks; ++b) total += load(sums + b * width + c);
+      vf total = {};
+      for (int64_t b = 0; b < blocks;) {
+        const int64_t end = smaller(b + 16, blocks);
+        vf part = {};
+        for (; b < end; ++b) part += load(sums + b * width + c);
+        total += part;
+      }
       store(sums + c, total);
     }
   });
