@@ -5,6 +5,8 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
+constexpr int64_t kWordsAhead = 2;
+
 template <class T>
 struct EmbeddingForward {
   int64_t rows, columns;
@@ -17,59 +19,43 @@ struct EmbeddingForward {
   float* rstd;
 };
 
-// buffer: 2 * Rows padded rows.
-template <bool Drop, int Rows, class T>
-void embedding_rows(const EmbeddingForward<T>& a, int64_t row, float* buffer) {
-  const int64_t n = a.columns, padded = padded_columns(n);
-  const T *word[Rows], *position[Rows], *type[Rows];
-  for (int r = 0; r < Rows; ++r) {
-    word[r] = a.tables[0] + a.ids[0][row + r] * n;
-    position[r] = a.tables[1] + a.ids[1][row + r] * n;
-    type[r] = a.tables[2] + a.ids[2][row + r] * n;
-  }
+// buffer: two padded rows.
+template <bool Drop, class T>
+void embedding_row(const EmbeddingForward<T>& a, int64_t row, float* buffer) {
+  const int64_t n = a.columns;
+  const T* const word = a.tables[0] + a.ids[0][row] * n;
+  const T* const position = a.tables[1] + a.ids[1][row] * n;
+  const T* const type = a.tables[2] + a.ids[2][row] * n;
   const float *const weight = a.weight, *const bias = a.bias;
   T *const y = a.y + row * n, *const xhat = a.xhat == nullptr ? nullptr : a.xhat + row * n;
-  float* const factors = buffer + Rows * padded;
+  float* const factors = buffer + padded_columns(n);
   // No hardware prefetcher can know which words follow.
-  for (int64_t next = row + Rows; next < smaller(row + 2 * Rows, a.rows); ++next) {
-    const T* next_word = a.tables[0] + a.ids[0][next] * n;
-    for (int64_t c = 0; c < n; c += 64 / sizeof(T)) fetch(next_word + c);
-  }
-  if constexpr (Drop)
-    for (int r = 0; r < Rows; ++r)
-      a.dropout.factors(factors + r * padded, 0, n, static_cast<uint32_t>(row + r), 0, kStreamRows);
-  float mean[Rows], rstd[Rows];
-  sum_columns<Rows>(n, mean, [&](int r, int64_t c, int64_t count) FASTBERT_INLINED {
-    const vf v = load_n(word[r] + c, count) + load_n(type[r] + c, count) + load_n(position[r] + c, count);
-    store(buffer + c + r * padded, v);
+  const int64_t next = smaller(row + kWordsAhead, a.rows - 1);
+  for (int64_t c = 0; c < n; c += 64 / sizeof(T)) __builtin_prefetch(a.tables[0] + a.ids[0][next] * n + c);
+  if constexpr (Drop) a.dropout.factors(factors, 0, n, static_cast<uint32_t>(row), 0, kStreamRows);
+  const float total = sum_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
+    const vf v = load_n(word + c, count) + load_n(type + c, count) + load_n(position + c, count);
+    store(buffer + c, v);
     return v;
   });
-  for (int r = 0; r < Rows; ++r) mean[r] /= static_cast<float>(n);
-  inverse_deviation<Rows>(buffer, padded, n, mean, a.eps, rstd);
-  if (a.rstd != nullptr)
-    for (int r = 0; r < Rows; ++r) a.rstd[row + r] = rstd[r];
+  const float mean = total / static_cast<float>(n), rstd = inverse_deviation(buffer, n, mean, a.eps);
+  if (a.rstd != nullptr) a.rstd[row] = rstd;
   for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
-    const vf w = load_n(weight + c, count), b = load_n(bias + c, count);
-#pragma GCC unroll 2
-    for (int r = 0; r < Rows; ++r) {
-      const vf x = (load(buffer + c + r * padded) - mean[r]) * rstd[r];
-      if (xhat != nullptr) store_n(xhat + c + r * n, x, count);
-      vf v = x * w + b;
-      if constexpr (Drop) v *= load(factors + c + r * padded);
-      store_n(y + c + r * n, v, count);
-    }
+    const vf x = (load(buffer + c) - mean) * rstd;
+    if (xhat != nullptr) store_n(xhat + c, x, count);
+    vf v = x * load_n(weight + c, count) + load_n(bias + c, count);
+    if constexpr (Drop) v *= load(factors + c);
+    store_n(y + c, v, count);
   });
 }
 
 template <bool Drop, class T>
 void embedding_fwd_tasks(const Executor& executor, const EmbeddingForward<T>& a) {
-  const int64_t rows_per_task = larger(2, kTaskElements / a.columns);
+  const int64_t rows_per_task = larger(1, kTaskElements / a.columns);
   parallel_tasks(executor, ceil_div(a.rows, rows_per_task), [&](int64_t task, int) {
-    float* buffer = static_cast<float*>(scratch(kScratchRows, 4 * padded_columns(a.columns) * 4));
-    const int64_t end = smaller((task + 1) * rows_per_task, a.rows);
-    int64_t row = task * rows_per_task;
-    for (; row + 2 <= end; row += 2) embedding_rows<Drop, 2>(a, row, buffer);
-    if (row < end) embedding_rows<Drop, 1>(a, row, buffer);
+    float* buffer = static_cast<float*>(scratch(kScratchRows, 2 * padded_columns(a.columns) * 4));
+    for (int64_t row = task * rows_per_task; row < smaller((task + 1) * rows_per_task, a.rows); ++row)
+      embedding_row<Drop>(a, row, buffer);
   });
 }
 

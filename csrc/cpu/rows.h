@@ -23,31 +23,19 @@ FASTBERT_INLINE void for_columns(int64_t n, const F& f) {
   if (c < n) f(c, n - c);
 }
 
-// out[r] = the sum of what f(r, c, count) returns over row r of one or two. Two accumulators for each of two rows: one
-// would wait for each of its additions.
-template <int Rows, class F>
-FASTBERT_INLINE void sum_columns(int64_t n, float* out, const F& f) {
-  vf a0 = {}, a1 = {}, b0 = {}, b1 = {};
-  const auto add = [&](int64_t c, int64_t count, vf* a, vf* b) FASTBERT_INLINED {
-    *a += f(0, c, count);
-    if constexpr (Rows > 1) *b += f(1, c, count);
-  };
+// The sum of what f(c, count) returns; four accumulators, because one would wait for each addition.
+template <class F>
+FASTBERT_INLINE float sum_columns(int64_t n, const F& f) {
+  vf s0 = {}, s1 = {}, s2 = {}, s3 = {};
   int64_t c = 0;
-  for (; c + 2 * VLEN <= n; c += 2 * VLEN) add(c, VLEN, &a0, &b0), add(c + VLEN, VLEN, &a1, &b1);
-  for_columns(n - c, [&](int64_t d, int64_t count) FASTBERT_INLINED { add(c + d, count, &a0, &b0); });
-  out[0] = sum(a0 + a1);
-  if constexpr (Rows > 1) out[1] = sum(b0 + b1);
+  for (; c + 4 * VLEN <= n; c += 4 * VLEN)
+    s0 += f(c, VLEN), s1 += f(c + VLEN, VLEN), s2 += f(c + 2 * VLEN, VLEN), s3 += f(c + 3 * VLEN, VLEN);
+  for_columns(n - c, [&](int64_t d, int64_t count) FASTBERT_INLINED { s0 += f(c + d, count); });
+  return sum((s0 + s1) + (s2 + s3));
 }
 
 FASTBERT_INLINE vf first_lanes(vf v, int64_t n) {
   return n >= VLEN ? v : (iota() < static_cast<int32_t>(n) ? v : vf{});
-}
-
-// A row of the next round, on its way while this one is worked on: several rows at a time are more streams than hardware
-// prefetchers follow. Worth a sixth where rows come from memory. An address past the end does no harm.
-template <class T>
-FASTBERT_INLINE void fetch(const T* p) {
-  __builtin_prefetch(p);
 }
 
 // A parameter in fp32: where it lies, or converted into `room`. Null stays null.
@@ -58,18 +46,13 @@ inline const float* as_float(const Vector& v, int64_t n, float* room) {
   return room;
 }
 
-// 1 / standard deviation of rows in fp32, `stride` apart, whose means are known: from the centred values, so that
-// nothing cancels.
-template <int Rows>
-FASTBERT_INLINE void inverse_deviation(const float* rows, int64_t stride, int64_t n, const float* mean, double eps,
-                                       float* rstd) {
-  float squares[Rows];
-  sum_columns<Rows>(n, squares, [&](int r, int64_t c, int64_t count) FASTBERT_INLINED {
-    const vf d = first_lanes(load(rows + r * stride + c) - mean[r], count);
+// 1 / standard deviation of a row in fp32 whose mean is known: from the centred values, so that nothing cancels.
+FASTBERT_INLINE float inverse_deviation(const float* row, int64_t n, float mean, double eps) {
+  const float squares = sum_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
+    const vf d = first_lanes(load(row + c) - mean, count);
     return d * d;
   });
-  for (int r = 0; r < Rows; ++r)
-    rstd[r] = static_cast<float>(1.0 / __builtin_sqrt(squares[r] / static_cast<double>(n) + eps));
+  return static_cast<float>(1.0 / __builtin_sqrt(squares / static_cast<double>(n) + eps));
 }
 
 // Backward of dropout_after(LayerNorm(z)) (embedding) or of LayerNorm(z) with z = dropout(x) + ... (layernorm).
@@ -101,7 +84,7 @@ void norm_backward_rows(const NormBackward<T, Out>& a, int64_t row, float* facto
   const float* const weight = a.weight;
   const bool dx_bias = a.dx_bias;
   float mean[Rows], scale[Rows], rstd[Rows], mean_g[Rows], mean_gx[Rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
   for (int r = 0; r < Rows; ++r) {
     const float* const f = factors + r * padded;
     if constexpr (At != DropoutAt::kNowhere)
@@ -111,8 +94,6 @@ void norm_backward_rows(const NormBackward<T, Out>& a, int64_t row, float* facto
     scale[r] = a.mean == nullptr ? 1.0f : rstd[r];
     vf g0 = {}, g1 = {}, gx0 = {}, gx1 = {};
     const auto add = [&](int64_t c, int64_t count, vf* g, vf* gx) FASTBERT_INLINED {
-      fetch(dy + (r + Rows) * n + c);
-      fetch(z + (r + Rows) * n + c);
       vf v = load_n(dy + r * n + c, count);
       if constexpr (At == DropoutAt::kAfter) v *= load(f + c);
       v *= load_n(weight + c, count);
@@ -128,7 +109,7 @@ void norm_backward_rows(const NormBackward<T, Out>& a, int64_t row, float* facto
   for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
     vf dweight = {}, dbias = {}, dx_sum = {};
     const vf w = load_n(weight + c, count);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int r = 0; r < Rows; ++r) {
       vf g = load_n(dy + c + r * n, count);
       if constexpr (At == DropoutAt::kAfter) g *= load(factors + c + r * padded);
@@ -150,8 +131,8 @@ void norm_backward_rows(const NormBackward<T, Out>& a, int64_t row, float* facto
   });
 }
 
-// Rows that one set of column sums covers: by the shape alone, so that the sums are the same for any number of threads, and
-// few, so that fp32 does not lose digits in a long chain of additions.
+// Rows that one set of column sums covers: by the shape alone, so that the sums are the same for any number of threads,
+// and few, so that fp32 does not lose digits in a long chain of additions.
 FASTBERT_INLINE int64_t rows_per_block(int64_t rows) { return larger(64, ceil_div(rows, 4 * 512) * 4); }
 
 // Computes dz, dx and returns the column sums [sums()][padded_columns], in memory of the caller's kScratchSums.
@@ -163,12 +144,12 @@ float* norm_backward(const Executor& executor, const NormBackward<T, Out>& a) {
   std::memset(sums, 0, larger(blocks, 1) * width * 4);
   const int64_t blocks_per_task = larger(1, kTaskElements / (block * a.columns));
   parallel_tasks(executor, ceil_div(blocks, blocks_per_task), [&](int64_t task, int) {
-    float* factors = static_cast<float*>(scratch(kScratchRows, 4 * padded * 4));
+    float* factors = static_cast<float*>(scratch(kScratchRows, 2 * padded * 4));
     for (int64_t b = task * blocks_per_task; b < smaller((task + 1) * blocks_per_task, blocks); ++b) {
       const int64_t end = smaller((b + 1) * block, a.rows);
       int64_t row = b * block;
-      for (; row + 4 <= end; row += 4) norm_backward_rows<At, 4>(a, row, factors, sums + b * width);
-      for (; row < end; ++row) norm_backward_rows<At, 1>(a, row, factors, sums + b * width);
+      for (; row + 2 <= end; row += 2) norm_backward_rows<At, 2>(a, row, factors, sums + b * width);
+      if (row < end) norm_backward_rows<At, 1>(a, row, factors, sums + b * width);
     }
   });
   // Over the blocks in their order, 16 and then those.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,15 @@ def test_logits_keep_the_state_of_the_forward() -> None:
         outputs.logits  # noqa: B018
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings for the whole process, and those of another test would be in the way."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_logits_stay_deferred_in_mixed_precision() -> None:
     model = fastbert.optimize(build(head="ForMaskedLM", train=True))
     batch = mlm_batch()
