@@ -17,8 +17,7 @@ struct LayerNormForward {
   float *mean, *rstd;
 };
 
-// As in norm_backward_rows, everything is copied to locals. One row at a time: two would be more streams than hardware
-// prefetchers follow, and cost a quarter where rows come from memory. buffer: two padded rows.
+// One row at a time, and everything copied to locals, as in norm_backward_row. buffer: two padded rows.
 template <bool Drop, class X, class R, class Y>
 void layernorm_row(const LayerNormForward<X, R, Y>& a, int64_t row, float* buffer) {
   const int64_t n = a.columns;
