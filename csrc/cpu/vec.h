@@ -105,10 +105,15 @@ FASTBERT_INLINE vf load(const bf16* p) {
 
 FASTBERT_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
 FASTBERT_INLINE void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh(v);
+  std::memcpy(p, &h, sizeof(h));
+#else
   const vu u = reinterpret_cast<vu>(v);
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const vu bits = v == v ? rounded : ((u >> 16) | 0x40u);
   *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(bits, vh);
+#endif
 }
 
 // The first n of VLEN elements; the rest of the vector is zero, the rest of memory untouched.
