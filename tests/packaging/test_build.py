@@ -76,17 +76,17 @@ def later(file: Path, text: str) -> None:
 
 def test_only_what_changed_is_compiled_again(toy: Path) -> None:
     everything = ["compiling binding.cpp", "compiling other.cpp", "compiling scale.cpp", "linking _C"]
-    assert build(toy).made == everything
-    assert build(toy).made == []
+    assert sorted(build(toy).made) == everything
+    assert sorted(build(toy).made) == []
     later(toy / "csrc" / "answer.h", "#define ANSWER 43\n")
-    assert build(toy).made == ["compiling binding.cpp", "linking _C"]
+    assert sorted(build(toy).made) == ["compiling binding.cpp", "linking _C"]
     os.utime(toy / "csrc" / "answer.h", (0, 0))
     later(toy / "csrc" / "cpu" / "scale.h", (toy / "csrc" / "cpu" / "scale.h").read_text())
-    assert build(toy).made == ["compiling scale.cpp", "linking _C"]
+    assert sorted(build(toy).made) == ["compiling scale.cpp", "linking _C"]
     os.utime(toy / "csrc" / "cpu" / "scale.h", (0, 0))
-    assert build(toy, CXXFLAGS="-DOTHER").made == everything, "other flags make other objects"
+    assert sorted(build(toy, CXXFLAGS="-DOTHER").made) == everything, "other flags make other objects"
     (toy / "fastbert" / "_version.py").write_text('__version__ = "1.2.4"\n')
-    assert build(toy, CXXFLAGS="-DOTHER").made == ["compiling binding.cpp", "compiling other.cpp", "linking _C"]
+    assert sorted(build(toy, CXXFLAGS="-DOTHER").made) == ["compiling binding.cpp", "compiling other.cpp", "linking _C"]
 
 
 def test_kernels_are_compiled_per_instruction_set(toy: Path) -> None:
