@@ -10,6 +10,7 @@ first. The first one that gives no reason against runs. FASTBERT_BACKEND, or an 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Hashable
@@ -67,18 +68,16 @@ extension_error: str | None = _load_extension()
 
 
 def leaf(name: str) -> torch._ops.OpOverload | None:
-    """The C++ op `fastbert::<name>`, or None if the extension does not have it."""
-    if extension_error is not None:
-        return None
+    """The op `fastbert::<name>`, or None if nobody has registered it."""
     packet = getattr(torch.ops.fastbert, name, None)
     return None if packet is None else packet.default
 
 
 def missing_leaf(name: str) -> str | None:
-    """Why the C++ op `fastbert::<name>` cannot be called, or None if it can."""
-    if extension_error is not None:
-        return extension_error
-    return None if leaf(name) is not None else f"not built (the C++ extension has no op {name})"
+    """Why the op `fastbert::<name>` cannot be called, or None if it can."""
+    if leaf(name) is not None:
+        return None
+    return extension_error or f"not built (the C++ extension has no op {name})"
 
 
 def not_built(name: str) -> Implementation:
@@ -104,6 +103,23 @@ def cpu_reason(missing: str | None, device_type: str, dtypes: tuple[torch.dtype,
     for dtype in dtypes:
         if dtype is not torch.float32 and dtype is not torch.bfloat16:
             return f"has kernels for torch.float32 and torch.bfloat16, not {dtype}"
+    return None
+
+
+def triton_reason(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the Triton kernels cannot run, for what is common to all ops: the device, Triton, the dtypes."""
+    if device_type == "cpu":
+        if os.environ.get("TRITON_INTERPRET", "0") != "1":
+            return "needs a tensor on cuda, this one is on cpu (TRITON_INTERPRET=1 interprets the kernels there)"
+    elif device_type != "cuda":
+        return f"needs a tensor on cuda, this one is on {device_type}"
+    elif torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+        return "needs an NVIDIA GPU of compute capability 8.0 or more"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    for dtype in dtypes:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"has kernels for torch.float32, torch.bfloat16 and torch.float16, not {dtype}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -87,10 +88,10 @@ def attention(
     checks.tensor("attention", "qkv", qkv)
     if scale is None and qkv.dim() == 4 and qkv.size(3) > 0:
         scale = 1.0 / math.sqrt(qkv.size(3))
-    if _missing is None and leaf.direct(qkv, backend) and dropout_p == 0.0 and seed is None and bias is None:
+    if _cpu.missing is None and leaf.direct(qkv, backend) and dropout_p == 0.0 and seed is None and bias is None:
         try:
             with leaf.below_autograd():
-                return _forward(qkv, cu_seqlens, max_seqlen, scale, 0.0, None, None)[0]
+                return _cpu.forward(qkv, cu_seqlens, max_seqlen, scale, 0.0, None, None)[0]
         except RuntimeError:
             pass
     if checks.autocasting(qkv):
@@ -178,12 +179,11 @@ def _run_reference(
         return attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, bias, seed)
 
 
-_forward: Any = dispatch.leaf("attention_fwd_cpu")
-_backward: Any = dispatch.leaf("attention_bwd_cpu")
-_missing = dispatch.missing_leaf("attention_fwd_cpu") or dispatch.missing_leaf("attention_bwd_cpu")
+_cpu = leaf.Leaf("attention", "cpu")
 
 
-def _run_cpu(
+def _run(
+    kernels: leaf.Leaf,
     qkv: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -197,9 +197,9 @@ def _run_cpu(
         bias = _dense_bias(bias)
     try:
         if leaf.needs_grad(qkv, bias) or torch.compiler.is_compiling():
-            return _forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
+            return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
         with leaf.below_autograd():
-            return _forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
+            return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
     except RuntimeError:  # the kernel checks the lengths too, but can raise nothing else
         check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
         raise
@@ -215,7 +215,7 @@ def _dense_bias(bias: Tensor) -> Tensor:
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    reason = dispatch.cpu_reason(_missing, device_type, (dtype,))
+    reason = dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
     if reason is None and requires is not None and requires % 8 != 0:
         return f"has kernels for head sizes that are multiples of 8, not {requires}"
     return reason
@@ -258,12 +258,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(qkv, out, lse, cu_seqlens, seed, bias)
 
 
-def _autograd(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Any, ...]:
+def _autograd(kernels: leaf.Leaf, ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Any, ...]:
     if dout is None:
         return (None,) * 7
     qkv, out, lse, cu_seqlens, seed, bias = ctx.saved_tensors
     need_dbias = ctx.needs_input_grad[6]
-    dqkv, dbias = _backward(
+    dqkv, dbias = kernels.backward(
         dout.contiguous(),
         qkv,
         out,
@@ -279,19 +279,18 @@ def _autograd(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Any, ...]:
     return dqkv, None, None, None, None, None, dbias if need_dbias else None
 
 
-if _missing is None:
-    leaf.register(
-        "attention",
-        forward_fake=_forward_fake,
-        setup_context=_setup_context,
-        backward=_autograd,
-        backward_fake=_backward_fake,
-    )
+leaf.register(
+    _cpu,
+    forward_fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+    backward_fake=_backward_fake,
+)
 
 implementations = dispatch.register(
     "attention",
     (
-        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
+        dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
         dispatch.not_built("cuda"),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", _run_reference, dispatch.always),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -195,12 +196,11 @@ def _run_reference(
     )
 
 
-_forward: Any = dispatch.leaf("embedding_fwd_cpu")
-_backward: Any = dispatch.leaf("embedding_bwd_cpu")
-_missing = dispatch.missing_leaf("embedding_fwd_cpu") or dispatch.missing_leaf("embedding_bwd_cpu")
+_cpu = leaf.Leaf("embedding", "cpu")
 
 
-def _run_cpu(
+def _run(
+    kernels: leaf.Leaf,
     input_ids: Tensor,
     position_ids: Tensor,
     token_type_ids: Tensor,
@@ -231,10 +231,10 @@ def _run_cpu(
     save = leaf.needs_grad(word, position, token_type, weight, bias)
     try:
         if save or torch.compiler.is_compiling():
-            y = _forward(*arguments, save)[0]
+            y = kernels.forward(*arguments, save)[0]
         else:
             with leaf.below_autograd():
-                y = _forward(*arguments, False)[0]
+                y = kernels.forward(*arguments, False)[0]
     except RuntimeError:  # the kernel checks the ids too, but can raise nothing else
         check_ids(input_ids, position_ids, token_type_ids, word, position, token_type)
         raise
@@ -242,7 +242,7 @@ def _run_cpu(
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    return dispatch.cpu_reason(_missing, device_type, (dtype, *(requires or ())))
+    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype, *(requires or ())))
 
 
 def _forward_fake(
@@ -301,32 +301,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.bias_dtype = bias.dtype
 
 
-def _autograd(ctx: Any, dy: Tensor | None, dxhat: None, drstd: None) -> tuple[Any, ...]:
+def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dxhat: None, drstd: None) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 13
     if not ctx.saved:
         raise RuntimeError(leaf.unsaved_message("embedding"))
     *tensors, seed = ctx.saved_tensors
-    dword, dposition, dtoken_type, dweight, dbias = _backward(
+    dword, dposition, dtoken_type, dweight, dbias = kernels.backward(
         dy.contiguous(), *tensors, *ctx.rows, ctx.padding_idx, ctx.dropout_p, seed
     )
     gradients = dword, dposition, dtoken_type, dweight, dbias.to(ctx.bias_dtype)
     return (None, None, None, *gradients, None, None, None, None, None)
 
 
-if _missing is None:
-    leaf.register(
-        "embedding",
-        forward_fake=_forward_fake,
-        setup_context=_setup_context,
-        backward=_autograd,
-        backward_fake=_backward_fake,
-    )
+leaf.register(
+    _cpu,
+    forward_fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+    backward_fake=_backward_fake,
+)
 
 implementations = dispatch.register(
     "embedding",
     (
-        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
+        dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", _run_reference, dispatch.always),
     ),

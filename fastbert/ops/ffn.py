@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ def ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *, backend: 
     Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
     checks.tensor("ffn", "x", x)
-    if _missing is None and leaf.direct(x, backend) and x.dim() == 2:
+    if _cpu.missing is None and leaf.direct(x, backend) and x.dim() == 2:
         try:
             with leaf.below_autograd():
-                return _forward(x, weight1, bias1, weight2, False)[0]
+                return _cpu.forward(x, weight1, bias1, weight2, False)[0]
         except RuntimeError:
             pass
     if checks.autocasting(x):
@@ -59,25 +60,23 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
         )
 
 
-_forward: Any = dispatch.leaf("ffn_fwd_cpu")
-_backward: Any = dispatch.leaf("ffn_bwd_cpu")
-_missing = dispatch.missing_leaf("ffn_fwd_cpu") or dispatch.missing_leaf("ffn_bwd_cpu")
+_cpu = leaf.Leaf("ffn", "cpu")
 
 
-def _run_cpu(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
+def _run(kernels: leaf.Leaf, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
     rows, weight1, bias1, weight2 = rows.contiguous(), weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
     save = leaf.needs_grad(rows, weight1, bias1, weight2)
     if save or torch.compiler.is_compiling():
-        y = _forward(rows, weight1, bias1, weight2, save)[0]
+        y = kernels.forward(rows, weight1, bias1, weight2, save)[0]
     else:
         with leaf.below_autograd():
-            y = _forward(rows, weight1, bias1, weight2, False)[0]
+            y = kernels.forward(rows, weight1, bias1, weight2, False)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(1))
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    return dispatch.cpu_reason(_missing, device_type, (dtype,))
+    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
 
 
 def _forward_fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
@@ -97,28 +96,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, pre, w1, w2)
 
 
-def _autograd(ctx: Any, dy: Tensor | None, dpre: None) -> tuple[Any, ...]:
+def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dpre: None) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 5
     if not ctx.saved:
         raise RuntimeError(leaf.unsaved_message("ffn"))
-    dx, dw1, db1, dw2 = _backward(dy.contiguous(), *ctx.saved_tensors)
+    dx, dw1, db1, dw2 = kernels.backward(dy.contiguous(), *ctx.saved_tensors)
     return dx, dw1, db1, dw2, None
 
 
-if _missing is None:
-    leaf.register(
-        "ffn",
-        forward_fake=_forward_fake,
-        setup_context=_setup_context,
-        backward=_autograd,
-        backward_fake=_backward_fake,
-    )
+leaf.register(
+    _cpu,
+    forward_fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+    backward_fake=_backward_fake,
+)
 
 implementations = dispatch.register(
     "ffn",
     (
-        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
+        dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
         dispatch.not_built("cuda"),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", ffn_ref, dispatch.always),

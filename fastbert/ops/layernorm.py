@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -62,10 +63,10 @@ def layernorm(
     Differentiable once. Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
     checks.tensor("layernorm", "x", x)
-    if _missing is None and leaf.direct(x, backend) and dropout_p == 0.0 and seed is None and x.dim() == 2:
+    if _cpu.missing is None and leaf.direct(x, backend) and dropout_p == 0.0 and seed is None and x.dim() == 2:
         try:
             with leaf.below_autograd():
-                return _forward(x, x_bias, residual, weight, bias, eps, 0.0, None, False)[0]
+                return _cpu.forward(x, x_bias, residual, weight, bias, eps, 0.0, None, False)[0]
         except RuntimeError:
             pass
     _check(x, weight, bias, x_bias, residual, dropout_p, seed)
@@ -101,12 +102,11 @@ def _check(
         checks.seed("layernorm", seed, x)
 
 
-_forward: Any = dispatch.leaf("layernorm_fwd_cpu")
-_backward: Any = dispatch.leaf("layernorm_bwd_cpu")
-_missing = dispatch.missing_leaf("layernorm_fwd_cpu") or dispatch.missing_leaf("layernorm_bwd_cpu")
+_cpu = leaf.Leaf("layernorm", "cpu")
 
 
-def _run_cpu(
+def _run(
+    kernels: leaf.Leaf,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -124,16 +124,16 @@ def _run_cpu(
         residual = (residual if x.dim() == 2 else residual.reshape(-1, x.size(-1))).contiguous()
     save = leaf.needs_grad(rows, x_bias, residual, weight, bias)
     if save or torch.compiler.is_compiling():
-        y = _forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, save)[0]
+        y = kernels.forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, save)[0]
     else:
         with leaf.below_autograd():
-            y = _forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, False)[0]
+            y = kernels.forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, False)[0]
     return y if x.dim() == 2 else y.view(x.shape)
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     others = tuple(other for other in requires or () if other is not None)
-    return dispatch.cpu_reason(_missing, device_type, (dtype, *others))
+    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype, *others))
 
 
 def _saves_sum(x_bias: Tensor | None, residual: Tensor | None, dropout_p: float) -> bool:
@@ -187,14 +187,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.dtypes = [None if value is None else value.dtype for value in (x, x_bias, residual, bias)]
 
 
-def _autograd(ctx: Any, dy: Tensor | None, dz: None, dmean: None, drstd: None) -> tuple[Any, ...]:
+def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dz: None, dmean: None, drstd: None) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 9
     if not ctx.saved:
         raise RuntimeError(leaf.unsaved_message("layernorm"))
     z, weight, mean, rstd, seed = ctx.saved_tensors
     need_x, need_x_bias, need_residual = ctx.needs_input_grad[:3]
-    dsum, dx, dweight, dbias, dx_bias = _backward(
+    dsum, dx, dweight, dbias, dx_bias = kernels.backward(
         dy.contiguous(), z, weight, mean, rstd, ctx.dropout_p, seed, need_x_bias
     )
     if ctx.dropout_p == 0.0:
@@ -213,19 +213,18 @@ def _autograd(ctx: Any, dy: Tensor | None, dz: None, dmean: None, drstd: None) -
     )
 
 
-if _missing is None:
-    leaf.register(
-        "layernorm",
-        forward_fake=_forward_fake,
-        setup_context=_setup_context,
-        backward=_autograd,
-        backward_fake=_backward_fake,
-    )
+leaf.register(
+    _cpu,
+    forward_fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+    backward_fake=_backward_fake,
+)
 
 implementations = dispatch.register(
     "layernorm",
     (
-        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
+        dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
         dispatch.not_built("cuda"),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", layernorm_ref, dispatch.always),

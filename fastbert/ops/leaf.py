@@ -1,8 +1,13 @@
-"""Registers what PyTorch needs to know of a C++ op besides its kernel: shapes for tracing, and the backward."""
+"""The leaf ops of a backend, and what PyTorch needs to know of them besides their kernels: shapes for tracing, and the
+backward.
+
+All backends of an op share one schema, so that one fake kernel and one autograd formula serve them all.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,26 +22,69 @@ from fastbert import dispatch
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+class Leaf:
+    """The leaf ops of one backend: `fastbert::<op>_fwd_<backend>` and, where there is one, `<op>_bwd_<backend>`.
+
+    missing: why they cannot be called, or None.
+    """
+
+    __slots__ = ("backend", "backward", "forward", "missing", "op")
+
+    def __init__(self, op: str, backend: str, *, backward: bool = True) -> None:
+        names = [f"{op}_fwd_{backend}"] + [f"{op}_bwd_{backend}"] * backward
+        self.op, self.backend = op, backend
+        self.missing = next(filter(None, map(dispatch.missing_leaf, names)), None)
+        self.forward: Any = dispatch.leaf(names[0])
+        self.backward: Any = dispatch.leaf(names[-1]) if backward else None
+
+
+def define_triton(op: str, forward: str, backward: str | None = None) -> Leaf:
+    """Define the Triton leaf ops by their schemas, "(Tensor x, ...) -> (Tensor, ...)".
+
+    Their kernels are `<op>_fwd` and `<op>_bwd` of `fastbert.kernels.<op>`, which is imported at the first call, and
+    Triton with it.
+    """
+    for name, schema in (("fwd", forward), ("bwd", backward)):
+        if schema is None:
+            continue
+
+        def run(*args: Any, _name: str = f"{op}_{name}") -> Any:
+            return getattr(importlib.import_module(f"fastbert.kernels.{op}"), _name)(*args)
+
+        _library.define(f"{op}_{name}_triton{schema}")
+        for key in ("CUDA", "CPU"):  # CPU: for Triton's interpreter
+            _library.impl(f"{op}_{name}_triton", run, key)
+    return Leaf(op, "triton", backward=backward is not None)
+
+
+_library = torch.library.Library("fastbert", "FRAGMENT")
+
+
 def register(
-    op: str,
+    leaf: Leaf,
     *,
     forward_fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     backward_fake: Callable[..., Any] | None = None,
 ) -> None:
-    """Register fake kernels and autograd for `fastbert::<op>_fwd_cpu` and, if it has a fake, `<op>_bwd_cpu`."""
-    name = f"fastbert::{op}_fwd_cpu"
-    torch.library.register_fake(name, _guarded(op, forward_fake))
-    torch.library.register_autograd(name, backward, setup_context=setup_context)
+    """Register fake kernels and autograd for a backend's ops, if they are there.
+
+    backward: called as backward(leaf, ctx, *grads).
+    """
+    if leaf.missing is not None:
+        return
+    name = f"fastbert::{leaf.op}_fwd_{leaf.backend}"
+    torch.library.register_fake(name, _guarded(leaf.op, forward_fake))
+    torch.library.register_autograd(name, functools.partial(backward, leaf), setup_context=setup_context)
     if backward_fake is None:
         return
 
     def second_order(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(second_order_message(op))
+        raise RuntimeError(second_order_message(leaf))
 
-    name = f"fastbert::{op}_bwd_cpu"
-    torch.library.register_fake(name, _guarded(op, backward_fake))
+    name = f"fastbert::{leaf.op}_bwd_{leaf.backend}"
+    torch.library.register_fake(name, _guarded(leaf.op, backward_fake))
     torch.library.register_autograd(name, second_order)
 
 
@@ -55,8 +103,8 @@ def _guarded(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def second_order_message(op: str) -> str:
-    return f'{op}: the cpu backend has no second-order gradients; use backend="reference" for them'
+def second_order_message(leaf: Leaf) -> str:
+    return f'{leaf.op}: the {leaf.backend} backend has no second-order gradients; use backend="reference" for them'
 
 
 def direct(x: Tensor, backend: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,10 +41,10 @@ def linear(
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
     checks.tensor("linear", "x", x)
-    if _missing is None and leaf.direct(x, backend) and x.dim() == 2:
+    if _cpu.missing is None and leaf.direct(x, backend) and x.dim() == 2:
         try:
             with leaf.below_autograd():
-                return _forward(x, weights, biases)
+                return _cpu.forward(x, weights, biases)
         except RuntimeError:
             pass
     if checks.autocasting(x):
@@ -77,26 +78,24 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
             checks.shape("linear", name, biases[i], (w.size(0),), "[out_features]")
 
 
-_forward: Any = dispatch.leaf("linear_fwd_cpu")
-_backward: Any = dispatch.leaf("linear_bwd_cpu")
-_missing = dispatch.missing_leaf("linear_fwd_cpu") or dispatch.missing_leaf("linear_bwd_cpu")
+_cpu = leaf.Leaf("linear", "cpu")
 
 
-def _run_cpu(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+def _run(kernels: leaf.Leaf, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
     rows = rows.contiguous()
     weights = [weight.contiguous() for weight in weights]
     biases = [bias.contiguous() for bias in biases]
     if leaf.needs_grad(rows, *weights, *biases) or torch.compiler.is_compiling():
-        y = _forward(rows, weights, biases)
+        y = kernels.forward(rows, weights, biases)
     else:
         with leaf.below_autograd():
-            y = _forward(rows, weights, biases)
+            y = kernels.forward(rows, weights, biases)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(1))
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    return dispatch.cpu_reason(_missing, device_type, (dtype,))
+    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
 
 
 def _forward_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -120,10 +119,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.num_biases = len(biases)
 
 
-def _autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, *weights = ctx.saved_tensors
     need_dx, need_dw, need_db = ctx.needs_input_grad
-    dx, dw, db = _backward(dy.contiguous(), x, weights, need_dx, any(need_dw), any(need_db))
+    dx, dw, db = kernels.backward(dy.contiguous(), x, weights, need_dx, any(need_dw), any(need_db))
     dweights: list[Tensor | None] = []
     dbiases: list[Tensor | None] = []
     start = 0
@@ -136,19 +135,18 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx if need_dx else None, dweights, dbiases
 
 
-if _missing is None:
-    leaf.register(
-        "linear",
-        forward_fake=_forward_fake,
-        setup_context=_setup_context,
-        backward=_autograd,
-        backward_fake=_backward_fake,
-    )
+leaf.register(
+    _cpu,
+    forward_fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+    backward_fake=_backward_fake,
+)
 
 implementations = dispatch.register(
     "linear",
     (
-        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
+        dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
         dispatch.Implementation("reference", linear_ref, dispatch.always),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -136,11 +137,11 @@ def _run_reference(
     return mlm_loss_ref(hidden, labels, weight, bias, ignore_index, label_smoothing)
 
 
-_forward: Any = dispatch.leaf("mlm_loss_fwd_cpu")
-_missing = dispatch.missing_leaf("mlm_loss_fwd_cpu")
+_cpu = leaf.Leaf("mlm_loss", "cpu", backward=False)
 
 
-def _run_cpu(
+def _run(
+    kernels: leaf.Leaf,
     hidden: Tensor,
     labels: Tensor,
     weight: Tensor,
@@ -154,16 +155,16 @@ def _run_cpu(
     save = leaf.needs_grad(hidden, weight, bias)
     try:
         if save or torch.compiler.is_compiling():
-            return _forward(hidden, labels, weight, bias, ignore_index, label_smoothing, save)[0]
+            return kernels.forward(hidden, labels, weight, bias, ignore_index, label_smoothing, save)[0]
         with leaf.below_autograd():
-            return _forward(hidden, labels, weight, bias, ignore_index, label_smoothing, False)[0]
+            return kernels.forward(hidden, labels, weight, bias, ignore_index, label_smoothing, False)[0]
     except RuntimeError:  # the kernel checks the labels too, but can raise nothing else
         check_labels(labels, weight.size(0), ignore_index)
         raise
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    return dispatch.cpu_reason(_missing, device_type, (dtype,))
+    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
 
 
 def _forward_fake(
@@ -190,24 +191,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*output[1:])
 
 
-def _autograd(ctx: Any, dloss: Tensor | None, *unused: None) -> tuple[Any, ...]:
+def _autograd(kernels: leaf.Leaf, ctx: Any, dloss: Tensor | None, *unused: None) -> tuple[Any, ...]:
     if dloss is None:
         return (None,) * 7
     if not ctx.saved:
         raise RuntimeError(leaf.unsaved_message("mlm_loss"))
     if torch.is_grad_enabled():  # the saved gradients are constants: a second derivative would silently lack them
-        raise RuntimeError(leaf.second_order_message("mlm_loss"))
+        raise RuntimeError(leaf.second_order_message(kernels))
     dh, dweight, dbias = (gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors)
     return dh, None, dweight, dbias if ctx.has_bias else None, None, None, None
 
 
-if _missing is None:
-    leaf.register("mlm_loss", forward_fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+leaf.register(_cpu, forward_fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
 
 implementations = dispatch.register(
     "mlm_loss",
     (
-        dispatch.Implementation("cpu", _run_cpu, _supports_cpu),
+        dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", _run_reference, dispatch.always),
     ),
