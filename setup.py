@@ -329,11 +329,12 @@ setup(
     packages=[
         *find_packages(include=["fastbert", "fastbert.*"]),
         "fastbert.kernels",
+        "fastbert.kernels.configs",
         "fastbert.bench",
         *(f"fastbert.bench.{name}" for name in find_packages("bench")),
     ],
     package_dir={"fastbert": "fastbert", "fastbert.bench": "bench", "fastbert.kernels": "kernels/triton"},
-    package_data={"fastbert": ["py.typed"]},
+    package_data={"fastbert": ["py.typed"], "fastbert.kernels.configs": ["*.json"]},
     ext_modules=[Extension("fastbert._C", [])] if BUILD or not BUILDS else [],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
 )
