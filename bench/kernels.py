@@ -8,6 +8,7 @@ machine code) is an error.
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -118,42 +120,53 @@ def row(op: str, kernel: str, case: str, arch: int, code: Code, shared: int, mat
     }
 
 
-def modules() -> list[str]:
-    """The files of fastbert.kernels that offer cases. Raises TypeError if one that has a kernel offers none."""
+def modules() -> list[Any]:
+    """The files of fastbert.kernels."""
     import fastbert.kernels
 
-    found = []
-    for item in pkgutil.iter_modules(fastbert.kernels.__path__, "fastbert.kernels."):
-        if item.ispkg:
-            continue
-        module = importlib.import_module(item.name)
-        if hasattr(module, "cases"):
-            found.append(item.name)
-        elif kernels_of(module):
-            raise TypeError(f"{item.name} has kernels ({', '.join(kernels_of(module))}) and no cases(arch)")
+    found = pkgutil.iter_modules(fastbert.kernels.__path__, "fastbert.kernels.")
+    return [importlib.import_module(item.name) for item in found if not item.ispkg]
+
+
+@functools.cache
+def cases(module: str, arch: int) -> list[Any]:
+    """The cases that a module offers. Raises ValueError if two of them have one name."""
+    found = list(importlib.import_module(module).cases(arch))
+    counts = Counter((case.kernel.__name__, case.label) for case in found)
+    if doubled := [" ".join(pair) for pair, count in counts.items() if count > 1]:
+        raise ValueError(f"{module}: cases({arch}) has more than one {', '.join(doubled)}")
     return found
 
 
-def kernels_of(module: Any) -> list[str]:
-    """The names of the kernels that a module defines: jitted functions called ``_..._kernel``."""
+def tasks(module: str, arch: int) -> list[Task]:
+    """The cases of a module that are compiled: one in float16 only if the same in bfloat16 is not there.
+
+    The two become the same code but for the type in the names of instructions, and they are half of the work.
+    """
+    chosen: dict[str, int] = {}
+    for wanted in ("*bf16", "*fp16", None):
+        for index, case in enumerate(cases(module, arch)):
+            types = set(case.signature.values())
+            if wanted in types or (wanted is None and not types & {"*bf16", "*fp16"}):
+                same = {name: kind.replace("*fp16", "*bf16") for name, kind in case.signature.items()}
+                chosen.setdefault(repr((case.kernel.__name__, same, case.constants, case.options)), index)
+    return [Task(module, arch, index) for index in sorted(chosen.values())]
+
+
+def without_cases(arch: int) -> list[str]:
+    """The kernels (jitted functions called ``_..._kernel``) that no file has a case for."""
     from triton.runtime.jit import JITFunction
 
-    return [
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, JITFunction) and name.endswith("_kernel") and value.fn.__module__ == module.__name__
-    ]
-
-
-def tasks(module: str, arch: int) -> list[Task]:
-    """All cases of a module. Raises ValueError if a kernel has none, or two of them have one name."""
-    found = list(importlib.import_module(module).cases(arch))
-    names = [(case.kernel.__name__, case.label) for case in found]
-    if doubled := sorted({f"{kernel} {label}" for kernel, label in names if names.count((kernel, label)) > 1}):
-        raise ValueError(f"{module}: cases({arch}) has more than one {', '.join(doubled)}")
-    if missing := set(kernels_of(importlib.import_module(module))) - {kernel for kernel, _ in names}:
-        raise ValueError(f"{module}: cases({arch}) has nothing for {', '.join(sorted(missing))}")
-    return [Task(module, arch, index) for index in range(len(found))]
+    files = modules()
+    offered = {case.kernel.fn for file in files if hasattr(file, "cases") for case in cases(file.__name__, arch)}
+    return sorted(
+        {
+            f"{value.fn.__module__}.{name}"
+            for file in files
+            for name, value in vars(file).items()
+            if isinstance(value, JITFunction) and name.endswith("_kernel") and value.fn not in offered
+        }
+    )
 
 
 def specialised(signature: dict[str, str]) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:
@@ -178,7 +191,7 @@ def compile_case(task: Task) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    case = list(importlib.import_module(task.module).cases(task.arch))[task.index]
+    case = cases(task.module, task.arch)[task.index]
     op, kernel = task.module.rpartition(".")[2], case.kernel.__name__
     places = {name: "constexpr" if name in case.constants else case.signature[name] for name in case.kernel.arg_names}
     types, hints = specialised(places)
@@ -216,7 +229,7 @@ def compile_all(
             progress(f"{len(rows)}/{len(wanted)} {rows[task]['kernel']} {rows[task]['case']} sm_{task.arch}")
 
     def give_up(task: Task) -> None:
-        case = list(importlib.import_module(task.module).cases(task.arch))[task.index]
+        case = cases(task.module, task.arch)[task.index]
         op, kernel = task.module.rpartition(".")[2], case.kernel.__name__
         text = "does not compile: the compiler crashed"
         rows[task] = {"op": op, "kernel": kernel, "case": case.label, "arch": task.arch, "problems": [text]}
@@ -325,11 +338,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastbert.kernels import configs
         except ModuleNotFoundError as error:
             raise ValueError(f"{error} (pip install triton)") from None
-        known = {module.rpartition(".")[2]: module for module in modules()}
+        known = {file.__name__.rpartition(".")[2]: file.__name__ for file in modules() if hasattr(file, "cases")}
         chosen = [known[op] for op in _chosen(arguments.op, list(known), "--op")]
         arches = [int(arch) for arch in _chosen(arguments.arch, [str(a) for a in configs.ARCHITECTURES], "--arch")]
         wanted = [task for module in chosen for arch in arches for task in tasks(module, arch)]
-    except (ValueError, TypeError) as error:
+        for arch in arches:
+            if missing := without_cases(arch):
+                raise ValueError(f"no file of fastbert.kernels has cases({arch}) for {', '.join(missing)}")
+    except ValueError as error:
         print(f"fastbert bench kernels: {error}", file=sys.stderr)
         return 2
     progress = report.progress("kernels")
