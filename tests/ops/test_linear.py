@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.ops.linear import linear_ref
+from fastbert.ops.linear import linear_cuda, linear_ref
 
 # rows, in features, out features of each weight, whether there are biases
 CASES = [
@@ -87,6 +87,17 @@ def test_linear_fwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
 def test_linear_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     accuracy.require("linear", backend, dtype)
     accuracy.check_backward(ours(backend), eager, reference, tensors_for(*case, dtype))
+
+
+@table
+@dtypes
+def test_linear_cuda_formula(dtype: torch.dtype, case: tuple) -> None:
+    """The CUDA backend is plain PyTorch, whose numbers can be judged anywhere."""
+
+    def cuda(x: Tensor, **rest: Tensor) -> Tensor:
+        return linear_cuda(x, *lists(rest))
+
+    accuracy.check_backward(cuda, eager, reference, tensors_for(*case, dtype))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
