@@ -76,6 +76,10 @@ lint: env  ## ruff and mypy
 bench: build $(VENV)/.stamp-bench  ## the benchmarks; results go to bench/results
 	@$(BIN)/fastbert bench $(BENCH_ARGS)
 
+.PHONY: kernels
+kernels: build  ## write the table of the CUDA kernels' registers and spills, bench/results/kernels-cuda.json
+	@$(BIN)/python bench/cuda_resources.py
+
 .PHONY: results
 results: env  ## write the benchmark table of README.md from bench/results
 	@$(BIN)/python docs/results.py
@@ -102,5 +106,5 @@ constraints: $(VENV)/.stamp-bench  ## write requirements/constraints.txt from wh
 
 .PHONY: clean
 clean:  ## remove what was built; the environment and the downloads stay
-	@rm -rf build dist *.egg-info fastbert/_C.* fastbert/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info fastbert/_C.* fastbert/_C_cuda.* fastbert/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find fastbert bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

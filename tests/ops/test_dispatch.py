@@ -132,7 +132,7 @@ def test_unknown_names_as_arguments() -> None:
 def test_cuda_backends_are_named() -> None:
     rejected = dispatch.describe("cpu", torch.float32)["attention"]["rejected"]
     expected = "needs a tensor on cuda" if torch.cuda.is_available() else "no CUDA device"
-    assert rejected["cuda"].startswith(expected)
+    assert rejected["cuda"].startswith((expected, "not built"))
     assert rejected["triton"].startswith(expected)
 
 
