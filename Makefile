@@ -36,6 +36,11 @@ test: build  ## run the tests (TESTS=path PYTEST_ARGS=... to choose)
 kernels: build  ## compile every GPU kernel without a GPU; check registers, spills, shared memory
 	@$(BIN)/pytest -m kernels tests/kernels
 
+.PHONY: kernel-tables
+kernel-tables: build  ## write what the GPU kernels compile to: bench/results/kernels-*.json
+	@$(BIN)/fastbert bench kernels
+	@$(BIN)/python bench/cuda_resources.py
+
 .PHONY: build
 build: $(VENV)/.stamp-install  ## environment and extension, up to date
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -106,5 +111,5 @@ constraints: $(VENV)/.stamp-bench  ## write requirements/constraints.txt from wh
 
 .PHONY: clean
 clean:  ## remove what was built; the environment and the downloads stay
-	@rm -rf build dist *.egg-info fastbert/_C.* fastbert/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info fastbert/_C.* fastbert/_C_cuda.* fastbert/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find fastbert bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -92,6 +92,7 @@ def information() -> dict[str, Any]:
             "supported_isas": list(_C.supported_isas()),
             "features": list(_C.cpu_features()),
         }
+    build["cuda"] = dispatch.cuda_error or True
     devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {

@@ -28,11 +28,17 @@ class Implementation(NamedTuple):
 
     name: one of BACKENDS. run: takes the op's checked arguments.
     supports(device_type, dtype, requires) gives None, or the reason why it cannot run these.
+    off: why it runs only where it is forced, or None.
     """
 
     name: str
     run: Callable[..., Any]
     supports: Callable[[str, torch.dtype, Any], str | None]
+    off: str | None = None
+
+
+# A kernel that was compiled, and tested by running its source on the host, but that no GPU has run.
+NEVER_RUN = "off unless forced: no GPU has run this kernel yet"
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -54,17 +60,30 @@ def _load_extension() -> str | None:
     return None
 
 
-def _build_reason() -> str:
-    """What the build noted down about why it left the extension out."""
+def _load_cuda() -> str | None:
+    """Load the library of the CUDA ops, which is apart from `fastbert._C`: no CPU op is lost if it fails."""
+    found = sorted(Path(__file__).parent.glob("_C_cuda.*"))
+    if not found:
+        return f"not built ({_build_reason('cuda_reason')})"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"the library of the CUDA kernels does not load: {error}"
+    return None
+
+
+def _build_reason(key: str = "reason") -> str:
+    """What the build noted down about why it left the extension, or the CUDA kernels, out."""
     try:
         note = json.loads(Path(__file__).with_name("_build.json").read_text(encoding="utf-8"))
-        reason = note["reason"]
+        reason = note[key]
     except (OSError, ValueError, KeyError):
         reason = ""
     return reason or "fastbert was installed without its C++ extension"
 
 
 extension_error: str | None = _load_extension()
+cuda_error: str | None = _load_cuda()
 
 
 def leaf(name: str) -> torch._ops.OpOverload | None:
@@ -77,7 +96,8 @@ def missing_leaf(name: str) -> str | None:
     """Why the op `fastbert::<name>` cannot be called, or None if it can."""
     if leaf(name) is not None:
         return None
-    return extension_error or f"not built (the C++ extension has no op {name})"
+    error = cuda_error if name.endswith("_cuda") else extension_error
+    return error or f"not built (the C++ extension has no op {name})"
 
 
 def not_built(name: str) -> Implementation:
@@ -103,6 +123,19 @@ def cpu_reason(missing: str | None, device_type: str, dtypes: tuple[torch.dtype,
     for dtype in dtypes:
         if dtype is not torch.float32 and dtype is not torch.bfloat16:
             return f"has kernels for torch.float32 and torch.bfloat16, not {dtype}"
+    return None
+
+
+def cuda_reason(missing: str | None, device_type: str) -> str | None:
+    """Why the CUDA kernels cannot run, for what is common to all ops: the device and the build."""
+    if missing is not None:
+        return missing
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if device_type != "cuda":
+        return f"needs a tensor on cuda, this one is on {device_type}"
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+        return "needs an NVIDIA GPU of compute capability 8.0 or more"
     return None
 
 
@@ -179,7 +212,7 @@ def _select(op: str, device_type: str, dtype: torch.dtype, requires: Any, backen
             raise RuntimeError(f"{origin} forces {op}:{forced}, which cannot run: {reason}")
         return candidates[forced]
     for implementation in candidates.values():
-        if implementation.supports(device_type, dtype, requires) is None:
+        if implementation.off is None and implementation.supports(device_type, dtype, requires) is None:
             return implementation
     raise RuntimeError(f"{op}: no implementation runs on {device_type} in {dtype}")
 
@@ -256,6 +289,8 @@ def describe(
                 rejected[name] = reason
             elif forced is not None and name != forced:
                 rejected[name] = f"{origin} forces {forced}"
+            elif forced is None and implementation.off is not None:
+                rejected[name] = implementation.off
             elif chosen is not None:
                 rejected[name] = f"not needed, {chosen} comes first"
             else:
