@@ -85,6 +85,11 @@ lint: env  ## ruff and mypy
 bench: build $(VENV)/.stamp-bench  ## the benchmarks; results go to bench/results
 	@$(BIN)/fastbert bench $(BENCH_ARGS)
 
+.PHONY: gpu
+gpu:  ## tests and benchmarks on an NVIDIA GPU, on the Python that is there (GPU_STEPS="build tests sanitize bench")
+	@if [ -z "$(PYTHON)" ]; then echo "make gpu: needs Python 3.11 or later, and none was found" >&2; exit 1; fi
+	@$(PYTHON) .ci/gpu $(GPU_STEPS)
+
 .PHONY: results
 results: env  ## write the benchmark table of README.md from bench/results
 	@$(BIN)/python docs/results.py

@@ -1,7 +1,7 @@
 """``fastbert bench gpu``: the GPU table. Models and single operations in bfloat16, next to what the card can do.
 
-Everything happens in another process (`gpu_worker`), which is started again when something spoils it, so that one failure
-costs one figure. Figures come in the order of importance until the time is used up.
+Everything happens in another process (`gpu_worker`), which is started again when something spoils it, so that one
+failure costs one figure. Figures come in the order of importance until the time is used up.
 """
 
 import argparse
@@ -27,8 +27,8 @@ OURS = ("triton", "cuda")
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fastbert bench gpu",
-        description="Models and single operations on an NVIDIA GPU in bfloat16, against Hugging Face, torch.compile and "
-        "unpadded stacks, and against what the card can do, measured in the same run.",
+        description="Models and single operations on an NVIDIA GPU in bfloat16, against Hugging Face, torch.compile "
+        "and unpadded stacks, and against what the card can do, measured in the same run.",
     )
     top.add_argument("--list", action="store_true", help="list rows and contestants, measure nothing")
     top.add_argument("--row", default=None, metavar="A,B", help="rows, or how their names begin (default: all)")

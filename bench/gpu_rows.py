@@ -1,7 +1,7 @@
 """The rows of the GPU table: models and single operations in bfloat16, who takes part in each, and in which order.
 
-A row is a `Workload` like those of the CPU table. The order is that of importance: what the time does not suffice for is
-at the end, and so are the contestants that need minutes to compile.
+A row is a `Workload` like those of the CPU table. The order is that of importance: what the time does not suffice for
+is at the end, and so are the contestants that need minutes to compile.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -35,7 +35,7 @@ class Gpu:
         self.contestant: Any = None
 
     def ceilings(self) -> dict[str, Any]:
-        """What the card can do, measured: GB/s of a large copy, read and written, and GFLOP/s of large bf16 products."""
+        """What the card can do: GB/s of a large copy, read and written, and GFLOP/s of large bf16 products."""
         shapes = ((8192, 8192, 8192), (gpu_rows.TOKENS, 1024, 4096), (gpu_rows.TOKENS, 4096, 1024))
         rates = {"x".join(map(str, shape)): self._matmul(*shape) for shape in shapes}
         return {"copy": self._copy(1 << 30), "matmul": max(rates.values()), "matmuls": rates}
