@@ -89,8 +89,8 @@ def test_linear_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     accuracy.check_backward(ours(backend), eager, reference, tensors_for(*case, dtype))
 
 
-@table
-@dtypes
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
 def test_linear_cuda_formula(dtype: torch.dtype, case: tuple) -> None:
     """The CUDA backend is plain PyTorch, whose numbers can be judged anywhere."""
 
