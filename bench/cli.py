@@ -14,6 +14,7 @@ KINDS = {"table": ("inference", "training"), "model": ("inference",), "training"
 
 OTHERS = {
     "gpu": "models and operations on an NVIDIA GPU",
+    "tune": "which launch configurations are fastest on this GPU",
     "kernels": "what the GPU kernels are compiled to; needs no GPU",
 }
 """Commands with flags of their own, each a module of this package: ``fastbert bench kernels --help``."""

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: keeping what was measured", file=sys.stderr)
     finally:
-        run.close()
+        run.worker.close()
     for row in content["rows"]:
         print(report.table(row) + "\n")
     print(f"results: {path}")
@@ -87,12 +87,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if {"failed", "wrong"} & set(ours) else 0
 
 
+class Worker:
+    """A process that uses the GPU, started when it is needed and again after something has spoilt it."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.process: runner.WorkerProcess | None = None
+
+    def ask(self, do: str, seconds: float, **arguments: Any) -> dict[str, Any]:
+        """The answer of `module`. Raises runner.WorkerError if there is none in time, or it says what failed."""
+        if self.process is None:
+            self.process = runner.WorkerProcess(machine.cores(), module=self.module)
+        self.process.timeout = seconds
+        try:
+            return self.process.ask(do, **arguments)
+        except runner.WorkerError:
+            if self.process.silent or not self.alive():
+                self.close()
+            raise
+
+    def alive(self) -> bool:
+        """Whether the process can still use the device."""
+        assert self.process is not None
+        self.process.timeout = 20.0
+        try:
+            self.process.ask("alive")
+        except runner.WorkerError:
+            return False
+        return True
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.close()
+            self.process = None
+
+
 class Run:
     """Fills the rows of `content`, and writes it to `path` after each figure."""
 
     def __init__(self, content: dict[str, Any], path: Path, names: list[str] | None, budget: float) -> None:
         self.content, self.path, self.names, self.budget = content, path, names, budget
-        self.process: runner.WorkerProcess | None = None
+        self.worker = Worker("gpu_worker")
         self.ceilings: dict[str, Any] = {}
         self.start = time.monotonic()
         self.stopped = True
@@ -101,7 +136,7 @@ class Run:
     def everything(self, wanted: Sequence[str]) -> None:
         """Measure rows, in the order of `gpu_rows.plan`."""
         try:
-            self.ceilings = self.ask("ceilings", START_S)
+            self.ceilings = self.worker.ask("ceilings", START_S)
         except runner.WorkerError as error:
             print(f"fastbert bench gpu: the card's own rates were not measured: {error}", file=sys.stderr)
         self.content["ceilings"] = self.ceilings
@@ -141,7 +176,7 @@ class Run:
         due = {name: item for name, item in record["contestants"].items() if table[name].optional == slow}
         try:
             if due and time.monotonic() - self.start < self.budget:
-                self.ask("prepare", START_S, row=record["row"])
+                self.worker.ask("prepare", START_S, row=record["row"])
         except runner.WorkerError as error:
             for item in due.values():
                 item.update(status="failed", reason=f"there is nothing to compare with: {error}")
@@ -156,7 +191,7 @@ class Run:
                 continue
             self.progress(f"{record['row']} {name} ({left:.0f} s left)")
             try:
-                item.update(self.ask("measure", START_S * (4 if slow else 1), row=record["row"], name=name))
+                item.update(self.worker.ask("measure", START_S * (4 if slow else 1), row=record["row"], name=name))
             except runner.WorkerError as error:
                 item.update(status="failed", reason=str(error))
             if "median_s" in item:
@@ -172,34 +207,6 @@ class Run:
             item["tokens_per_s"] = record["facts"]["tokens"] / item["median_s"]
             sheet = BF16_PEAK.get(self.content["machine"]["device"])
             item["mfu"] = item["rate"] / (sheet * 1e3) if sheet else None
-
-    def ask(self, do: str, seconds: float, **arguments: Any) -> dict[str, Any]:
-        """The worker's answer. What spoils it (the process died, CUDA gave up, time ran out) ends it: the next question
-        goes to a fresh one. Raises runner.WorkerError."""
-        if self.process is None:
-            self.process = runner.WorkerProcess(machine.cores(), module="gpu_worker")
-        self.process.timeout = seconds
-        try:
-            return self.process.ask(do, **arguments)
-        except runner.WorkerError:
-            if self.process.silent or not self.alive():
-                self.close()
-            raise
-
-    def alive(self) -> bool:
-        """Whether the worker can still use the device."""
-        assert self.process is not None
-        self.process.timeout = 20.0
-        try:
-            self.process.ask("alive")
-        except runner.WorkerError:
-            return False
-        return True
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.close()
-            self.process = None
 
 
 def _chosen_rows(given: str | None, rows: list[str]) -> list[str]:

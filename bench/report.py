@@ -91,7 +91,8 @@ def table(row: dict[str, Any]) -> str:
     body = []
     for name, item in sorted(timed.items(), key=lambda pair: -pair[1]["median_s"]):
         share = item["share_of_peak"]
-        cells = [name, milliseconds(item["median_s"])] + [milliseconds(item["min_s"])] * fastest
+        cells = [name, milliseconds(item["median_s"])]
+        cells += [milliseconds(item["min_s"])] if fastest else []
         if tokens:
             cells += [f"{item['tokens_per_s']:.0f}", f"{item['mfu']:.0%}" if item["mfu"] is not None else "-"]
         cells += [f"{item['rate']:.1f}", f"{share:.0%}" if share is not None else "-"]

@@ -110,6 +110,8 @@ def information() -> dict[str, Any]:
 
 
 def _as_text(found: dict[str, Any]) -> str:
+    from . import dispatch
+
     lines = [f"fastbert {found['version']}", "", "build"]
     lines += [f"  {key:<14} {_value(value)}" for key, value in found["build"].items() if value not in (None, "")]
     lines += ["", "cpu", *(f"  {key:<14} {_value(value)}" for key, value in found["cpu"].items())]
@@ -120,6 +122,7 @@ def _as_text(found: dict[str, Any]) -> str:
         lines += ["", f"ops on {found['ops']['device']}, {dtype}"]
         for op, choice in found["ops"][dtype].items():
             lines.append(f"  {op:<12} {choice['backend'] or 'none'}")
+            lines += [f"    {line}" for line in dispatch.launches_as_text(choice)]
             lines += [f"    not {backend}: {reason}" for backend, reason in choice["rejected"].items()]
     return "\n".join(lines)
 

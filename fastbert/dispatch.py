@@ -295,6 +295,21 @@ def parse(setting: str) -> tuple[str | None, dict[str, str]]:
     return everywhere, single
 
 
+def _launches(op: str, device: str | torch.device) -> dict[str, Any]:
+    from fastbert.kernels import configs  # type: ignore[import-not-found]
+
+    told = configs.describe(device)
+    return {"tables": told["tables"], "launched": {k: v for k, v in told["used"].items() if k.startswith(op)}}
+
+
+def launches_as_text(entry: dict[str, Any]) -> list[str]:
+    """What an entry of `describe` says of launch configurations, as lines."""
+    lines = [f"launch configurations from {', then '.join(entry['tables'])}"] if "tables" in entry else []
+    for name, config in entry.get("launched", {}).items():
+        lines.append(f"launched {name}: " + ", ".join(f"{key} {value}" for key, value in config.items()))
+    return lines
+
+
 def describe(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -304,6 +319,8 @@ def describe(
 ) -> dict[str, dict[str, Any]]:
     """What each op would run on this device in this dtype: {op: {"backend": name, "rejected": {backend: reason}}}.
 
+    Where the backend is triton also "tables", the files that launch configurations come from, the first of them going
+    before the next, and "launched": what this process has launched kernels of the op with.
     head_dim: the attention's head size, where it is known. Does not raise if a forced backend cannot run: then
     "backend" is None and "rejected" holds the reason. An invalid FASTBERT_BACKEND does raise ValueError.
     """
@@ -328,4 +345,6 @@ def describe(
             else:
                 chosen = name
         result[op] = {"backend": chosen, "rejected": rejected}
+        if chosen == "triton":
+            result[op] |= _launches(op, device)
     return result
