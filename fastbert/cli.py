@@ -1,4 +1,4 @@
-"""The command ``fastbert``: info, tokenizer, prepare, finetune, predict, bench."""
+"""The command ``fastbert``: info, tokenizer, prepare, pretrain, finetune, predict, bench."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ usage: fastbert COMMAND [flags]
   info      what is built, which device and instruction set, and which implementation each op would use
   tokenizer learn a WordPiece vocabulary from text
   prepare   make pretraining data from text
+  pretrain  train a BERT on prepared data, from scratch or from a checkpoint
   finetune  fine-tune a classifier or a regression on a CSV, TSV, JSONL or Parquet file
   predict   predict with a fine-tuned model over a file of any size
   bench     measure ops, models and training steps on this machine, against the alternatives
@@ -143,6 +144,12 @@ def _prepare(argv: list[str]) -> int:
     return run(argv)
 
 
+def _pretrain(argv: list[str]) -> int:
+    from .training.pretrain import main as run
+
+    return run(argv)
+
+
 def _finetune(argv: list[str]) -> int:
     from .training.arguments import parse
     from .training.finetune import main as run
@@ -166,6 +173,7 @@ _COMMANDS = {
     "info": _info,
     "tokenizer": _tokenizer,
     "prepare": _prepare,
+    "pretrain": _pretrain,
     "finetune": _finetune,
     "predict": _predict,
     "bench": _bench,

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from .arguments import ArgumentParser, HelpFormatter
 from .documents import Document, Reader, Source, input_names, open_sources
 from .errors import CommandError, first_line, is_disk_full
+from .flags import parse_flags
 from .loading import load_tokenizer, quiet_transformers
 from .report import write_json
 from .sequences import PAIR_SPECIAL, Counts
@@ -122,27 +122,14 @@ class PrepareArguments:
 
 def parse(argv: list[str]) -> PrepareArguments:
     """Parse the flags. Exits with status 2 on a wrong one."""
-    return parse_flags(
-        PrepareArguments,
+    (parsed,) = parse_flags(
+        (PrepareArguments,),
         argv,
         prog="fastbert prepare",
         usage="fastbert prepare --input PATH... --tokenizer_name DIR --output DIR [flags]",
         description="Make pretraining data: documents into sequences, in a dataset folder that datasets.load_from_disk "
         "opens. Sentence pairs as in Devlin et al. 2019, A.2, or RoBERTa's full sentences.",
     )
-
-
-def parse_flags(kind: Any, argv: list[str], **parser_arguments: Any) -> Any:
-    """An instance of the dataclass ``kind`` from flags."""
-    parser = ArgumentParser(kind, formatter_class=HelpFormatter, allow_abbrev=False, **parser_arguments)
-    try:
-        parsed, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, TypeError) as error:
-        parser.error(first_line(error))
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return parsed
 
 

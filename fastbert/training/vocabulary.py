@@ -14,8 +14,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from .documents import Reader, open_sources
 from .errors import CommandError, first_line, is_disk_full
+from .flags import parse_flags
 from .loading import quiet_transformers
-from .prepare import parse_flags
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # in the order of their ids
 ALPHABET = 1000  # single characters kept at most, the most frequent ones; words with others are [UNK]
@@ -51,8 +51,8 @@ class TokenizerArguments:
 
 def main(argv: list[str]) -> int:
     """Run ``fastbert tokenizer``; returns the exit status. Raises CommandError for what the user can mend."""
-    args = parse_flags(
-        TokenizerArguments,
+    (args,) = parse_flags(
+        (TokenizerArguments,),
         argv,
         prog="fastbert tokenizer",
         usage="fastbert tokenizer --input PATH... --output DIR [--vocab_size N] [flags]",
