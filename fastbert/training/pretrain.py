@@ -75,6 +75,8 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
     name = model_args.tokenizer_name or cast(str, model_args.model_name_or_path)
     hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
     tokenizer = load_tokenizer(name, "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path", **hub)
+    if args.fsdp and args.device.type == "cpu":
+        raise CommandError("--fsdp: accelerate shards a model on GPUs only; on CPUs every process has the whole of it")
     prepared = [_open_dataset(path, tokenizer) for path in data_args.dataset]
     pairs = _same_format(data_args, [settings for _, settings in prepared])
     config = _config(model_args, tokenizer, **hub)
@@ -128,6 +130,8 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         stock=not model_args.optimize,
     )
     timing.trainer = trainer
+    if trainer.is_fsdp_enabled:  # whole checkpoints that transformers opens, not one piece for each process
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossProgressCallback())

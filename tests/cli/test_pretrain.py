@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastbert.cli import main
-from fastbert.training.checkpoints import checkpoints, last_complete
+from fastbert.training.checkpoints import checkpoint_problem, checkpoints, last_complete
 
 TINY = "num_hidden_layers=2,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=64"
 NO_DROPOUT = f"{TINY},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
@@ -233,6 +233,16 @@ def test_killed_and_resumed_to_the_bit(
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
 
+def test_a_gathered_optimizer_makes_a_checkpoint_complete(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-14"
+    shutil.copytree(uninterrupted / folder.name, folder)
+    content = (folder / "optimizer.pt").read_bytes()
+    (folder / "optimizer.pt").rename(folder / "optimizer.bin")
+    assert checkpoint_problem(folder) is None
+    (folder / "optimizer.bin").write_bytes(content[:-99])
+    assert checkpoint_problem(folder) == "optimizer.bin is truncated"
+
+
 def test_resuming_with_other_flags(
     data: Path, long_data: Path, base_model: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +317,7 @@ def test_epochs_instead_of_steps(data: Path, base_model: Path, tmp_path: Path) -
         ({"tokens_per_batch": 20}, "--tokens_per_batch 20: --dataset"),
         ({"model_type": "roberta"}, "roberta has no next sentence prediction"),
         ({"model_type": "nobert"}, "--model_type"),
+        ({"fsdp": "full_shard"}, "--fsdp: accelerate shards a model on GPUs only"),
     ],
 )
 def test_bad_settings(
