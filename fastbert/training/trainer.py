@@ -39,16 +39,16 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-class FinetuneTrainer(Trainer):
-    """Trainer for sequence classifiers; ``train_lengths`` are the token counts of the training rows."""
+class Resumable(Trainer):
+    """Trainer whose checkpoints are whole or not there, and whose order of the data a resumed run repeats.
+
+    ``train_lengths`` are the token counts of the training features.
+    """
 
     def __init__(self, *args: Any, train_lengths: list[int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.train_lengths = train_lengths
         self.train_sampler: EpochLengthGroupedSampler | None = None
-        # BERT's classification heads swallow num_items_in_batch unused: with it, accumulation would add up the mean
-        # losses of the micro-batches instead of averaging them.
-        self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -78,10 +78,20 @@ class FinetuneTrainer(Trainer):
             ) from error
 
 
+class FinetuneTrainer(Resumable):
+    """Trainer for sequence classifiers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # BERT's classification heads swallow num_items_in_batch unused: with it, accumulation would add up the mean
+        # losses of the micro-batches instead of averaging them.
+        self.model_accepts_loss_kwargs = False
+
+
 class ReplayCallback(TrainerCallback):
     """Tells the sampler its epoch, also where the trainer starts in the middle of one; finds the best checkpoint."""
 
-    trainer: FinetuneTrainer
+    trainer: Resumable
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A folder that was moved, or named in another way, since the checkpoint was written.
