@@ -17,7 +17,7 @@ fastbert {__version__}: Hugging Face BERT, faster
 usage: fastbert COMMAND [flags]
 
   info      what is built, which device and instruction set, and which implementation each op would use
-  finetune  fine-tune a classifier or a regression on a CSV, TSV, JSONL or Parquet file
+  finetune  fine-tune for classes, numbers, tags, answers, choices or embeddings on a file of rows
   predict   predict with a fine-tuned model over a file of any size
   bench     measure ops, models and training steps on this machine, against the alternatives
 
@@ -150,6 +150,7 @@ def _bench(argv: list[str]) -> int:
 
 _COMMANDS = {"info": _info, "finetune": _finetune, "predict": _predict, "bench": _bench}
 _EXTRAS = dict.fromkeys(("accelerate", "datasets", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib"), "train")
+_EXTRAS["sentence_transformers"] = "embeddings"
 
 
 if __name__ == "__main__":
