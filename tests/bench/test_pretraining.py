@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from fastbert.bench.pretraining import CONTESTANTS, packed_loss, table, unigram_entropy
 
 
