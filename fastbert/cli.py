@@ -20,7 +20,7 @@ usage: fastbert COMMAND [flags]
   tokenizer learn a WordPiece vocabulary from text
   prepare   make pretraining data from text
   pretrain  train a BERT on prepared data, from scratch or from a checkpoint
-  finetune  fine-tune a classifier or a regression on a CSV, TSV, JSONL or Parquet file
+  finetune  fine-tune for classes, numbers, tags, answers, choices or embeddings on a file of rows
   predict   predict with a fine-tuned model over a file of any size
   bench     measure ops, models and training steps on this machine, against the alternatives
 
@@ -179,6 +179,7 @@ _COMMANDS = {
     "bench": _bench,
 }
 _EXTRAS = dict.fromkeys(("accelerate", "datasets", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib"), "train")
+_EXTRAS["sentence_transformers"] = "embeddings"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from .data import BadRowError, TextColumns, choose_text_columns
 from .errors import CommandError, first_line
-from .rows import FORMATS, Position, Row, RowFile, _decode, _JsonLinesFile, open_rows
+from .rows import FORMATS, Position, Row, RowFile, _JsonLinesFile, decode, open_rows
 
 COMPRESSION = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by a file's first bytes
 _COMPRESSED_ENDINGS = (".gz", ".zst", ".zstd")
@@ -110,7 +110,7 @@ class _TextFile(Source):
         try:
             with open(self.path, "rb") as file:
                 for line, raw in enumerate(_opened(file), start=1):
-                    text, error = _decode(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
+                    text, error = decode(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
                     if error is None and "\0" in text:
                         error = "a zero byte: not UTF-8 text"
                     if error is not None:
