@@ -5,12 +5,12 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// Up to this many tokens the weights are read in place, and both products are formed transposed.
-constexpr int64_t kFewTokens = 4 * NR;
 // A task of fewer rows would read the weights too often.
 constexpr int64_t kFusedRows = 4 * MR;
+// Tokens whose activation is in memory at a time where x is packed.
+constexpr int64_t kSlabTokens = 1536;
 
-// What leaves the first product of few tokens: rows are units, columns tokens. The activation goes straight into the
+// What leaves the first product where x is packed: rows are units, columns tokens. The activation goes straight into the
 // panels that the second product reads.
 template <class T>
 struct GeluToPanels {
@@ -34,7 +34,7 @@ struct GeluToPanels {
   }
 };
 
-// What leaves the first product of many tokens: rows are tokens.
+// What leaves it where the weights are: rows are tokens.
 template <class T>
 struct GeluRows {
   float* out;  // row 0 is token `first`
@@ -58,14 +58,20 @@ struct GeluRows {
 template <class T>
 void ffn_fwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* x,
                 const void* w1, const T* b1, const void* w2, T* y, T* pre) {
-  if (m <= kFewTokens) {
-    const PackedB tokens = pack(executor, single({x, 1, k, dtype}, m), k, kScratchPackB);
-    PackedB hidden = tokens;
-    hidden.depth = n1;
-    float* panels = static_cast<float*>(scratch(kScratchPackB2, hidden.panels() * n1 * NR * 4));
-    hidden.data = panels;
-    gemm(executor, single({w1, k, 1, dtype}, n1), tokens, nullptr, GeluToPanels<T>{panels, n1, b1, pre});
-    gemm(executor, single({w2, n1, 1, dtype}, n2), hidden, nullptr, StoreTransposed<T>{y, n2, nullptr});
+  if (packs_x(m, n1)) {  // both products are formed transposed, and nothing but x is packed
+    const int64_t slabs = ceil_div(m, kSlabTokens), slab = ceil_div(ceil_div(m, slabs), NR) * NR;
+    for (int64_t first = 0; first < m; first += slab) {
+      const int64_t count = smaller(slab, m - first);
+      const char* from = static_cast<const char*>(x) + first * k * static_cast<int64_t>(sizeof(T));
+      const PackedB tokens = pack(executor, single({from, 1, k, dtype}, count), k, kScratchPackB);
+      PackedB hidden = tokens;
+      hidden.depth = n1;
+      float* panels = static_cast<float*>(scratch(kScratchPackB2, hidden.panels() * n1 * NR * 4));
+      hidden.data = panels;
+      T* slab_pre = pre == nullptr ? nullptr : pre + first * n1;
+      gemm(executor, single({w1, k, 1, dtype}, n1), tokens, nullptr, GeluToPanels<T>{panels, n1, b1, slab_pre});
+      gemm(executor, single({w2, n1, 1, dtype}, n2), hidden, nullptr, StoreTransposed<T>{y + first * n2, n2, nullptr});
+    }
     return;
   }
   const PackedB up = pack(executor, single({w1, 1, k, dtype}, n1), k, kScratchPackB);
