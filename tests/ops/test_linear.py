@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.ops.linear import linear_ref
+from fastbert.ops.linear import linear_cuda, linear_ref
 
 # rows, in features, out features of each weight, whether there are biases
 CASES = [
@@ -68,27 +68,36 @@ def reference(x: Tensor, **rest: Tensor) -> Tensor:
     return linear_ref(x, *lists(rest))
 
 
-table = pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case[0]}x{case[1]}-{'+'.join(map(str, case[2]))}{'-bias' if case[3] else ''}"
+table = accuracy.table(
+    "linear",
+    CASES,
+    ids=lambda case: f"{case[0]}x{case[1]}-{'+'.join(map(str, case[2]))}{'-bias' if case[3] else ''}",
 )
-dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
-backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+typed = accuracy.typed("linear")
+backends = accuracy.backends("linear")
 
 
 @table
-@dtypes
-@backends
 def test_linear_fwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     accuracy.require("linear", backend, dtype)
     accuracy.check_forward(ours(backend), eager, reference, tensors_for(*case, dtype))
 
 
 @table
-@dtypes
-@backends
 def test_linear_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     accuracy.require("linear", backend, dtype)
     accuracy.check_backward(ours(backend), eager, reference, tensors_for(*case, dtype))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
+def test_linear_cuda_formula(dtype: torch.dtype, case: tuple) -> None:
+    """The CUDA backend is plain PyTorch, whose numbers can be judged anywhere."""
+
+    def cuda(x: Tensor, **rest: Tensor) -> Tensor:
+        return linear_cuda(x, *lists(rest))
+
+    accuracy.check_backward(cuda, eager, reference, tensors_for(*case, dtype))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
