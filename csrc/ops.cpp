@@ -103,11 +103,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_bwd(Tensor dy, Tensor x, Tensor p
   check(op, "pre", pre, type, {a.m, a.n1});
   Tensor dx = new_tensor({a.m, a.k}, type), dw1 = new_tensor({a.n1, a.k}, type), db1 = new_tensor({a.n1}, type),
          dw2 = new_tensor({a.n2, a.n1}, type);
-  Tensor workspace = new_tensor({2, a.m, a.n1}, ScalarType::Float);
+  Tensor dpre = new_tensor({a.m, a.n1}, ScalarType::Float);
   kernels().ffn_bwd(executor(), a.dtype, a.m, a.k, a.n1, a.n2, dy.const_data_ptr(), x.const_data_ptr(),
                     pre.const_data_ptr(), w1.const_data_ptr(), w2.const_data_ptr(), dx.mutable_data_ptr(),
                     dw1.mutable_data_ptr(), db1.mutable_data_ptr(), dw2.mutable_data_ptr(),
-                    static_cast<float*>(workspace.mutable_data_ptr()));
+                    static_cast<float*>(dpre.mutable_data_ptr()));
   return {dx, dw1, db1, dw2};
 }
 

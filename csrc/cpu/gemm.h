@@ -424,14 +424,19 @@ struct StoreTransposed {
   }
 };
 
-// dw [n, k] = dy [m, n]^T x [m, k], db [n] (or null) = column sums of dy. sums: n floats, or null with db.
+// dw [n, k] = dy [m, n]^T x, db [n] (or null) = column sums of dy. x [m, k] is packed.
+template <class T>
+void weight_gradient(const Executor& executor, int64_t n, const Matrix& dy, const PackedB& x, T* dw, T* db) {
+  float* sums = db == nullptr ? nullptr : static_cast<float*>(scratch(kScratchSums, n * 4));
+  const Stack rows = single({dy.data, dy.col_stride, dy.row_stride, dy.dtype}, n);
+  gemm(executor, rows, x, sums, StoreRows<T>{dw, x.extent[0], nullptr});
+  for (int64_t i = 0; db != nullptr && i < n; ++i) from_float(sums[i], db + i);
+}
+
 template <class T>
 void weight_gradient(const Executor& executor, int64_t m, int64_t n, int64_t k, const Matrix& dy, const Matrix& x,
                      T* dw, T* db) {
-  const PackedB packed = pack(executor, single(x, k), m, kScratchPackB);
-  float* sums = db == nullptr ? nullptr : static_cast<float*>(scratch(kScratchSums, n * 4));
-  gemm(executor, single({dy.data, dy.col_stride, dy.row_stride, dy.dtype}, n), packed, sums, StoreRows<T>{dw, k, nullptr});
-  for (int64_t i = 0; db != nullptr && i < n; ++i) from_float(sums[i], db + i);
+  weight_gradient(executor, n, dy, pack(executor, single(x, k), m, kScratchPackB), dw, db);
 }
 
 }  // namespace FASTBERT_ISA

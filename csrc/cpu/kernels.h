@@ -92,7 +92,7 @@ struct Kernels {
                   const void* b1, const void* w2, void* y, void* pre);
   void (*ffn_bwd)(const Executor&, DType, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* dy, const void* x,
                   const void* pre, const void* w1, const void* w2, void* dx, void* dw1, void* db1, void* dw2,
-                  float* workspace);  // 2 m n1 floats
+                  float* dpre);  // dpre: room for m n1 floats
 
   // qkv [total, 3, heads, head_dim] -> out [total, heads * head_dim], lse [heads, total]
   void (*attention_fwd)(const Executor&, DType, const AttentionShape&, const void* qkv, void* out, float* lse);
