@@ -95,6 +95,7 @@ def information() -> dict[str, Any]:
             "supported_isas": list(_C.supported_isas()),
             "features": list(_C.cpu_features()),
         }
+    build["cuda"] = dispatch.cuda_error or True
     devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
@@ -112,6 +113,8 @@ def information() -> dict[str, Any]:
 
 
 def _as_text(found: dict[str, Any]) -> str:
+    from . import dispatch
+
     lines = [f"fastbert {found['version']}", "", "build"]
     lines += [f"  {key:<14} {_value(value)}" for key, value in found["build"].items() if value not in (None, "")]
     lines += ["", "cpu", *(f"  {key:<14} {_value(value)}" for key, value in found["cpu"].items())]
@@ -122,6 +125,7 @@ def _as_text(found: dict[str, Any]) -> str:
         lines += ["", f"ops on {found['ops']['device']}, {dtype}"]
         for op, choice in found["ops"][dtype].items():
             lines.append(f"  {op:<12} {choice['backend'] or 'none'}")
+            lines += [f"    {line}" for line in dispatch.launches_as_text(choice)]
             lines += [f"    not {backend}: {reason}" for backend, reason in choice["rejected"].items()]
     return "\n".join(lines)
 

@@ -37,6 +37,7 @@ class Report:
             lines.append(f"  {entry['name']}: {entry['path']}" + (f", {entry['reason']}" if entry["reason"] else ""))
         for op, run in self.ops.items():
             lines.append(f"{op}: {run['backend'] or 'nothing can run'}")
+            lines += [f"  {line}" for line in dispatch.launches_as_text(run)]
             lines += [f"  not {backend}: {reason}" for backend, reason in run["rejected"].items()]
         return "\n".join(lines)
 

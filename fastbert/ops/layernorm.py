@@ -103,6 +103,7 @@ def _check(
 
 
 _cpu = leaf.Leaf("layernorm", "cpu")
+_cuda = leaf.Leaf("layernorm", "cuda")
 
 
 def _run(
@@ -134,6 +135,18 @@ def _run(
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     others = tuple(other for other in requires or () if other is not None)
     return dispatch.cpu_reason(_cpu.missing, device_type, (dtype, *others))
+
+
+def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    others = tuple(other for other in requires or () if other is not None)
+    reason = dispatch.cuda_reason(_cuda.missing, device_type)
+    for other in (dtype, *others):
+        if reason is None and other not in (torch.float32, torch.bfloat16, torch.float16):
+            reason = f"has kernels for torch.float32, torch.bfloat16 and torch.float16, not {other}"
+    residual = requires[1] if requires and len(requires) > 1 else None
+    if reason is None and {dtype, residual} == {torch.bfloat16, torch.float16}:
+        reason = "has no kernel for x in one and residual in the other of torch.bfloat16 and torch.float16"
+    return reason
 
 
 def _saves_sum(x_bias: Tensor | None, residual: Tensor | None, dropout_p: float) -> bool:
@@ -213,19 +226,20 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dz: None, dmean: 
     )
 
 
-leaf.register(
-    _cpu,
-    forward_fake=_forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
-    backward_fake=_backward_fake,
-)
+for _kernels in (_cpu, _cuda):
+    leaf.register(
+        _kernels,
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
 
 implementations = dispatch.register(
     "layernorm",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
-        dispatch.not_built("cuda"),
+        dispatch.Implementation("cuda", functools.partial(_run, _cuda), _supports_cuda, dispatch.NEVER_RUN),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", layernorm_ref, dispatch.always),
     ),
