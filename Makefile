@@ -18,7 +18,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c $(C
 # Here a missing compiler is an error; for a user's `pip install` it is not (setup.py).
 export FASTBERT_BUILD_EXTENSION ?= 1
 TESTS ?= tests
-PYTEST_ARGS ?= -m "not slow"
+PYTEST_ARGS ?= -m "not slow and not kernels"
 
 .PHONY: help
 help:  ## this list
@@ -31,6 +31,10 @@ demo: build  ## fine-tune a real BERT on real text, predict, compare with Huggin
 .PHONY: test
 test: build  ## run the tests (TESTS=path PYTEST_ARGS=... to choose)
 	@$(BIN)/pytest $(PYTEST_ARGS) $(TESTS)
+
+.PHONY: kernels
+kernels: build  ## compile every GPU kernel without a GPU; check registers, spills, shared memory
+	@$(BIN)/pytest -m kernels tests/kernels
 
 .PHONY: build
 build: $(VENV)/.stamp-install  ## environment and extension, up to date

@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,15 @@ def stem(content: dict[str, Any]) -> str:
 
 def write(content: dict[str, Any], path: Path) -> None:
     """Writes JSON whole or not at all. Raises OSError (disk full, no permission) with the path in it."""
+    write_text(json.dumps(content, indent=1) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(json.dumps(content, indent=1) + "\n")
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -76,7 +84,7 @@ def table(row: dict[str, Any]) -> str:
         cells += [f"{item['median_s'] / ours:.2f}x" if name != "fastbert" else ""] if ours else []
         body.append(cells)
     if body:
-        lines += [f"  {line}" for line in _columns([head, *body])]
+        lines += [f"  {line}" for line in columns([head, *body])]
     for name, item in row["contestants"].items():
         if name not in timed:
             lines.append(f"  {name}: no speed, {item['status']}{': ' + item['reason'] if item['reason'] else ''}")
@@ -96,10 +104,28 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:.0f} MiB"
 
 
-def _columns(rows: list[list[str]]) -> list[str]:
+def columns(rows: list[list[str]], left: int = 1) -> list[str]:
+    """Cells in columns, the first ``left`` of them flush left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def progress(what: str) -> Callable[[str], None]:
+    """One line on a terminal that is written over; a line a message elsewhere. An empty text clears it."""
+    terminal = sys.stderr.isatty()
+
+    def show(text: str) -> None:
+        if terminal:
+            line = f"{what}: {text}" if text else ""
+            sys.stderr.write("\r\033[K" + line[: shutil.get_terminal_size().columns - 1])
+        elif text:
+            sys.stderr.write(f"{what}: {text}\n")
+        sys.stderr.flush()
+
+    return show

@@ -34,14 +34,15 @@ _dtype = operator.attrgetter("dtype")
 
 
 class Bucket(NamedTuple):
-    """The sizes that a graph is recorded for."""
+    """The sizes that a graph is recorded for, and whether it adds a bias to the keys."""
 
     tokens: int
     sequences: int
     max_seqlen: int
+    biased: bool
 
     @classmethod
-    def of(cls, tokens: int, sequences: int, max_seqlen: int) -> Bucket:
+    def of(cls, tokens: int, sequences: int, max_seqlen: int, biased: bool = False) -> Bucket:
         """The smallest bucket that holds a batch, with the sequences that its rows to spare make.
 
         tokens: to a multiple of 16 and of an eighth of the power of two below: at most 12.5 % to spare from 128 tokens
@@ -49,7 +50,7 @@ class Bucket(NamedTuple):
         """
         longest = max(16, _geometric(max_seqlen, 1))
         rows = max(16, -(-_geometric(tokens, 8) // 16) * 16)
-        return cls(rows, _geometric(sequences - (tokens - rows) // longest, 4), longest)
+        return cls(rows, _geometric(sequences - (tokens - rows) // longest, 4), longest, biased)
 
 
 def _geometric(number: int, steps: int) -> int:
@@ -110,27 +111,35 @@ class CudaRecorder:
 
 
 class _Buffers:
-    """The static input of one bucket: x [tokens, H], cu_seqlens int32 [sequences + 1]."""
+    """The static input of one bucket.
+
+    x: [tokens, H]. cu_seqlens: int32 [sequences + 1]. bias: float32 [sequences, 1, 1, max_seqlen], or None.
+    """
 
     def __init__(self, bucket: Bucket, like: Tensor) -> None:
         self.bucket = bucket
-        self.x = like.new_zeros(bucket.tokens, like.shape[-1])
-        self.cu_seqlens = torch.zeros(bucket.sequences + 1, dtype=torch.int32, device=like.device)
-        self.batch = PackedBatch(1, bucket.tokens, self.cu_seqlens, bucket.max_seqlen)
+        tokens, sequences, longest, biased = bucket
+        self.x = like.new_zeros(tokens, like.shape[-1])
+        self.cu_seqlens = torch.zeros(sequences + 1, dtype=torch.int32, device=like.device)
+        self.bias = torch.zeros(sequences, 1, 1, longest, device=like.device) if biased else None
+        self.batch = PackedBatch(1, tokens, self.cu_seqlens, longest, bias=self.bias)
         self.shape: tuple[int, int] | None = None  # of the last batch, if it had no padding: then cu_seqlens is right
 
     def load(self, hidden_states: Tensor, batch: PackedBatch) -> None:
         """Copy a batch in. Rows behind its tokens keep what they had: no token sees them."""
         self.x[: batch.tokens].copy_(batch.pack(hidden_states))
+        if self.bias is not None and batch.bias is not None:
+            self.bias[: len(batch.cu_seqlens) - 1, ..., : batch.bias.shape[-1]].copy_(batch.bias)
         shape = batch.even_shape
         if shape is not None and shape == self.shape:
             return
         self.shape = shape
-        ends, (tokens, _, longest) = batch.cu_seqlens, self.bucket
+        ends = batch.cu_seqlens
         self.cu_seqlens[: len(ends)].copy_(ends)
         spare = self.cu_seqlens[len(ends) :]
         if len(spare):
-            spare.copy_(surplus_ends(batch.tokens, len(spare), longest, tokens, spare.device))
+            rows, longest = self.bucket.tokens, self.bucket.max_seqlen
+            spare.copy_(surplus_ends(batch.tokens, len(spare), longest, rows, spare.device))
 
 
 class _Graph(NamedTuple):
@@ -188,7 +197,7 @@ class EncoderGraphs:
         self._graphs.clear()
 
     def _encode(self, layers: Sequence[Any], hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
-        bucket = Bucket.of(batch.tokens, len(batch.cu_seqlens) - 1, batch.max_seqlen)
+        bucket = Bucket.of(batch.tokens, len(batch.cu_seqlens) - 1, batch.max_seqlen, batch.bias is not None)
         graph = self._graphs.get(bucket)
         if graph is not None:
             graph.buffers.load(hidden_states, batch)
@@ -240,8 +249,8 @@ def call_reason(hidden_states: Tensor, batch: PackedBatch, device_type: str) -> 
         return "autocast is on; converting the model (model.bfloat16()) does without"
     if captured("hidden_states"):
         return "hidden states were asked for"
-    if batch.bias is not None:
-        return "the mask keeps its padding (4-D, or for question answering)"
+    if batch.bias is not None and batch.bias.shape[1:3] != (1, 1):
+        return "the mask has 4 dimensions"
     if capturing(hidden_states):
         return "another CUDA graph is being captured"
     return None

@@ -1,10 +1,11 @@
 """From an attention mask to a packed batch and back.
 
 The encoder works on the real tokens alone: `pack` takes them out of [B, S, H] into [T, H], `cu_seqlens` says where each
-sequence starts, and `unpack` puts them back, with zeros where the mask is 0. Where tokens cannot be taken out (a 4-D
-mask, or a trace or a CUDA graph, in which T must not depend on data) all B * S places are kept, and the mask becomes an
-additive bias; unless `token_bound` says how many tokens there are at most: then T is that bound, and the rows behind
-the last token are sequences of their own, which `unpack` leaves out.
+sequence starts, and `unpack` puts them back, with zeros where the mask is 0 (but for the first place of a row, which
+pooled outputs read). Where tokens cannot be taken out (a 4-D mask, or a trace or a CUDA graph, in which T must not
+depend on data) all B * S places are kept, and the mask becomes an additive bias; unless `token_bound` says how many
+tokens there are at most: then T is that bound, and the rows behind the last token are sequences of their own, which
+`unpack` leaves out.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def token_bound(tokens: int) -> Iterator[None]:
     tokens: at least the number of real tokens (ones in the mask) of each batch. With it the work has a size that is
     known beforehand, so that a whole step can be captured in a CUDA graph or compiled, without computing the padding.
     Rows to spare cost what tokens cost, and change no result. Question answering heads keep their padding, and 4-D
-    masks theirs, as ever.
+    masks theirs, as ever. A first place that is masked gives zeros here, also to pooled outputs: pad on the right.
 
     Applies to all threads. Raises ValueError if tokens is no positive integer; the forward raises ValueError if it
     has no mask and more tokens. A mask with more is found on the device: RuntimeError on the CPU, on CUDA a
@@ -92,18 +93,29 @@ class PackedBatch:
     def from_mask(cls, attention_mask: Tensor, batch: int, seqlen: int) -> PackedBatch:
         """From a mask [B, S] of 0 and 1 (bool, integer or float), in any pattern.
 
+        The first place of a row that has tokens is kept even if it is masked (padding on the left): pooled outputs
+        read it. It sees the tokens, and a bias hides it from all, as in stock.
+
         Reads the lengths back from the device, once. Raises ValueError for another shape or other values.
         """
-        mask = checked_mask(attention_mask, batch, seqlen)
+        mask = kept = checked_mask(attention_mask, batch, seqlen)
         lengths = mask.sum(1, dtype=torch.int32)
-        on_host = lengths.tolist()
-        total = sum(on_host)
-        if total == batch * seqlen:
+        starts_masked = (lengths > 0) & ~mask[:, 0] if seqlen else lengths > 0
+        on_host, masked_starts = torch.stack((lengths, starts_masked)).tolist()
+        bias = None
+        if any(masked_starts):
+            kept = mask.clone()
+            kept[:, 0] |= starts_masked
+            lengths = lengths + starts_masked
+            on_host = [length + start for length, start in zip(on_host, masked_starts, strict=True)]
+            bias = torch.zeros(batch, 1, 1, max(on_host), device=mask.device)
+            bias[:, 0, 0, 0].masked_fill_(starts_masked, -torch.inf)
+        elif sum(on_host) == batch * seqlen:
             return cls.full(batch, seqlen, mask.device)
-        flat = mask.reshape(-1)
-        indices = flat.nonzero() if mask.device.type == "cpu" else torch.nonzero_static(flat, size=total)
+        flat = kept.reshape(-1)
+        indices = flat.nonzero() if mask.device.type == "cpu" else torch.nonzero_static(flat, size=sum(on_host))
         cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(batch, seqlen, cu_seqlens, max(on_host), indices=indices.view(-1), mask=mask)
+        return cls(batch, seqlen, cu_seqlens, max(on_host), indices=indices.view(-1), bias=bias, mask=mask)
 
     @classmethod
     def bounded(cls, attention_mask: Tensor, batch: int, seqlen: int, tokens: int) -> PackedBatch:
@@ -205,12 +217,13 @@ class PackedBatch:
         return x if self.indices is None else _Gather.apply(x, self.indices, self._surplus)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [B, S, ...], zeros where the mask is 0."""
+        """[T, ...] -> [B, S, ...], zeros where the mask is 0, but for the first place of a row that has tokens."""
         if self.indices is not None:
             x = _Scatter.apply(x, self.indices, self.batch * self.seqlen, self._surplus)
         x = x.view(self.batch, self.seqlen, *x.shape[1:])
         if self.zero and self.mask is not None:
-            x = torch.where(self.mask.view(*self.mask.shape, *(1,) * (x.dim() - 2)), x, 0.0)
+            shown = torch.cat((self.mask.any(1, keepdim=True), self.mask[:, 1:]), 1)  # the first place: see from_mask
+            x = torch.where(shown.view(*shown.shape, *(1,) * (x.dim() - 2)), x, 0.0)
         return x
 
     def stock_mask(self, dtype: torch.dtype, *, as_bias: bool = False) -> Tensor | None:
