@@ -241,9 +241,9 @@ def _package_table(path: Path) -> dict[str, Any]:
 def _write(found: dict[tuple[str, str], dict[str, Any]], output: Path | None, table: dict[str, Any] | None) -> Path:
     """Into the file of the user, whole and new, or into the table of an architecture, beside what is there."""
     import torch
-    from fastbert.kernels import configs
 
     from fastbert import __version__
+    from fastbert.kernels import configs
 
     kernels: dict[str, Any] = {} if table is None else table
     for (kernel, shape_class), best in found.items():

@@ -1,4 +1,4 @@
-"""The command ``fastbert``: info, finetune, predict, bench."""
+"""The command ``fastbert``: info, tokenizer, prepare, pretrain, finetune, predict, bench."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ fastbert {__version__}: Hugging Face BERT, faster
 usage: fastbert COMMAND [flags]
 
   info      what is built, which device and instruction set, and which implementation each op would use
-  finetune  fine-tune a classifier or a regression on a CSV, TSV, JSONL or Parquet file
+  tokenizer learn a WordPiece vocabulary from text
+  prepare   make pretraining data from text
+  pretrain  train a BERT on prepared data, from scratch or from a checkpoint
+  finetune  fine-tune for classes, numbers, tags, answers, choices or embeddings on a file of rows
   predict   predict with a fine-tuned model over a file of any size
   bench     measure ops, models and training steps on this machine, against the alternatives
 
@@ -133,6 +136,24 @@ def _value(value: Any) -> str:
     return {True: "yes", False: "no", None: "none"}.get(value, str(value))
 
 
+def _tokenizer(argv: list[str]) -> int:
+    from .training.vocabulary import main as run
+
+    return run(argv)
+
+
+def _prepare(argv: list[str]) -> int:
+    from .training.prepare import main as run
+
+    return run(argv)
+
+
+def _pretrain(argv: list[str]) -> int:
+    from .training.pretrain import main as run
+
+    return run(argv)
+
+
 def _finetune(argv: list[str]) -> int:
     from .training.arguments import parse
     from .training.finetune import main as run
@@ -152,8 +173,17 @@ def _bench(argv: list[str]) -> int:
     return run(argv) or 0
 
 
-_COMMANDS = {"info": _info, "finetune": _finetune, "predict": _predict, "bench": _bench}
+_COMMANDS = {
+    "info": _info,
+    "tokenizer": _tokenizer,
+    "prepare": _prepare,
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+    "predict": _predict,
+    "bench": _bench,
+}
 _EXTRAS = dict.fromkeys(("accelerate", "datasets", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib"), "train")
+_EXTRAS["sentence_transformers"] = "embeddings"
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ class PackedBatch:
             ends[-1] <= tokens, f"attention_mask has more than {tokens} tokens, the bound set by fastbert.token_bound"
         )
         indices = torch.nonzero_static(mask.reshape(-1), size=tokens, fill_value=batch * seqlen).view(-1)
-        cu_seqlens = torch.cat([ends.new_zeros(1), ends, *surplus_ends(ends[-1:], tokens, seqlen, tokens)])
+        surplus = surplus_ends(ends[-1:], -(-tokens // seqlen), seqlen, tokens, mask.device)
+        cu_seqlens = torch.cat([ends.new_zeros(1), ends, surplus])
         return cls(batch, seqlen, cu_seqlens, seqlen, indices=indices, mask=mask, surplus=True)
 
     @classmethod
@@ -199,6 +200,16 @@ class PackedBatch:
             longest = max(lengths)
         cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
         return cls(1, seqlen, cu_seqlens, seqlen if longest is None else longest, sequences=True)
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of rows that `pack` gives."""
+        return self.batch * self.seqlen if self.indices is None else self.indices.shape[0]
+
+    @property
+    def even_shape(self) -> tuple[int, int] | None:
+        """(B, S) if cu_seqlens follows from them, because every sequence has S tokens; else None."""
+        return (self.batch, self.seqlen) if self.indices is None and not self._sequences else None
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, S, ...] -> [T, ...]: the real tokens, in order. A view if every place is kept."""
@@ -313,16 +324,14 @@ def _check_shape(attention_mask: Tensor, batch: int, seqlen: int) -> None:
         )
 
 
-def surplus_ends(last: Tensor, surplus: int, longest: int, total: int) -> list[Tensor]:
-    """What cu_seqlens [..., last] needs so that up to `surplus` rows behind the last token belong to sequences, too.
+def surplus_ends(last: Tensor | int, count: int, longest: int, total: int, device: torch.device) -> Tensor:
+    """`count` further entries of cu_seqlens, so that the rows behind the last token belong to sequences, too: int32.
 
-    last: int32 [1], where the tokens end. longest: of a sequence. total: where the rows end. Attention writes the rows
-    of sequences only, and whatever else lay in memory could be NaN, which a product with a zero gradient keeps.
+    last: where the tokens end. longest: of a sequence. total: where the rows end. Attention writes only the rows of
+    sequences, and whatever else lay in memory could be NaN, which a product with a gradient of zero keeps.
     """
-    if surplus <= 0:
-        return []
-    steps = torch.arange(1, -(-surplus // longest) + 1, dtype=torch.int32, device=last.device)
-    return [(last + steps * longest).clamp(max=total)]
+    steps = torch.arange(1, count + 1, dtype=torch.int32, device=device)
+    return (steps * longest + last).clamp_(max=total)
 
 
 def _even(batch: int, seqlen: int, device: torch.device) -> Tensor:

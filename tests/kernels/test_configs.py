@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from fastbert.bench import gpu_rows, runner, tune
-from fastbert.kernels import configs
 
 from fastbert import __version__, dispatch
+from fastbert.kernels import configs
 
 GOOD = {"layernorm_fwd": {"256": {"BLOCK_M": 4, "num_warps": 2}}}
 

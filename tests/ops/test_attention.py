@@ -9,8 +9,7 @@ from collections.abc import Callable
 import accuracy
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from torch import Tensor
 
 from fastbert import dispatch, ops
