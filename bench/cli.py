@@ -17,7 +17,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fastbert bench",
         description="Measures against Hugging Face, ONNX Runtime, OpenVINO and CTranslate2, in turn and each in a "
-        "process of its own, and against the machine's peak. Results go to the screen, to JSON and to a plot.",
+        "process of its own, and against the machine's peak. Results go to the screen, to JSON and to a plot. "
+        "`fastbert bench quality --help` is about scores after fine-tuning.",
     )
     what = "model: inference; training: a training step; op: single operations; table (default): model and training"
     top.add_argument("command", nargs="?", choices=list(KINDS), default="table", help=what)
@@ -36,7 +37,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark named by ``argv`` and returns the exit status (130 after Ctrl-C, 1 if nothing got a speed)."""
-    arguments = parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["quality"]:  # another kind of question, with flags of its own
+        from . import quality
+
+        return quality.main(given[1:])
+    arguments = parser().parse_args(given)
     from . import contestants, runner
 
     try:
