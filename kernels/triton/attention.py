@@ -41,23 +41,22 @@ def attention_fwd(
     lse = qkv.new_empty(heads, total, dtype=torch.float32)
     if total == 0:
         return out, lse
-    if scale < 0 and bias is None:  # without a bias the kernel takes the maximum before it scales
-        bias = torch.zeros(1, 1, 1, max_seqlen, dtype=torch.float32, device=qkv.device)
     if bias is not None:
         bias = _aligned(bias)
     batch = cu_seqlens.numel() - 1
     scalars = _scalars(qkv, batch, scale, dropout_p, bias)
+    constants = _constants(qkv, scale, bias)
     block_s = _short(qkv.dtype, head_dim, max_seqlen)
     with torch.cuda.device_of(qkv):
         if block_s:
             config = _config("attention_fwd_short", qkv, block_s)
             kernels._attention_fwd_short_kernel[batch * heads,](
-                qkv, out, lse, cu_seqlens, seed, bias, *scalars, **_constants(qkv), BLOCK_S=block_s, **config
+                qkv, out, lse, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
             )
         else:
             config = _config("attention_fwd", qkv)
             kernels._attention_fwd_kernel[total // config["BLOCK_M"] + batch, heads](
-                qkv, out, lse, cu_seqlens, seed, bias, *scalars, **_constants(qkv), **config
+                qkv, out, lse, cu_seqlens, seed, bias, *scalars, **constants, **config
             )
     return out, lse
 
@@ -88,7 +87,7 @@ def attention_bwd(
         shape, bias = bias.shape, _aligned(bias)
     batch = cu_seqlens.numel() - 1
     scalars = _scalars(qkv, batch, scale, dropout_p, bias)
-    constants = _constants(qkv)
+    constants = _constants(qkv, scale, bias)
     block_s = 0 if need_dbias else _short(qkv.dtype, head_dim, max_seqlen)
     with torch.cuda.device_of(qkv):
         if block_s:
@@ -142,11 +141,12 @@ def _aligned(bias: Tensor) -> Tensor:
     return bias
 
 
-def _constants(qkv: Tensor) -> dict[str, Any]:
+def _constants(qkv: Tensor, scale: float, bias: Tensor | None) -> dict[str, Any]:
     head_dim = qkv.size(3)
     tf32 = qkv.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision = "tf32" if tf32 and qkv.dtype is torch.float32 else "ieee"
-    return {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "PRECISION": precision}
+    scaled = bias is not None or scale < 0 or qkv.dtype is torch.float32
+    return {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "PRECISION": precision, "SCALED": scaled}
 
 
 def _block_d(head_dim: int) -> int:
@@ -202,6 +202,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 head_dims, dtypes, precisions, (False, True), biases
             ):
                 constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "PRECISION": precision}
+                constants["SCALED"] = bias or dtype == "fp32"
                 constants |= {key: value for key, value in config.items() if key.startswith("BLOCK")}
                 if "-s" in name:
                     constants["BLOCK_S"] = int(name.split("-s")[1])

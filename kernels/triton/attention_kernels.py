@@ -10,6 +10,8 @@ Arguments that recur, T tokens in B sequences:
         broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
     seed int64 [1] or None; threshold: the smallest Philox word that is kept, as int32 bits; keep_scale: 1 / (1 - p)
 HEAD_DIM is padded to the power of two BLOCK_D with zeros. PRECISION of float32 matrix products: "ieee" or "tf32".
+SCALED: Q K^T is multiplied by scale before anything else, as a bias, a negative scale and float32's accuracy want it;
+otherwise exp takes the scale in, in one fused operation.
 """
 
 import triton
@@ -111,16 +113,17 @@ def _keep(seed, threshold, head, token, key, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
-def _softmax_block(scores, top, scale, bias, first_key, length, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
+def _softmax_block(
+    scores, top, scale, first_key, length, COLUMNS: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr
+):
     """The new maximum of each row, exp(score - maximum), and what earlier sums shrink by.
 
-    scores [rows, COLUMNS], keys from first_key on, and top [rows], the maximum so far: with a bias, they are scaled and have
-    it added; without, they are Q K^T as it is, and scale, which is positive, still has to be applied.
+    scores [rows, COLUMNS], keys from first_key on; top [rows], the maximum so far.
     """
     if MASKED:
         scores = tl.where(tl.arange(0, COLUMNS)[None, :] < length - first_key, scores, -INFINITY)
     new_top = tl.maximum(top, tl.max(scores, 1))
-    if bias is not None:
+    if SCALED:
         base = tl.where(new_top == -INFINITY, 0.0, new_top)  # a row of nothing but -inf: exp gives 0, not NaN
         p = tl.exp2((scores - base[:, None]) * LOG2E)
         shrink = tl.exp2((top - base) * LOG2E)
@@ -133,8 +136,8 @@ def _softmax_block(scores, top, scale, bias, first_key, length, COLUMNS: tl.cons
 
 
 @triton.jit
-def _log_sum_exp(top, total, scale, bias):
-    if bias is not None:
+def _log_sum_exp(top, total, scale, SCALED: tl.constexpr):
+    if SCALED:
         return top + tl.log(total)
     else:
         return top * scale + tl.log(total)
@@ -144,14 +147,16 @@ def _log_sum_exp(top, total, scale, bias):
 def _attend(
     acc, top, total, q, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold,
     bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the queries q (first, first + 1, ...) meet the keys n, n + 1, ..."""
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SCALED:
+        scores *= scale
     if bias is not None:
-        scores = scores * scale + _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
-    top, p, shrink = _softmax_block(scores, top, scale, bias, n, length, BLOCK_N, MASKED)
+        scores += _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
+    top, p, shrink = _softmax_block(scores, top, scale, n, length, BLOCK_N, SCALED, MASKED)
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
         p = tl.where(_keep(seed, threshold, head, token, n, BLOCK_M, BLOCK_N), p, 0.0)
@@ -164,7 +169,7 @@ def _attend(
 def _attention_fwd_kernel(
     qkv, out, lse, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_M queries. Grid: (tile slots, heads)."""
@@ -188,26 +193,27 @@ def _attention_fwd_kernel(
     for n in tl.range(0, full, BLOCK_N):
         acc, top, row_sum = _attend(
             acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed, threshold,
-            bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, False,
+            bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, False,
         )  # fmt: skip
     for n in tl.range(full, length, BLOCK_N, num_stages=1):
         acc, top, row_sum = _attend(
             acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed, threshold,
-            bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, True,
+            bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, True,
         )  # fmt: skip
 
     acc *= tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)[:, None]
     out_head = out + start * heads * HEAD_DIM + head * HEAD_DIM
     _store_rows(out_head, acc, first, length, heads * HEAD_DIM, BLOCK_M, HEAD_DIM, BLOCK_D)
     lse += tl.cast(head, tl.int64) * total + start
-    tl.store(lse + query, _log_sum_exp(top, row_sum, scale, bias), mask=query < length)
+    tl.store(lse + query, _log_sum_exp(top, row_sum, scale, SCALED), mask=query < length)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_fwd_short_kernel(
     qkv, out, lse, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A head of a sequence of at most BLOCK_S tokens. Grid: (B * heads,)."""
     sequence = tl.program_id(0) // heads
@@ -229,9 +235,11 @@ def _attention_fwd_short_kernel(
 
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     top = tl.full((BLOCK_S,), -INFINITY, tl.float32)
+    if SCALED:
+        scores *= scale
     if bias is not None:
-        scores = scores * scale + _load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True)
-    top, p, _ = _softmax_block(scores, top, scale, bias, 0, length, BLOCK_S, True)
+        scores += _load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True)
+    top, p, _ = _softmax_block(scores, top, scale, 0, length, BLOCK_S, SCALED, True)
     row_sum = tl.sum(p, 1)
     if seed is not None:
         p = tl.where(_keep(seed, threshold, head, start, 0, BLOCK_S, BLOCK_S), p, 0.0)
@@ -240,7 +248,7 @@ def _attention_fwd_short_kernel(
     out_head = out + start * heads * HEAD_DIM + head * HEAD_DIM
     _store_rows(out_head, acc, 0, length, heads * HEAD_DIM, BLOCK_S, HEAD_DIM, BLOCK_D)
     lse += tl.cast(head, tl.int64) * total + start
-    tl.store(lse + query, _log_sum_exp(top, row_sum, scale, bias), mask=query < length)
+    tl.store(lse + query, _log_sum_exp(top, row_sum, scale, SCALED), mask=query < length)
 
 
 @triton.jit
@@ -253,9 +261,9 @@ def _load_lse(lse, query, length, bias):
 
 
 @triton.jit
-def _probabilities(scores, lse, scale, bias):
-    """softmax again, from the saved lse, which broadcasts against the scores; these as in _softmax_block."""
-    if bias is not None:
+def _probabilities(scores, lse, scale, SCALED: tl.constexpr):
+    """softmax again, from the saved lse, which broadcasts against the scores."""
+    if SCALED:
         return tl.exp2((scores - lse) * LOG2E)
     else:
         return tl.exp2(scores * (scale * LOG2E) - lse * LOG2E)
@@ -265,29 +273,34 @@ def _probabilities(scores, lse, scale, bias):
 def _dq_step(
     dq, q, dout, lse, delta, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold, keep_scale,
     bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SCALED:
+        scores *= scale
     if bias is not None:
-        scores = scores * scale + _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
-    p = _probabilities(scores, lse[:, None], scale, bias)
+        scores += _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
+    p = _probabilities(scores, lse[:, None], scale, SCALED)
     if MASKED:
         p = tl.where(tl.arange(0, BLOCK_N)[None, :] < length - n, p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if seed is not None:
         keep = _keep(seed, threshold, head, token, n, BLOCK_M, BLOCK_N)
         dp = tl.where(keep, dp, 0.0) * keep_scale
+    if MASKED:  # with all keys at hand, this quotient is the more exact one
+        mass = tl.sum(p, 1)
+        delta = tl.where((length <= BLOCK_N) & (mass > 0.0), tl.sum(p * dp, 1) / mass, delta)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), delta
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_dq_kernel(
     dout, qkv, out, lse, delta, dqkv, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of BLOCK_M queries, and delta = sum(dout * out) of their rows. Grid: (tile slots, heads)."""
@@ -309,22 +322,22 @@ def _attention_bwd_dq_kernel(
     do = _load_rows(dout + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     o = _load_rows(out + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + rows + query, row_delta, mask=query < length)
     row_lse = _load_lse(lse + rows, query, length, bias)
     q = _load_rows(q_head, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    full = length // BLOCK_N * BLOCK_N
+    full = tl.where(length <= BLOCK_N, 0, length // BLOCK_N * BLOCK_N)
     for n in tl.range(0, full, BLOCK_N):
-        dq = _dq_step(
+        dq, row_delta = _dq_step(
             dq, q, do, row_lse, row_delta, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
-            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, False,
+            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, False,
         )  # fmt: skip
     for n in tl.range(full, length, BLOCK_N, num_stages=1):
-        dq = _dq_step(
+        dq, row_delta = _dq_step(
             dq, q, do, row_lse, row_delta, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
-            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, True,
+            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, True,
         )  # fmt: skip
+    tl.store(delta + rows + query, row_delta, mask=query < length)
     _store_rows(dq_head, dq * scale, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
@@ -332,7 +345,7 @@ def _attention_bwd_dq_kernel(
 def _attention_bwd_dkdv_kernel(
     dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of BLOCK_N keys. Grid: (tile slots, heads).
@@ -367,10 +380,11 @@ def _attention_bwd_dkdv_kernel(
         row_lse = _load_lse(lse, query, length, bias)
         row_delta = tl.load(delta + query, mask=query < length, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if SCALED:
+            scores *= scale
         if bias is not None:
-            tile = _load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
-            scores = scores * scale + tl.trans(tile)
-        p = _probabilities(scores, row_lse[None, :], scale, bias)
+            scores += tl.trans(_load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
+        p = _probabilities(scores, row_lse[None, :], scale, SCALED)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         kept = p
         if seed is not None:
@@ -390,7 +404,8 @@ def _attention_bwd_dkdv_kernel(
 def _attention_bwd_short_kernel(
     dout, qkv, lse, dqkv, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV of a head of a sequence of at most BLOCK_S tokens. Grid: (B * heads,).
 
@@ -419,10 +434,11 @@ def _attention_bwd_short_kernel(
     do = _load_rows(do_head, 0, length, out_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
 
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    if SCALED:
+        scores *= scale
     if bias is not None:
-        tile = _load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True)
-        scores = scores * scale + tl.trans(tile)
-    p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], scale, bias), 0.0)
+        scores += tl.trans(_load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True))
+    p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], scale, SCALED), 0.0)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     kept = p
     if seed is not None:
@@ -445,7 +461,7 @@ def _attention_bwd_dbias_kernel(
     dout, qkv, lse, delta, dbias, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
     bias_batches, bias_heads, queries, keys,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_ROW: tl.constexpr,
 ):  # fmt: skip
     """A tile of the bias's gradient: the sum over all sequences and heads that share it, and over all queries if the bias
@@ -487,10 +503,9 @@ def _attention_bwd_dbias_kernel(
                 row_lse = _load_lse(lse + rows, query, length, bias)
                 row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                scores = scores * scale + _load_bias(
-                    bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True
-                )
-                p = tl.where(key < length, _probabilities(scores, row_lse[:, None], scale, bias), 0.0)
+                scores *= scale
+                scores += _load_bias(bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
+                p = tl.where(key < length, _probabilities(scores, row_lse[:, None], scale, SCALED), 0.0)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
                 if seed is not None:
                     keep = _keep(seed, threshold, tl.cast(head, tl.int32), start + m, first_key, BLOCK_M, BLOCK_N)
