@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,6 +104,13 @@ def _check(
 
 
 _cpu = leaf.Leaf("layernorm", "cpu")
+_triton = leaf.define_triton(
+    "layernorm",
+    "(Tensor x, Tensor? x_bias, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout_p, "
+    "Tensor? seed, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor z, Tensor weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, "
+    "bool need_x_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 def _run(
@@ -132,8 +140,15 @@ def _run(
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    others = tuple(other for other in requires or () if other is not None)
-    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype, *others))
+    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype, *_given(requires)))
+
+
+def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return dispatch.triton_reason(device_type, (dtype, *_given(requires)))
+
+
+def _given(requires: tuple[torch.dtype | None, ...] | None) -> Iterator[torch.dtype]:
+    return (other for other in requires or () if other is not None)
 
 
 def _saves_sum(x_bias: Tensor | None, residual: Tensor | None, dropout_p: float) -> bool:
@@ -213,20 +228,21 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dz: None, dmean: 
     )
 
 
-leaf.register(
-    _cpu,
-    forward_fake=_forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
-    backward_fake=_backward_fake,
-)
+for _kernels in (_cpu, _triton):
+    leaf.register(
+        _kernels,
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
 
 implementations = dispatch.register(
     "layernorm",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
         dispatch.not_built("cuda"),
-        dispatch.not_built("triton"),
+        dispatch.Implementation("triton", functools.partial(_run, _triton), _supports_triton),
         dispatch.Implementation("reference", layernorm_ref, dispatch.always),
     ),
 )

@@ -1,9 +1,9 @@
 """Attention over packed sequences: launches the kernels of attention_kernels.py.
 
-Up to 128 tokens a sequence, a program holds a whole head of a sequence. Beyond, the forward has a program for each tile of
-queries; the backward is two passes, dQ by tiles of queries and dK, dV by tiles of keys, each of which computes the scores
-again. There are no atomics. The tiles of a ragged batch are found from cu_seqlens on the device (`_find_tile`), so that the
-host never waits. The gradient of a bias is a pass of its own.
+Up to 128 tokens a sequence, a program holds a whole head of a sequence, in 16 bit. Otherwise the forward has a program
+for each tile of queries; the backward is two passes, dQ by tiles of queries and dK, dV by tiles of keys, each of which
+computes the scores again. There are no atomics. The tiles of a ragged batch are found from cu_seqlens on the device
+(`_find_tile`), so that the host never waits. The gradient of a bias is a pass of its own.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ def attention_bwd(
     return dqkv, dbias
 
 
-def _scalars(
-    qkv: Tensor, batch: int, scale: float, dropout_p: float, bias: Tensor | None
-) -> tuple[int | float, ...]:
+def _scalars(qkv: Tensor, batch: int, scale: float, dropout_p: float, bias: Tensor | None) -> tuple[int | float, ...]:
     """What every kernel takes after its pointers, from `batch` to `bias_width`."""
     total, _, heads, _ = qkv.shape
     threshold = philox.threshold(dropout_p)
@@ -168,9 +166,7 @@ def _shape_class(dtype: torch.dtype, head_dim: int, block_s: int = 0) -> str:
 
 
 def _config(kernel: str, qkv: Tensor, block_s: int = 0) -> dict[str, int]:
-    return configs.choose(
-        kernel, _shape_class(qkv.dtype, qkv.size(3), block_s), configs.architecture(qkv.device)
-    )
+    return configs.choose(kernel, _shape_class(qkv.dtype, qkv.size(3), block_s), configs.architecture(qkv.device))
 
 
 # For the compile-time table: the kernels by name, with their pointers. What else they take, all take alike.
@@ -182,7 +178,14 @@ _POINTERS = {
     "attention_bwd_short": ("dout", "qkv", "lse", "dqkv", "cu_seqlens", "seed", "bias"),
     "attention_bwd_dbias": ("dout", "qkv", "lse", "delta", "dbias", "cu_seqlens", "seed", "bias"),
 }
-_POINTER_TYPES = {"lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "dbias": "*fp32", "cu_seqlens": "*i32", "seed": "*i64"}
+_POINTER_TYPES = {
+    "lse": "*fp32",
+    "delta": "*fp32",
+    "bias": "*fp32",
+    "dbias": "*fp32",
+    "cu_seqlens": "*i32",
+    "seed": "*i64",
+}
 
 
 def cases(arch: int) -> Iterator[configs.Case]:

@@ -1,11 +1,12 @@
-"""The kernels of attention.py: attention over packed sequences with the online softmax of FlashAttention (Dao et al. 2022).
+"""The kernels of attention.py, with the online softmax of FlashAttention (Dao et al. 2022).
 
-A program of a long kernel owns a tile of queries (or of keys) of one head of one sequence and walks over the other side; a
-program of a short kernel holds the whole head of a sequence. Nothing is added to memory that another program also adds to,
-so results repeat bit for bit.
+A program of a long kernel owns a tile of queries (or of keys) of one head of one sequence and walks over the other
+side; a program of a short kernel holds the whole head of a sequence. Nothing is added to memory that another program
+also adds to, so results repeat bit for bit.
 
 Arguments that recur, T tokens in B sequences:
-    qkv, dqkv [T, 3, heads, HEAD_DIM]; out, dout [T, heads, HEAD_DIM]; lse, delta float32 [heads, T]; cu_seqlens int32 [B + 1]
+    qkv, dqkv [T, 3, heads, HEAD_DIM]; out, dout [T, heads, HEAD_DIM]; lse, delta float32 [heads, T]
+    cu_seqlens int32 [B + 1]
     bias float32 [B or 1, heads or 1, S or 1, S] or None; bias_batch, bias_head, bias_query: its strides, 0 where it
         broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
     seed int64 [1] or None; threshold: the smallest Philox word that is kept, as int32 bits; keep_scale: 1 / (1 - p)
@@ -27,8 +28,8 @@ UNSPECIALIZED = ("batch", "total", "heads", "threshold", "bias_batch", "bias_hea
 def _find_tile(cu_seqlens, batch, BLOCK: tl.constexpr):
     """Sequence of this program's tile, where it starts and ends, and the tile's first row in it.
 
-    Sequence b owns the program ids from cu_seqlens[b] // BLOCK + b on. That is room enough for its tiles, needs no table of
-    tiles, and leaves fewer than B ids without one.
+    Sequence b owns the program ids from cu_seqlens[b] // BLOCK + b on. That is room enough for its tiles, needs no
+    table of tiles, and leaves at most B ids without one.
     """
     slot = tl.program_id(0)
     low = 0
@@ -47,7 +48,7 @@ def _find_tile(cu_seqlens, batch, BLOCK: tl.constexpr):
 def _load_rows(
     x, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """[ROWS, BLOCK_D]: rows first, first + 1, ... of x [length, HEAD_DIM], zero outside. MASKED: some may lie outside."""
+    """[ROWS, BLOCK_D]: rows first, first + 1, ... of x [length, HEAD_DIM], 0 outside. MASKED: some may lie outside."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     pointers = x + tl.cast(first, tl.int64) * stride + (row * stride + column)
@@ -63,9 +64,7 @@ def _load_rows(
 
 
 @triton.jit
-def _store_rows(
-    x, value, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _store_rows(x, value, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     pointers = x + tl.cast(first, tl.int64) * stride + (row * stride + column)
@@ -86,7 +85,9 @@ def _load_bias(
     """
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    pointers = bias + (tl.cast(first_query, tl.int64) * (4 * bias_query) + first_key) + (row * (4 * bias_query) + column)
+    pointers = (
+        bias + (tl.cast(first_query, tl.int64) * (4 * bias_query) + first_key) + (row * (4 * bias_query) + column)
+    )
     inside = row < length - first_query
     if MASKED:
         inside = inside & (column < 4 * bias_width - first_key)
@@ -95,7 +96,7 @@ def _load_bias(
 
 @triton.jit
 def _keep(seed, threshold, head, token, key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Dropout's mask [ROWS, COLUMNS] for queries token, token + 1, ... and keys key, key + 1, ...; key is a multiple of 4.
+    """Dropout's mask [ROWS, COLUMNS] for queries token, token + 1, ... and keys key, key + 1, ..., key % 4 being 0.
 
     The Philox of fastbert/ops/philox.py: a call's four words serve four neighbouring keys.
     """
@@ -146,8 +147,8 @@ def _log_sum_exp(top, total, scale, SCALED: tl.constexpr):
 @triton.jit
 def _attend(
     acc, top, total, q, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold,
-    bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+    bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the queries q (first, first + 1, ...) meet the keys n, n + 1, ..."""
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
@@ -192,13 +193,13 @@ def _attention_fwd_kernel(
     full = length // BLOCK_N * BLOCK_N
     for n in tl.range(0, full, BLOCK_N):
         acc, top, row_sum = _attend(
-            acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed, threshold,
-            bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, False,
+            acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            threshold, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, False,
         )  # fmt: skip
     for n in tl.range(full, length, BLOCK_N, num_stages=1):
         acc, top, row_sum = _attend(
-            acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed, threshold,
-            bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, True,
+            acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            threshold, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, True,
         )  # fmt: skip
 
     acc *= tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)[:, None]
@@ -270,11 +271,12 @@ def _probabilities(scores, lse, scale, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _dq_step(
-    dq, q, dout, lse, delta, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold, keep_scale,
-    bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+def _meet_keys(
+    q, dout, lse, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold, keep_scale,
+    bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Keys n, n + 1, ..., and the probabilities and their gradients, both [BLOCK_M, BLOCK_N], of the queries q."""
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -289,11 +291,7 @@ def _dq_step(
     if seed is not None:
         keep = _keep(seed, threshold, head, token, n, BLOCK_M, BLOCK_N)
         dp = tl.where(keep, dp, 0.0) * keep_scale
-    if MASKED:  # with all keys at hand, this quotient is the more exact one
-        mass = tl.sum(p, 1)
-        delta = tl.where((length <= BLOCK_N) & (mass > 0.0), tl.sum(p * dp, 1) / mass, delta)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), delta
+    return k, p, dp
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -303,7 +301,7 @@ def _attention_bwd_dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of BLOCK_M queries, and delta = sum(dout * out) of their rows. Grid: (tile slots, heads)."""
+    """dQ of a tile of BLOCK_M queries, and their delta, sum(P * dP) = sum(dout * out). Grid: (tile slots, heads)."""
     sequence, start, length, first = _find_tile(cu_seqlens, batch, BLOCK_M)
     if first >= length:
         return
@@ -320,24 +318,41 @@ def _attention_bwd_dq_kernel(
     query = first + tl.arange(0, BLOCK_M)
     rows = tl.cast(head, tl.int64) * total + start
     do = _load_rows(dout + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    o = _load_rows(out + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     row_lse = _load_lse(lse + rows, query, length, bias)
     q = _load_rows(q_head, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    full = tl.where(length <= BLOCK_N, 0, length // BLOCK_N * BLOCK_N)
-    for n in tl.range(0, full, BLOCK_N):
-        dq, row_delta = _dq_step(
-            dq, q, do, row_lse, row_delta, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
-            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, False,
-        )  # fmt: skip
-    for n in tl.range(full, length, BLOCK_N, num_stages=1):
-        dq, row_delta = _dq_step(
-            dq, q, do, row_lse, row_delta, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
-            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, True,
-        )  # fmt: skip
+    if qkv.dtype.element_ty == tl.float32:  # where one key has nearly all the weight, only this sum is exact enough
+        mass = tl.zeros((BLOCK_M,), tl.float32)
+        weighted = tl.zeros((BLOCK_M,), tl.float32)
+        for n in tl.range(0, length, BLOCK_N, num_stages=1):
+            _, p, dp = _meet_keys(
+                q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+                threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION,
+                SCALED, True,
+            )  # fmt: skip
+            mass += tl.sum(p, 1)
+            weighted += tl.sum(p * dp, 1)
+        row_delta = tl.where(mass > 0.0, weighted / mass, 0.0)
+    else:
+        o = _load_rows(out + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta + rows + query, row_delta, mask=query < length)
+    full = length // BLOCK_N * BLOCK_N
+    for n in tl.range(0, full, BLOCK_N):
+        k, p, dp = _meet_keys(
+            q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION,
+            SCALED, False,
+        )  # fmt: skip
+        dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
+    for n in tl.range(full, length, BLOCK_N, num_stages=1):
+        k, p, dp = _meet_keys(
+            q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION,
+            SCALED, True,
+        )  # fmt: skip
+        dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     _store_rows(dq_head, dq * scale, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
@@ -409,7 +424,7 @@ def _attention_bwd_short_kernel(
 ):  # fmt: skip
     """dQ, dK and dV of a head of a sequence of at most BLOCK_S tokens. Grid: (B * heads,).
 
-    Scores are held transposed, [keys, queries]. delta comes from them: all keys are at hand, and `out` need not be read.
+    Scores are held transposed, [keys, queries]. delta comes from them: all keys are at hand, `out` need not be read.
     """
     sequence = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -446,9 +461,7 @@ def _attention_bwd_short_kernel(
         kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp, 0.0) * keep_scale
     dv = tl.dot(kept.to(do.dtype), do, input_precision=PRECISION)
-    _store_rows(
-        dq_head + 2 * heads * HEAD_DIM, dv * keep_scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D
-    )
+    _store_rows(dq_head + 2 * heads * HEAD_DIM, dv * keep_scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
     ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q.dtype)
     dk = tl.dot(ds, q, input_precision=PRECISION)
     _store_rows(dq_head + heads * HEAD_DIM, dk * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
@@ -464,8 +477,8 @@ def _attention_bwd_dbias_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_ROW: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the bias's gradient: the sum over all sequences and heads that share it, and over all queries if the bias
-    has ONE_ROW for them. dbias, bias: float32 [bias_batches, bias_heads, queries, keys].
+    """A tile of the bias's gradient: the sum over all sequences and heads that share it, and over all queries if
+    the bias has ONE_ROW for them. dbias, bias: float32 [bias_batches, bias_heads, queries, keys].
     Grid: (bias_batches * bias_heads, tiles of queries, tiles of keys).
     """
     which_batch = tl.program_id(0) // bias_heads

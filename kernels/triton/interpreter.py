@@ -1,6 +1,7 @@
 """Repairs to Triton's interpreter (TRITON_INTERPRET=1), so that the kernels themselves need not know of it.
 
-bfloat16: the interpreter's arrays hold it as uint16; casts to it truncate, and a matrix product multiplies the integers.
+bfloat16: the interpreter's arrays hold it as uint16; casts to it truncate, and a matrix product multiplies the
+integers.
 Integer sums: each is computed and compared again in 64 bits, to find overflow, for half of a kernel's time.
 Loop bounds: scalars are arrays of one element, which NumPy since 2.4 does not convert to an index.
 """

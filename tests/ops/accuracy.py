@@ -71,8 +71,7 @@ def table(
     """
     parameters = []
     for backend in backends_of(op):
-        interpreted = backend in GPU_BACKENDS and device(backend) == "cpu"
-        chosen = [case for case in cases if not interpreted or cost(case) <= INTERPRETER_LIMIT]
+        chosen = [case for case in cases if not interpreted(backend) or cost(case) <= INTERPRETER_LIMIT]
         assert chosen, f"{op}: no case is quick enough for the interpreter"
         for dtype in dtypes_of(backend):
             for case in chosen:
@@ -84,6 +83,11 @@ def table(
 def device(backend: str | None) -> str:
     """Where a backend's tensors live here. None: where none is forced."""
     return "cuda" if backend in GPU_BACKENDS and torch.cuda.is_available() else "cpu"
+
+
+def interpreted(backend: str | None) -> bool:
+    """Whether a backend's kernels run in Triton's interpreter here, where small sizes are a must."""
+    return backend in GPU_BACKENDS and device(backend) == "cpu"
 
 
 def to_device(backend: str | None, tensors: Tensors) -> Tensors:

@@ -36,11 +36,12 @@ def sample(op: str, p: float = 0.1, dtype: torch.dtype = torch.float32, backend:
         return torch.randn(*shape, generator=random)
 
     dropout = {"dropout_p": p, "seed": accuracy.seed_tensor(device) if p > 0 else None}
-    cu_seqlens = torch.tensor([0, 70, 70, 130, 163], dtype=torch.int32, device=device)
-    rows, hidden = 163, 96
+    starts = [0, 18, 18, 30, 41] if accuracy.interpreted(backend) else [0, 70, 70, 130, 163]
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+    longest, rows, hidden = starts[1], starts[-1], 96
     if op == "attention":
-        tensors = {"qkv": normal(rows, 3, 3, 32), "bias": normal(4, 3, 1, 70)}
-        run = partial(ops.attention, cu_seqlens=cu_seqlens, max_seqlen=70, backend=backend, **dropout)
+        tensors = {"qkv": normal(rows, 3, 3, 32), "bias": normal(4, 3, 1, longest)}
+        run = partial(ops.attention, cu_seqlens=cu_seqlens, max_seqlen=longest, backend=backend, **dropout)
     elif op == "embedding":
         ids = {
             "input_ids": torch.randint(50, (3, 21), generator=random).to(device),
@@ -395,8 +396,8 @@ def leaf_calls(op: str, backend: str, p: float) -> list[tuple[str, tuple]]:
     t, device = of.tensors, accuracy.device(backend)
     seed = accuracy.seed_tensor(device) if p > 0 else None
     if op == "attention":
-        cu_seqlens = of.run.keywords["cu_seqlens"]
-        forward = (t["qkv"], cu_seqlens, 70, 0.2, p, seed, t["bias"])
+        cu_seqlens, longest = of.run.keywords["cu_seqlens"], of.run.keywords["max_seqlen"]
+        forward = (t["qkv"], cu_seqlens, longest, 0.2, p, seed, t["bias"])
     elif op == "embedding":
         ids = of.run.keywords
         positions = torch.arange(21, device=device).repeat(3)
@@ -410,7 +411,7 @@ def leaf_calls(op: str, backend: str, p: float) -> list[tuple[str, tuple]]:
     elif op == "linear":
         forward = (t["x"], [t["weight"], t["weight"]], [t["bias"], t["bias"]])
     else:
-        labels = torch.arange(163, device=device) % 150
+        labels = torch.arange(len(t["hidden"]), device=device) % 150
         forward = (t["hidden"], labels, t["decoder_weight"], t["decoder_bias"], -100, 0.1, True)
     y, *saved = (outputs,) if isinstance(outputs := call(f"{op}_fwd_{backend}", forward), Tensor) else outputs
     dy = upstream_for(y)
