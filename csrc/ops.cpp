@@ -137,13 +137,8 @@ AttentionShape check_attention(const char* op, const Tensor& qkv, const Tensor& 
   a.seed = seed_value(dropout_p, seed);
   if (bias.has_value()) {
     check(op, "bias", *bias, ScalarType::Float, {-1, -1, -1, -1});
-    const auto fits = [&](int64_t dim, int64_t full) { return bias->size(dim) == 1 || bias->size(dim) == full; };
-    if (!fits(0, a.batch) || !fits(1, a.heads) || !(bias->size(2) == 1 || bias->size(2) >= max_seqlen) ||
-        bias->size(3) < max_seqlen)
-      fail(op, ": bias has shape ", shape_text(*bias), "; it must be [", a.batch, " or 1, ", a.heads, " or 1, ",
-           max_seqlen, " or more or 1, ", max_seqlen, " or more]");
+    check_bias(op, *bias, a.batch, a.heads, max_seqlen, a.bias_strides);
     a.bias = static_cast<const float*>(bias->const_data_ptr());
-    for (int dim = 0; dim < 3; ++dim) a.bias_strides[dim] = bias->size(dim) == 1 ? 0 : bias->stride(dim);
   }
   return a;
 }

@@ -180,6 +180,7 @@ def _run_reference(
 
 
 _cpu = leaf.Leaf("attention", "cpu")
+_cuda = leaf.Leaf("attention", "cuda")
 
 
 def _run(
@@ -218,6 +219,17 @@ def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | 
     reason = dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
     if reason is None and requires is not None and requires % 8 != 0:
         return f"has kernels for head sizes that are multiples of 8, not {requires}"
+    return reason
+
+
+def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    reason = dispatch.cuda_reason(_cuda.missing, device_type)
+    if reason is None and dtype is torch.float32:
+        return "multiplies 16-bit numbers only: fp32 attention runs on triton or the reference"
+    if reason is None and dtype not in (torch.bfloat16, torch.float16):
+        return f"has kernels for torch.bfloat16 and torch.float16, not {dtype}"
+    if reason is None and requires is not None and requires not in (32, 64, 128):
+        return f"has kernels for head sizes 32, 64 and 128, not {requires}"
     return reason
 
 
@@ -279,19 +291,20 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dout: Tensor | None, dlse: None) -> 
     return dqkv, None, None, None, None, None, dbias if need_dbias else None
 
 
-leaf.register(
-    _cpu,
-    forward_fake=_forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
-    backward_fake=_backward_fake,
-)
+for _kernels in (_cpu, _cuda):
+    leaf.register(
+        _kernels,
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
 
 implementations = dispatch.register(
     "attention",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
-        dispatch.not_built("cuda"),
+        dispatch.Implementation("cuda", functools.partial(_run, _cuda), _supports_cuda, dispatch.NEVER_RUN),
         dispatch.not_built("triton"),
         dispatch.Implementation("reference", _run_reference, dispatch.always),
     ),

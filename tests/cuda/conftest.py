@@ -64,7 +64,7 @@ class Emulated:
         torch.ops.load_library(library)
         self.library = ctypes.CDLL(str(library))
         self.library.fastbert_take_bank_conflicts.restype = ctypes.c_int64
-        self.leaves = {op: self.register(op) for op in ("layernorm",)}
+        self.leaves = {op: self.register(op) for op in ("layernorm", "attention")}
 
     @staticmethod
     def register(op: str) -> leaf.Leaf:
