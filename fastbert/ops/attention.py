@@ -223,11 +223,9 @@ def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | 
 
 
 def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    reason = dispatch.cuda_reason(_cuda.missing, device_type)
+    reason = dispatch.cuda_reason(_cuda.missing, device_type, (dtype,))
     if reason is None and dtype is torch.float32:
         return "multiplies 16-bit numbers only: fp32 attention runs on triton or the reference"
-    if reason is None and dtype not in (torch.bfloat16, torch.float16):
-        return f"has kernels for torch.bfloat16 and torch.float16, not {dtype}"
     if reason is None and requires is not None and requires not in (32, 64, 128):
         return f"has kernels for head sizes 32, 64 and 128, not {requires}"
     return reason

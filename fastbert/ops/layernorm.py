@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,6 +105,13 @@ def _check(
 
 _cpu = leaf.Leaf("layernorm", "cpu")
 _cuda = leaf.Leaf("layernorm", "cuda")
+_triton = leaf.define_triton(
+    "layernorm",
+    "(Tensor x, Tensor? x_bias, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout_p, "
+    "Tensor? seed, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor z, Tensor weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, "
+    "bool need_x_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 def _run(
@@ -133,16 +141,19 @@ def _run(
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    others = tuple(other for other in requires or () if other is not None)
-    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype, *others))
+    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype, *_given(requires)))
+
+
+def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return dispatch.triton_reason(device_type, (dtype, *_given(requires)))
+
+
+def _given(requires: tuple[torch.dtype | None, ...] | None) -> Iterator[torch.dtype]:
+    return (other for other in requires or () if other is not None)
 
 
 def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    others = tuple(other for other in requires or () if other is not None)
-    reason = dispatch.cuda_reason(_cuda.missing, device_type)
-    for other in (dtype, *others):
-        if reason is None and other not in (torch.float32, torch.bfloat16, torch.float16):
-            reason = f"has kernels for torch.float32, torch.bfloat16 and torch.float16, not {other}"
+    reason = dispatch.cuda_reason(_cuda.missing, device_type, (dtype, *_given(requires)))
     residual = requires[1] if requires and len(requires) > 1 else None
     if reason is None and {dtype, residual} == {torch.bfloat16, torch.float16}:
         reason = "has no kernel for x in one and residual in the other of torch.bfloat16 and torch.float16"
@@ -226,7 +237,7 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dz: None, dmean: 
     )
 
 
-for _kernels in (_cpu, _cuda):
+for _kernels in (_cpu, _cuda, _triton):
     leaf.register(
         _kernels,
         forward_fake=_forward_fake,
@@ -240,7 +251,7 @@ implementations = dispatch.register(
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
         dispatch.Implementation("cuda", functools.partial(_run, _cuda), _supports_cuda, dispatch.NEVER_RUN),
-        dispatch.not_built("triton"),
+        dispatch.Implementation("triton", functools.partial(_run, _triton), _supports_triton),
         dispatch.Implementation("reference", layernorm_ref, dispatch.always),
     ),
 )

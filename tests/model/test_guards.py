@@ -225,6 +225,7 @@ def test_attentions(mask: str) -> None:
     assert all_fast(model)  # although the hooks that record attentions stay
 
 
+@pytest.mark.usefixtures("no_interpreter")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_dtype_without_kernels(dtype: torch.dtype) -> None:
     model = fastbert.optimize(build()).to(dtype)
@@ -233,6 +234,14 @@ def test_dtype_without_kernels(dtype: torch.dtype) -> None:
     batch = inputs("right")
     torch.testing.assert_close(model(**batch)[0][real(batch)], stock(**batch)[0][real(batch)])
     assert reasons(model) == [f"no kernels for {dtype} on cpu"] * 2
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_a_forced_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastbert.optimize(build())
+    monkeypatch.setenv("FASTBERT_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=r"FASTBERT_BACKEND=triton forces \w+:triton, which cannot run: "):
+        model(**inputs())
 
 
 def test_layers_of_several_dtypes() -> None:

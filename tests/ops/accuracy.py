@@ -8,11 +8,16 @@ formula in the dtype under test:
     both        rms(ours) <= 1.5 rms(eager) + rms floor
 
 The floor is one rounding of the largest value, of the root mean square for the RMS.
+
+One table of cases drives every backend. Backends for GPUs take their tensors on one where there is one. Elsewhere the
+Triton kernels run in Triton's interpreter, on the CPU, with those cases that are quick there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import importlib.util
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +25,11 @@ from torch import Tensor
 
 from fastbert import dispatch
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", *(("cuda",) if torch.cuda.is_available() else ()), "triton", "reference")
+GPU_BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (*DTYPES, torch.float16)
+INTERPRETER_LIMIT = 1.0  # of a case's cost
 SEED = 0x1234_5678_9ABC_DEF1
 
 Tensors = dict[str, Tensor]
@@ -32,11 +40,71 @@ def name_of(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
+def backends_of(op: str) -> list[str]:
+    """The backends under test that an op has."""
+    dispatch.select(op, device="cpu", dtype=torch.float32, backend="reference")  # registers the implementations
+    return [backend for backend in BACKENDS if backend in dispatch._implementations[op]]
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    return GPU_DTYPES if backend in GPU_BACKENDS else DTYPES
+
+
+def backends(op: str) -> pytest.MarkDecorator:
+    """Parametrizes `backend`."""
+    return pytest.mark.parametrize("backend", backends_of(op))
+
+
+def typed(op: str) -> pytest.MarkDecorator:
+    """Parametrizes `backend` and `dtype`, with what the backend has kernels for."""
+    pairs = [(backend, dtype) for backend in backends_of(op) for dtype in dtypes_of(backend)]
+    return pytest.mark.parametrize(("backend", "dtype"), pairs, ids=name_of)
+
+
+def table(
+    op: str, cases: Sequence[Any], *, ids: Callable[[Any], str], cost: Callable[[Any], float] = lambda case: 0.0
+) -> pytest.MarkDecorator:
+    """Parametrizes `backend`, `dtype` and `case`: every case on every backend.
+
+    cost: about how many seconds the interpreter takes for a case, forward and backward. There, a case runs if that is
+    no more than INTERPRETER_LIMIT.
+    """
+    parameters = []
+    for backend in backends_of(op):
+        chosen = [case for case in cases if not interpreted(backend) or cost(case) <= INTERPRETER_LIMIT]
+        assert chosen, f"{op}: no case is quick enough for the interpreter"
+        for dtype in dtypes_of(backend):
+            for case in chosen:
+                name = "-".join(filter(None, (backend, name_of(dtype), ids(case))))
+                parameters.append(pytest.param(backend, dtype, case, id=name))
+    return pytest.mark.parametrize(("backend", "dtype", "case"), parameters)
+
+
+def device(backend: str | None) -> str:
+    """Where a backend's tensors live here. None: where none is forced."""
+    return "cuda" if backend in GPU_BACKENDS and torch.cuda.is_available() else "cpu"
+
+
+def interpreted(backend: str | None) -> bool:
+    """Whether a backend's kernels run in Triton's interpreter here, where small sizes are a must."""
+    return backend in GPU_BACKENDS and device(backend) == "cpu"
+
+
+def to_device(backend: str | None, tensors: Tensors) -> Tensors:
+    return {name: value.to(device(backend)) for name, value in tensors.items()}
+
+
 def require(op: str, backend: str, dtype: torch.dtype, requires: Hashable = None) -> None:
-    """Skip the test, with the reason that dispatch gives, if this backend cannot run here."""
+    """Skip the test, with the reason that dispatch gives, if this backend cannot run here.
+
+    Triton, where it is installed, runs what it has kernels for, on a GPU or in the interpreter, so it is not skipped.
+    """
     try:
-        dispatch.select(op, device="cpu", dtype=dtype, requires=requires, backend=backend)
+        dispatch.select(op, device=device(backend), dtype=dtype, requires=requires, backend=backend)
     except RuntimeError as error:
+        has_kernels = dispatch.leaf(f"{op}_fwd_triton") is not None
+        if backend == "triton" and has_kernels and importlib.util.find_spec("triton") is not None:
+            raise
         pytest.skip(str(error))
 
 
@@ -44,8 +112,8 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def seed_tensor() -> Tensor:
-    return torch.tensor([SEED])
+def seed_tensor(device: str | torch.device = "cpu") -> Tensor:
+    return torch.tensor([SEED], device=device)
 
 
 def judge(name: str, ours: Tensor, eager: Tensor, truth: Tensor, factor: float) -> None:
@@ -103,7 +171,7 @@ def check_backward(
     """Output and gradients, for a random upstream gradient."""
     with torch.no_grad():
         shape, dtype = (value := eager(**tensors)).shape, value.dtype
-    upstream = torch.randn(shape, generator=generator(99)).to(dtype)
+    upstream = torch.randn(shape, generator=generator(99)).to(value.device, dtype)
     y, gradients = evaluate(ours, tensors, upstream)
     y_eager, gradients_eager = evaluate(eager, tensors, upstream)
     y_truth, gradients_truth = evaluate(reference, double(tensors), upstream.double())

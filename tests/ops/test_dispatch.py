@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
+import accuracy
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ def test_cpu_runs_where_the_extension_is_built(op: str, dtype: torch.dtype) -> N
     assert dispatch.select(op, device="cpu", dtype=dtype).name == "cpu"
 
 
+@pytest.mark.usefixtures("no_interpreter")
 @pytest.mark.parametrize("op", dispatch.OPS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes_run_on_the_reference(op: str, dtype: torch.dtype) -> None:
@@ -129,11 +132,34 @@ def test_unknown_names_as_arguments() -> None:
         ops.linear(torch.randn(2, 8), torch.randn(2, 8), backend="quick")
 
 
+@pytest.mark.usefixtures("no_interpreter")
 def test_cuda_backends_are_named() -> None:
     rejected = dispatch.describe("cpu", torch.float32)["attention"]["rejected"]
-    expected = "needs a tensor on cuda" if torch.cuda.is_available() else "no CUDA device"
-    assert rejected["cuda"].startswith((expected, "not built"))
-    assert rejected["triton"].startswith(expected)
+    for backend in ("cuda", "triton"):
+        assert rejected[backend].startswith(("needs a tensor on cuda", "no CUDA device", "not built"))
+
+
+@pytest.mark.parametrize("op", [op for op in dispatch.OPS if "triton" in accuracy.backends_of(op)])
+def test_triton_has_the_schemas_of_the_cpu(op: str) -> None:
+    """One fake kernel and one autograd formula serve all backends, which they can only so."""
+
+    def schema(name: str) -> str:
+        return str(leaf._schema).partition("(")[2] if (leaf := dispatch.leaf(name)) is not None else ""
+
+    if not schema(f"{op}_fwd_triton"):
+        pytest.skip(f"{op} has no Triton kernels")
+    if dispatch.extension_error is not None:
+        pytest.skip(dispatch.extension_error)
+    for direction in ("fwd", "bwd"):
+        assert schema(f"{op}_{direction}_triton") == schema(f"{op}_{direction}_cpu")
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_triton_refuses_cpu_tensors_without_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTBERT_BACKEND", "triton")
+    x = torch.randn(2, 8)
+    with pytest.raises(RuntimeError, match="FASTBERT_BACKEND=triton forces layernorm:triton, which cannot run: "):
+        ops.layernorm(x, x[0], x[0])
 
 
 def test_without_the_extension_everything_runs_on_the_reference() -> None:
@@ -148,5 +174,6 @@ def test_without_the_extension_everything_runs_on_the_reference() -> None:
         "try: ops.linear(x, x, backend='cpu')\n"
         "except RuntimeError as error: print(error)\n"
     )
-    printed = subprocess.check_output([sys.executable, "-c", program], text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    printed = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
     assert "cannot run: " in printed

@@ -30,26 +30,26 @@ CASES = [
 VOCABULARY, POSITIONS, TYPES = 61, 512, 2
 
 
-def ids_for(batch: int, tokens: int, given: bool) -> dict[str, Tensor]:
+def ids_for(batch: int, tokens: int, given: bool, backend: str | None = None) -> dict[str, Tensor]:
     random = accuracy.generator(batch + tokens)
     ids = {"input_ids": torch.randint(VOCABULARY, (batch, tokens), generator=random)}
     if given:
         ids["position_ids"] = torch.randint(POSITIONS, (batch, tokens), generator=random)
         ids["token_type_ids"] = torch.randint(TYPES, (batch, tokens), generator=random)
-    return ids
+    return accuracy.to_device(backend, ids)
 
 
-def tensors_for(hidden: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_for(hidden: int, dtype: torch.dtype, backend: str | None = None) -> dict[str, Tensor]:
     random = accuracy.generator(hidden)
     shapes = {"word": (VOCABULARY, hidden), "position": (POSITIONS, hidden), "token_type": (TYPES, hidden)}
     tensors = {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
     tensors["weight"] = (torch.rand(hidden, generator=random) + 0.5).to(dtype)
     tensors["bias"] = torch.randn(hidden, generator=random).to(dtype)
-    return tensors
+    return accuracy.to_device(backend, tensors)
 
 
 def ours(backend: str, ids: dict[str, Tensor], padding_idx: int | None, p: float = 0.0) -> Callable[..., Tensor]:
-    seed = accuracy.seed_tensor() if p > 0 else None
+    seed = accuracy.seed_tensor(accuracy.device(backend)) if p > 0 else None
     return lambda **tensors: ops.embedding(
         **ids, **tensors, padding_idx=padding_idx, dropout_p=p, seed=seed, eps=1e-5, backend=backend
     )
@@ -57,7 +57,7 @@ def ours(backend: str, ids: dict[str, Tensor], padding_idx: int | None, p: float
 
 def full(ids: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     input_ids = ids["input_ids"]
-    positions = torch.arange(input_ids.size(1)).expand_as(input_ids)
+    positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
     return input_ids, ids.get("position_ids", positions), ids.get("token_type_ids", torch.zeros_like(input_ids))
 
 
@@ -69,15 +69,17 @@ def eager(ids: dict[str, Tensor], padding_idx: int | None, p: float = 0.0) -> Ca
         z = z + F.embedding(position_ids, position)
         y = F.layer_norm(z, z.shape[-1:], weight, bias, 1e-5)
         if p > 0:
-            y = y * philox.keep_rows(accuracy.seed_tensor(), p, input_ids.numel(), y.size(-1)).view(y.shape) / (1 - p)
+            keep = philox.keep_rows(accuracy.seed_tensor(y.device), p, input_ids.numel(), y.size(-1))
+            y = y * keep.view(y.shape) / (1 - p)
         return y
 
     return run
 
 
 def reference(ids: dict[str, Tensor], padding_idx: int | None, p: float = 0.0) -> Callable[..., Tensor]:
+    seed = accuracy.seed_tensor(ids["input_ids"].device)
     return lambda **tensors: embedding_ref(
-        *full(ids), **tensors, padding_idx=padding_idx, dropout_p=p, eps=1e-5, seed=accuracy.seed_tensor()
+        *full(ids), **tensors, padding_idx=padding_idx, dropout_p=p, eps=1e-5, seed=seed
     )
 
 
@@ -86,41 +88,42 @@ def case_id(case: tuple) -> str:
     return f"{batch}x{tokens}x{hidden}{'' if padding_idx is None else f'-pad{padding_idx}'}{'-ids' if given else ''}"
 
 
-table = pytest.mark.parametrize("case", CASES, ids=case_id)
-dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
+table = accuracy.table(
+    "embedding",
+    CASES,
+    cost=lambda case: case[0] * case[1] * case[2] * 1e-5,
+    ids=case_id,
+)
+typed = accuracy.typed("embedding")
 dropouts = pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
-backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+backends = accuracy.backends("embedding")
 
 
-@table
 @dropouts
-@dtypes
-@backends
+@table
 def test_embedding_fwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
     accuracy.require("embedding", backend, dtype)
     batch, tokens, hidden, padding_idx, given = case
-    ids = ids_for(batch, tokens, given)
+    ids = ids_for(batch, tokens, given, backend)
     accuracy.check_forward(
         ours(backend, ids, padding_idx, p),
         eager(ids, padding_idx, p),
         reference(ids, padding_idx, p),
-        tensors_for(hidden, dtype),
+        tensors_for(hidden, dtype, backend),
     )
 
 
-@table
 @dropouts
-@dtypes
-@backends
+@table
 def test_embedding_bwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
     accuracy.require("embedding", backend, dtype)
     batch, tokens, hidden, padding_idx, given = case
-    ids = ids_for(batch, tokens, given)
+    ids = ids_for(batch, tokens, given, backend)
     accuracy.check_backward(
         ours(backend, ids, padding_idx, p),
         eager(ids, padding_idx, p),
         reference(ids, padding_idx, p),
-        tensors_for(hidden, dtype),
+        tensors_for(hidden, dtype, backend),
     )
 
 
@@ -148,11 +151,12 @@ def test_embedding_any_shape(
 
 
 @pytest.mark.parametrize("padding_idx", [3, -58])
-@pytest.mark.parametrize("backend", accuracy.BACKENDS)
+@backends
 def test_embedding_padding_row_gets_no_gradient(backend: str, padding_idx: int) -> None:
     accuracy.require("embedding", backend, torch.float32)
-    tensors = {name: value.requires_grad_() for name, value in tensors_for(16, torch.float32).items()}
-    y = ours(backend, {"input_ids": torch.tensor([[3, 4, 3]])}, padding_idx)(**tensors)
+    tensors = {name: value.requires_grad_() for name, value in tensors_for(16, torch.float32, backend).items()}
+    ids = accuracy.to_device(backend, {"input_ids": torch.tensor([[3, 4, 3]])})
+    y = ours(backend, ids, padding_idx)(**tensors)
     y.square().sum().backward()
     assert (tensors["word"].grad[3] == 0).all()
     assert (tensors["word"].grad[4] != 0).any()
@@ -162,7 +166,7 @@ def test_embedding_padding_row_gets_no_gradient(backend: str, padding_idx: int) 
 @backends
 def test_embedding_ids_broadcast_and_int32(backend: str) -> None:
     accuracy.require("embedding", backend, torch.float32)
-    tensors, ids = tensors_for(16, torch.float32), ids_for(3, 5, True)
+    tensors, ids = tensors_for(16, torch.float32, backend), ids_for(3, 5, True, backend)
     ids["position_ids"] = ids["position_ids"][:1]
     expected = ops.embedding(**ids | {"position_ids": ids["position_ids"].repeat(3, 1)}, **tensors, backend=backend)
     short = {name: value.int() for name, value in ids.items()}
@@ -173,7 +177,7 @@ def test_embedding_ids_broadcast_and_int32(backend: str) -> None:
 @backends
 def test_embedding_float32_norm_over_bfloat16_tables(backend: str) -> None:
     accuracy.require("embedding", backend, torch.bfloat16, (torch.float32,))
-    tensors, ids = tensors_for(40, torch.bfloat16), ids_for(2, 9, True)
+    tensors, ids = tensors_for(40, torch.bfloat16, backend), ids_for(2, 9, True, backend)
     for name in ("weight", "bias"):
         tensors[name] = tensors[name].float()
     accuracy.check_backward(ours(backend, ids, 0), eager(ids, 0), reference(ids, 0), tensors)

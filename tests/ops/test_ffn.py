@@ -29,14 +29,17 @@ CASES = [
 ]
 
 
-def tensors_for(rows: int, features: int, inner: int, outer: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_for(
+    rows: int, features: int, inner: int, outer: int, dtype: torch.dtype, backend: str | None = None
+) -> dict[str, Tensor]:
     random = accuracy.generator(rows + features)
-    return {
-        "x": torch.randn(rows, features, generator=random).to(dtype),
-        "weight1": (torch.randn(inner, features, generator=random) * 2 * features**-0.5).to(dtype),
-        "bias1": torch.randn(inner, generator=random).to(dtype),
-        "weight2": (torch.randn(outer, inner, generator=random) * inner**-0.5).to(dtype),
+    tensors = {
+        "x": torch.randn(rows, features, generator=random),
+        "weight1": torch.randn(inner, features, generator=random) * 2 * features**-0.5,
+        "bias1": torch.randn(inner, generator=random),
+        "weight2": torch.randn(outer, inner, generator=random) * inner**-0.5,
     }
+    return {name: value.to(accuracy.device(backend), dtype) for name, value in tensors.items()}
 
 
 def ours(backend: str) -> Callable[..., Tensor]:
@@ -47,25 +50,26 @@ def eager(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
     return F.gelu(x @ weight1.T + bias1) @ weight2.T
 
 
-table = pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
-dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
-backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+table = accuracy.table(
+    "ffn",
+    CASES,
+    cost=lambda case: case[0] * case[2] * (case[1] + case[3]) * 1e-8,
+    ids=lambda case: "x".join(map(str, case)),
+)
+typed = accuracy.typed("ffn")
+backends = accuracy.backends("ffn")
 
 
 @table
-@dtypes
-@backends
 def test_ffn_fwd(backend: str, dtype: torch.dtype, case: tuple[int, ...]) -> None:
     accuracy.require("ffn", backend, dtype)
-    accuracy.check_forward(ours(backend), eager, ffn_ref, tensors_for(*case, dtype))
+    accuracy.check_forward(ours(backend), eager, ffn_ref, tensors_for(*case, dtype, backend))
 
 
 @table
-@dtypes
-@backends
 def test_ffn_bwd(backend: str, dtype: torch.dtype, case: tuple[int, ...]) -> None:
     accuracy.require("ffn", backend, dtype)
-    accuracy.check_backward(ours(backend), eager, ffn_ref, tensors_for(*case, dtype))
+    accuracy.check_backward(ours(backend), eager, ffn_ref, tensors_for(*case, dtype, backend))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -82,8 +86,7 @@ def test_ffn_any_shape(rows: int, features: int, inner: int, outer: int, dtype: 
     accuracy.check_backward(ours("cpu"), eager, ffn_ref, tensors_for(rows, features, inner, outer, dtype))
 
 
-@backends
-@dtypes
+@typed
 def test_ffn_gelu_everywhere(backend: str, dtype: torch.dtype) -> None:
     """The activation alone, from deep in the left tail over the zero to far right, and its derivative."""
     accuracy.require("ffn", backend, dtype)
@@ -95,6 +98,7 @@ def test_ffn_gelu_everywhere(backend: str, dtype: torch.dtype) -> None:
         "bias1": torch.zeros(1, dtype=dtype),
         "weight2": one,
     }
+    tensors = accuracy.to_device(backend, tensors)
     accuracy.check_forward(ours(backend), eager, ffn_ref, tensors)
     accuracy.check_backward(ours(backend), eager, ffn_ref, tensors)
 

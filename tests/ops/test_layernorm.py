@@ -29,6 +29,8 @@ CASES = [
     (63, 40, "br"),
     (65, 312, "br"),
     (512, 384, "br"),
+    (3, 1000, "br"),
+    (2, 8192, "b"),
     (0, 384, "br"),
 ]
 # x, residual, weight and bias, x_bias
@@ -40,7 +42,9 @@ MIXED = [
 ]
 
 
-def tensors_for(rows: int, hidden: int, parts: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_for(
+    rows: int, hidden: int, parts: str, dtype: torch.dtype, backend: str | None = None
+) -> dict[str, Tensor]:
     random = accuracy.generator(rows + hidden)
     tensors = {
         "x": torch.randn(rows, hidden, generator=random) * 2 + 1,
@@ -51,11 +55,11 @@ def tensors_for(rows: int, hidden: int, parts: str, dtype: torch.dtype) -> dict[
         tensors["x_bias"] = torch.randn(hidden, generator=random)
     if "r" in parts:
         tensors["residual"] = torch.randn(rows, hidden, generator=random)
-    return {name: value.to(dtype) for name, value in tensors.items()}
+    return {name: value.to(accuracy.device(backend), dtype) for name, value in tensors.items()}
 
 
 def ours(backend: str, p: float = 0.0) -> Callable[..., Tensor]:
-    seed = accuracy.seed_tensor() if p > 0 else None
+    seed = accuracy.seed_tensor(accuracy.device(backend)) if p > 0 else None
     return lambda **tensors: ops.layernorm(**tensors, dropout_p=p, seed=seed, eps=1e-5, backend=backend)
 
 
@@ -65,7 +69,7 @@ def eager(p: float = 0.0) -> Callable[..., Tensor]:
     ) -> Tensor:
         z = x if x_bias is None else x + x_bias.to(x.dtype)
         if p > 0:
-            z = z * philox.keep_rows(accuracy.seed_tensor(), p, *x.shape) / (1 - p)
+            z = z * philox.keep_rows(accuracy.seed_tensor(x.device), p, *x.shape) / (1 - p)
         if residual is not None:
             z = z + residual
         return F.layer_norm(z, z.shape[-1:], weight, bias, eps=1e-5)
@@ -74,33 +78,32 @@ def eager(p: float = 0.0) -> Callable[..., Tensor]:
 
 
 def reference(p: float = 0.0) -> Callable[..., Tensor]:
-    return lambda **tensors: layernorm_ref(**tensors, dropout_p=p, seed=accuracy.seed_tensor(), eps=1e-5)
+    return lambda x, **rest: layernorm_ref(x, **rest, dropout_p=p, seed=accuracy.seed_tensor(x.device), eps=1e-5)
 
 
-table = pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case[0]}x{case[1]}{'-' + case[2] if case[2] else ''}"
+table = accuracy.table(
+    "layernorm",
+    CASES,
+    cost=lambda case: case[0] * case[1] / 17000,
+    ids=lambda case: f"{case[0]}x{case[1]}{'-' + case[2] if case[2] else ''}",
 )
-dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
+typed = accuracy.typed("layernorm")
 dropouts = pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
-backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+backends = accuracy.backends("layernorm")
 
 
-@table
 @dropouts
-@dtypes
-@backends
+@table
 def test_layernorm_fwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
     accuracy.require("layernorm", backend, dtype)
-    accuracy.check_forward(ours(backend, p), eager(p), reference(p), tensors_for(*case, dtype))
+    accuracy.check_forward(ours(backend, p), eager(p), reference(p), tensors_for(*case, dtype, backend))
 
 
-@table
 @dropouts
-@dtypes
-@backends
+@table
 def test_layernorm_bwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
     accuracy.require("layernorm", backend, dtype)
-    accuracy.check_backward(ours(backend, p), eager(p), reference(p), tensors_for(*case, dtype))
+    accuracy.check_backward(ours(backend, p), eager(p), reference(p), tensors_for(*case, dtype, backend))
 
 
 @pytest.mark.parametrize("mixed", MIXED, ids=lambda mixed: "-".join(str(accuracy.name_of(dtype)) for dtype in mixed))
@@ -109,7 +112,7 @@ def test_layernorm_bwd(backend: str, dtype: torch.dtype, p: float, case: tuple) 
 def test_layernorm_mixed_dtypes(backend: str, p: float, mixed: tuple) -> None:
     accuracy.require("layernorm", backend, mixed[0], tuple(mixed[1:]))
     of = dict(zip(("x", "residual", "weight", "x_bias"), mixed, strict=True)) | {"bias": mixed[2]}
-    tensors = tensors_for(19, 384, "b" if mixed[1] is None else "br", torch.float32)
+    tensors = tensors_for(19, 384, "b" if mixed[1] is None else "br", torch.float32, backend)
     tensors = {name: value.to(of[name]) for name, value in tensors.items()}
     accuracy.check_forward(ours(backend, p), eager(p), reference(p), tensors)
     accuracy.check_backward(ours(backend, p), eager(p), reference(p), tensors)
@@ -131,7 +134,7 @@ def test_layernorm_any_shape(rows: int, hidden: int, parts: str, p: float, dtype
 @backends
 def test_layernorm_dropout_one_keeps_the_residual(backend: str) -> None:
     accuracy.require("layernorm", backend, torch.float32)
-    tensors = tensors_for(5, 24, "br", torch.float32)
+    tensors = tensors_for(5, 24, "br", torch.float32, backend)
     expected = F.layer_norm(tensors["residual"], (24,), tensors["weight"], tensors["bias"], eps=1e-5)
     torch.testing.assert_close(ours(backend, 1.0)(**tensors), expected)
 
@@ -140,7 +143,7 @@ def test_layernorm_dropout_one_keeps_the_residual(backend: str) -> None:
 def test_layernorm_large_mean(backend: str) -> None:
     """A variance taken as E[x^2] - E[x]^2 has no correct digit here."""
     accuracy.require("layernorm", backend, torch.float32)
-    tensors = tensors_for(5, 384, "", torch.float32)
+    tensors = tensors_for(5, 384, "", torch.float32, backend)
     tensors["x"] = tensors["x"] + 10000.0
     accuracy.check_forward(ours(backend), eager(), reference(), tensors)
 
@@ -149,8 +152,8 @@ def test_layernorm_large_mean(backend: str) -> None:
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_layernorm_constant_row(backend: str, grad: bool) -> None:
     accuracy.require("layernorm", backend, torch.float32)
-    tensors = tensors_for(4, 40, "", torch.float32)
-    tensors["x"] = torch.full((4, 40), 3.0, requires_grad=grad)
+    tensors = tensors_for(4, 40, "", torch.float32, backend)
+    tensors["x"] = torch.full((4, 40), 3.0, device=accuracy.device(backend), requires_grad=grad)
     torch.testing.assert_close(ops.layernorm(**tensors, backend=backend), tensors["bias"].expand(4, 40))
 
 

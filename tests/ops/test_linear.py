@@ -68,24 +68,22 @@ def reference(x: Tensor, **rest: Tensor) -> Tensor:
     return linear_ref(x, *lists(rest))
 
 
-table = pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case[0]}x{case[1]}-{'+'.join(map(str, case[2]))}{'-bias' if case[3] else ''}"
+table = accuracy.table(
+    "linear",
+    CASES,
+    ids=lambda case: f"{case[0]}x{case[1]}-{'+'.join(map(str, case[2]))}{'-bias' if case[3] else ''}",
 )
-dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
-backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+typed = accuracy.typed("linear")
+backends = accuracy.backends("linear")
 
 
 @table
-@dtypes
-@backends
 def test_linear_fwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     accuracy.require("linear", backend, dtype)
     accuracy.check_forward(ours(backend), eager, reference, tensors_for(*case, dtype))
 
 
 @table
-@dtypes
-@backends
 def test_linear_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     accuracy.require("linear", backend, dtype)
     accuracy.check_backward(ours(backend), eager, reference, tensors_for(*case, dtype))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import accuracy
@@ -28,7 +29,7 @@ CASES = [
 
 
 def tensors_for(
-    hidden: int, vocabulary: int, biased: bool, dtype: torch.dtype, rows: tuple[int, ...]
+    hidden: int, vocabulary: int, biased: bool, dtype: torch.dtype, rows: tuple[int, ...], backend: str | None = None
 ) -> dict[str, Tensor]:
     random = accuracy.generator(hidden + vocabulary)
     tensors = {
@@ -41,15 +42,15 @@ def tensors_for(
     }
     if biased:
         tensors["decoder_bias"] = torch.randn(vocabulary, generator=random)
-    return {name: value.to(dtype) for name, value in tensors.items()}
+    return {name: value.to(accuracy.device(backend), dtype) for name, value in tensors.items()}
 
 
-def labels_for(shape: tuple[int, ...], vocabulary: int, share: float) -> Tensor:
+def labels_for(shape: tuple[int, ...], vocabulary: int, share: float, backend: str | None = None) -> Tensor:
     random = accuracy.generator(7)
     labels = torch.randint(vocabulary, shape, generator=random)
     labels = labels.masked_fill(torch.rand(shape, generator=random) > share, -100)
     labels.view(-1)[0] = 1
-    return labels
+    return labels.to(accuracy.device(backend))
 
 
 def ours(backend: str, labels: Tensor, smoothing: float) -> Callable[..., Tensor]:
@@ -100,9 +101,14 @@ def case_id(case: tuple) -> str:
     return text + (f"-smooth{smoothing}" if smoothing else "") + ("-bias" if biased else "")
 
 
-table = pytest.mark.parametrize("case", CASES, ids=case_id)
-dtypes = pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
-backends = pytest.mark.parametrize("backend", accuracy.BACKENDS)
+table = accuracy.table(
+    "mlm_loss",
+    CASES,
+    cost=lambda case: math.prod(case[0]) * case[1] * case[2] * 1e-7,
+    ids=case_id,
+)
+typed = accuracy.typed("mlm_loss")
+backends = accuracy.backends("mlm_loss")
 
 
 def check(
@@ -117,8 +123,8 @@ def check(
     backward: bool,
 ) -> None:
     accuracy.require("mlm_loss", backend, dtype)
-    labels = labels_for(shape, vocabulary, share)
-    tensors = tensors_for(hidden, vocabulary, biased, dtype, shape)
+    labels = labels_for(shape, vocabulary, share, backend)
+    tensors = tensors_for(hidden, vocabulary, biased, dtype, shape, backend)
     if backward:
         accuracy.check_backward(
             ours(backend, labels, smoothing), eager(labels, smoothing), reference(labels, smoothing), tensors
@@ -142,15 +148,11 @@ def check(
 
 
 @table
-@dtypes
-@backends
 def test_mlm_loss_fwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     check(backend, dtype, *case, backward=False)
 
 
 @table
-@dtypes
-@backends
 def test_mlm_loss_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     check(backend, dtype, *case, backward=True)
 
@@ -171,12 +173,11 @@ def test_mlm_loss_any_shape(
     check("cpu", dtype, (rows,), hidden, vocabulary, share, smoothing, biased, backward=True)
 
 
-@backends
-@dtypes
+@typed
 def test_mlm_loss_is_the_mean_over_the_labels(backend: str, dtype: torch.dtype) -> None:
     accuracy.require("mlm_loss", backend, dtype)
-    labels = labels_for((4, 33), 50, 0.5)
-    tensors = tensors_for(24, 50, True, dtype, (4, 33))
+    labels = labels_for((4, 33), 50, 0.5, backend)
+    tensors = tensors_for(24, 50, True, dtype, (4, 33), backend)
     expected = eager(labels, 0.1)(**accuracy.double(tensors))
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(
@@ -188,8 +189,10 @@ def test_mlm_loss_is_the_mean_over_the_labels(backend: str, dtype: torch.dtype) 
 def test_mlm_loss_without_labels(backend: str) -> None:
     """As in PyTorch: the mean over nothing is NaN, and the gradients are zero."""
     accuracy.require("mlm_loss", backend, torch.float32)
-    tensors = {name: value.requires_grad_() for name, value in tensors_for(16, 9, True, torch.float32, (2, 3)).items()}
-    loss, count = ops.mlm_loss(labels=torch.full((2, 3), -100), **tensors, backend=backend)
+    tensors = tensors_for(16, 9, True, torch.float32, (2, 3), backend)
+    tensors = {name: value.requires_grad_() for name, value in tensors.items()}
+    labels = torch.full((2, 3), -100, device=accuracy.device(backend))
+    loss, count = ops.mlm_loss(labels=labels, **tensors, backend=backend)
     assert torch.isnan(loss)
     assert count == 0
     loss.backward()
@@ -199,11 +202,11 @@ def test_mlm_loss_without_labels(backend: str) -> None:
 @backends
 def test_mlm_loss_num_items_and_ignore_index(backend: str) -> None:
     accuracy.require("mlm_loss", backend, torch.float32)
-    tensors = tensors_for(16, 9, True, torch.float32, (2, 3))
-    labels = torch.tensor([[1, -100, 3], [-100, 8, 0]])
+    tensors = tensors_for(16, 9, True, torch.float32, (2, 3), backend)
+    labels = torch.tensor([[1, -100, 3], [-100, 8, 0]], device=accuracy.device(backend))
     mean, count = ops.mlm_loss(labels=labels, **tensors, backend=backend)
     assert count == 4
-    for number in (10, torch.tensor(10)):
+    for number in (10, torch.tensor(10, device=labels.device)):
         loss, _ = ops.mlm_loss(labels=labels, **tensors, num_items=number, backend=backend)
         torch.testing.assert_close(loss, mean * 4 / 10)
     other, count = ops.mlm_loss(labels=labels.where(labels >= 0, 5), ignore_index=5, **tensors, backend=backend)
@@ -214,8 +217,8 @@ def test_mlm_loss_num_items_and_ignore_index(backend: str) -> None:
 @backends
 def test_mlm_loss_frozen_decoder(backend: str) -> None:
     accuracy.require("mlm_loss", backend, torch.float32)
-    labels = torch.tensor([[1, -100, 3], [-100, 8, 0]])
-    tensors = tensors_for(16, 9, True, torch.float32, (2, 3))
+    labels = torch.tensor([[1, -100, 3], [-100, 8, 0]], device=accuracy.device(backend))
+    tensors = tensors_for(16, 9, True, torch.float32, (2, 3), backend)
     hidden = tensors.pop("hidden")
     gradients = []
     for run in (ours(backend, labels, 0.0), reference(labels, 0.0)):

@@ -39,7 +39,7 @@ class Environment:
         (self.site / "outer.pth").write_text("\n".join(map(str, OUTER)) + "\n")
 
     def run(self, *arguments: str, program: str = "python", check: bool = True, **env: str) -> Any:
-        dropped = ("PYTHONPATH", "FASTBERT_", "CXX", "PIP_REQUIRE", "LD_PRELOAD")
+        dropped = ("PYTHONPATH", "FASTBERT_", "CXX", "PIP_REQUIRE", "LD_PRELOAD", "TRITON_")
         environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)} | env
         command = [str(self.folder / "bin" / program), *arguments]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)

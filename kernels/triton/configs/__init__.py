@@ -1,7 +1,7 @@
 """Launch configurations: the tile sizes, warps and stages that a Triton kernel runs with.
 
-They come from calibrated tables, one JSON file an architecture beside this module, and are never searched for at import or
-in a user's first step:
+They come from calibrated tables, one JSON file an architecture beside this module, and are never searched for at import
+or in a user's first step:
 
     {"attention_fwd": {"d64-long": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, ...}, ...}
 
@@ -24,9 +24,9 @@ ARCHITECTURES = (80, 90, 100)  # compute capabilities, times ten, that have a ta
 class Case(NamedTuple):
     """One way in which a kernel can be launched, as `triton.compile` wants it.
 
-    label: names it in tables. signature: argument name -> type ("*bf16", "i32", "constexpr", ...). constants: the
-    constexpr arguments. options: num_warps, num_stages. matrix: whether it multiplies matrices in 16 bit, so that its
-    code for sm_90 has to use wgmma.
+    label: names it in tables. signature: argument name -> type ("*bf16", "i32", ...; "i32:16": a multiple of 16, as
+    a stride is). constants: the constexpr arguments. options: num_warps, num_stages. matrix: whether it multiplies
+    matrices in 16 bit, so that its code for sm_90 has to use wgmma.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 def architecture(device: torch.device) -> int:
-    """The table that serves a device: of its compute capability, or the nearest below. The interpreter takes the first."""
+    """The table that serves a device: of its compute capability, or the nearest below. The interpreter: the first."""
     if device.type != "cuda":
         return ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)

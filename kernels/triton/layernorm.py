@@ -1,0 +1,238 @@
+"""LayerNorm(dropout(x + x_bias) + residual): a program holds whole rows in registers, so that each value is read once.
+
+The gradients of weight, bias and x_bias are sums over all rows: each of a fixed number of programs sums its own rows,
+and a second kernel sums the programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import configs, rows
+
+MAX_HIDDEN = 8192  # which registers hold
+
+
+@triton.jit(do_not_specialize=("num_rows", "threshold"))
+def _layernorm_fwd_kernel(
+    x,  # [num_rows, HIDDEN]
+    x_bias,  # [HIDDEN] or None
+    residual,  # [num_rows, HIDDEN] or None
+    weight,  # [HIDDEN]
+    bias,  # [HIDDEN]
+    y,  # [num_rows, HIDDEN]
+    z,  # [num_rows, HIDDEN], the sum before the norm, or None
+    mean,  # float32 [num_rows] or None
+    rstd,  # float32 [num_rows] or None
+    seed,  # int64 [1], or None without dropout
+    num_rows,
+    eps,
+    threshold,
+    keep_scale,
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    offset = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    inside = (row < num_rows)[:, None] & (column < HIDDEN)[None, :]
+    v = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+    if x_bias is not None:
+        v += tl.load(x_bias + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
+    if seed is not None:
+        v = tl.where(rows.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), v * keep_scale, 0.0)
+    if residual is not None:
+        v += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
+    if z is not None:
+        tl.store(z + offset, v, mask=inside)
+    average = tl.sum(v, 1) / HIDDEN
+    centred = tl.where((column < HIDDEN)[None, :], v - average[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred, 1) / HIDDEN + eps)
+    if mean is not None:
+        tl.store(mean + row, average, mask=row < num_rows)
+        tl.store(rstd + row, inverse, mask=row < num_rows)
+    w = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+    tl.store(y + offset, centred * inverse[:, None] * w[None, :] + b[None, :], mask=inside)
+
+
+@triton.jit(do_not_specialize=("num_rows", "threshold"))
+def _layernorm_bwd_kernel(
+    dy,  # [num_rows, HIDDEN]
+    z,  # [num_rows, HIDDEN]
+    weight,  # [HIDDEN]
+    mean,  # float32 [num_rows]
+    rstd,  # float32 [num_rows]
+    dz,  # [num_rows, HIDDEN]
+    dx,  # [num_rows, HIDDEN], or None without dropout
+    partials,  # float32 [2 or 3, programs, HIDDEN]: of dweight, dbias, dx_bias
+    seed,  # int64 [1], or None without dropout
+    num_rows,
+    threshold,
+    keep_scale,
+    X_BIAS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    column = tl.arange(0, BLOCK_N)
+    w = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dx_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block in range(program, tl.cdiv(num_rows, BLOCK_M), programs):
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        offset = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+        inside = (row < num_rows)[:, None] & (column < HIDDEN)[None, :]
+        g = tl.load(dy + offset, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(z + offset, mask=inside, other=0.0).to(tl.float32)
+        average = tl.load(mean + row, mask=row < num_rows, other=0.0)
+        inverse = tl.load(rstd + row, mask=row < num_rows, other=0.0)[:, None]
+        xhat = (v - average[:, None]) * inverse
+        dbias += g
+        dweight += g * xhat
+        g *= w  # zero outside, whatever xhat is there
+        mean_g = tl.sum(g, 1) / HIDDEN
+        mean_gx = tl.sum(g * xhat, 1) / HIDDEN
+        d = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * inverse
+        tl.store(dz + offset, d, mask=inside)
+        if seed is not None:
+            d = tl.where(rows.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), d * keep_scale, 0.0)
+            tl.store(dx + offset, d, mask=inside)
+        if X_BIAS:
+            dx_bias += d
+    out = partials + program * HIDDEN + column
+    part = programs.to(tl.int64) * HIDDEN
+    tl.store(out, tl.sum(dweight, 0), mask=column < HIDDEN)
+    tl.store(out + part, tl.sum(dbias, 0), mask=column < HIDDEN)
+    if X_BIAS:
+        tl.store(out + 2 * part, tl.sum(dx_bias, 0), mask=column < HIDDEN)
+
+
+def shape_class(hidden: int) -> str:
+    """Rows as long as registers hold them: padded to a power of two, the short ones together."""
+    return str(max(256, triton.next_power_of_2(hidden)))
+
+
+def layernorm_fwd(
+    x: Tensor,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, residual [T, H]; weight, bias, x_bias [H]; all contiguous. H may be at most 8192.
+
+    Returns y [T, H], z [T, H] (the sum before the norm, where save is set and it is not x), mean and rstd float32 [T]
+    (where save is set); what is not asked for is empty.
+    """
+    num_rows, hidden = x.shape
+    if hidden > MAX_HIDDEN:
+        raise ValueError(f"layernorm: the Triton kernels take rows of up to {MAX_HIDDEN} values, got {hidden}")
+    y = x.new_empty(x.shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    changed = x_bias is not None or residual is not None or dropout_p > 0.0
+    z = torch.empty_like(y) if save and changed else None
+    mean = x.new_empty(num_rows if save else 0, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if num_rows > 0:
+        config = configs.choose("layernorm_fwd", shape_class(hidden), configs.architecture(x.device))
+        with torch.cuda.device_of(x):
+            _layernorm_fwd_kernel[(triton.cdiv(num_rows, config["BLOCK_M"]),)](
+                x,
+                x_bias,
+                residual,
+                weight,
+                bias,
+                y,
+                z,
+                mean if save else None,
+                rstd if save else None,
+                seed if dropout_p > 0.0 else None,
+                num_rows,
+                eps,
+                *rows.dropout_scalars(dropout_p),
+                HIDDEN=hidden,
+                BLOCK_N=rows.block_columns(hidden),
+                **config,
+            )
+    return y, y.new_empty(0) if z is None else z, mean, rstd
+
+
+def layernorm_bwd(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_x_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dy, z [T, H]; the rest as `layernorm_fwd` takes and gives it.
+
+    Returns dz [T, H], dx [T, H] (empty without dropout, when it is dz), dweight and dbias [H] in weight's dtype,
+    dx_bias float32 [H] (if asked for).
+    """
+    num_rows, hidden = z.shape
+    dz = torch.empty_like(z)
+    dx = torch.empty_like(z) if dropout_p > 0.0 else None
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    dx_bias = mean.new_empty(hidden if need_x_bias else 0)
+    config = dict(configs.choose("layernorm_bwd", shape_class(hidden), configs.architecture(z.device)))
+    most = config.pop("PROGRAMS_PER_PROCESSOR") * rows.processors(z.device)
+    programs = max(1, min(triton.cdiv(num_rows, config["BLOCK_M"]), most))
+    partials = mean.new_empty(3 if need_x_bias else 2, programs, hidden)
+    with torch.cuda.device_of(z):
+        _layernorm_bwd_kernel[(programs,)](
+            dy,
+            z,
+            weight,
+            mean,
+            rstd,
+            dz,
+            dx,
+            partials,
+            seed if dropout_p > 0.0 else None,
+            num_rows,
+            *rows.dropout_scalars(dropout_p),
+            X_BIAS=need_x_bias,
+            HIDDEN=hidden,
+            BLOCK_N=rows.block_columns(hidden),
+            **config,
+        )
+        rows.sum_partials(partials, (dweight, dbias, dx_bias)[: len(partials)])
+    return dz, z.new_empty(0) if dx is None else dx, dweight, dbias, dx_bias
+
+
+def cases(arch: int) -> Iterator[configs.Case]:
+    table = configs.table(arch)
+    forward = dict.fromkeys(("x", "x_bias", "residual", "y", "z"), "*bf16")
+    forward |= {"weight": "*fp32", "bias": "*fp32", "mean": "*fp32", "rstd": "*fp32", "seed": "*i64"}
+    forward |= {"num_rows": "i32", "eps": "fp32", "threshold": "i32", "keep_scale": "fp32"}
+    backward = dict.fromkeys(("dy", "z", "dz", "dx"), "*bf16") | dict.fromkeys(("mean", "rstd", "partials"), "*fp32")
+    backward |= {"weight": "*fp32", "seed": "*i64", "num_rows": "i32", "threshold": "i32", "keep_scale": "fp32"}
+    for hidden in (128, 312, 384, 768, 1024, 2048, 4096, 8192):
+        sizes = {"HIDDEN": hidden, "BLOCK_N": rows.block_columns(hidden)}
+        for kind, off in (("dropout", {}), ("plain", {"seed": None})):
+            config = dict(table["layernorm_fwd"][shape_class(hidden)])
+            options = {"num_warps": config.pop("num_warps")}
+            yield configs.Case(f"{kind}-{hidden}", _layernorm_fwd_kernel, forward, sizes | off | config, options, False)
+            config = dict(table["layernorm_bwd"][shape_class(hidden)])
+            options = {"num_warps": config.pop("num_warps")}
+            del config["PROGRAMS_PER_PROCESSOR"]
+            off = off | {"X_BIAS": True} | ({"dx": None} if kind == "plain" else {})
+            yield configs.Case(
+                f"{kind}-{hidden}", _layernorm_bwd_kernel, backward, sizes | off | config, options, False
+            )

@@ -1,0 +1,95 @@
+"""What the kernels that work on rows of a matrix share: dropout masks, and sums down the rows without atomics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import configs, interpreter
+from fastbert.ops import philox
+
+interpreter.install()
+
+_SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
+_INTERPRETER_PROCESSORS = 2
+
+
+def dropout_scalars(p: float) -> tuple[int, float]:
+    """The smallest Philox word that is kept, as the bits of an int32, and the factor of what is kept."""
+    threshold = philox.threshold(p)
+    return threshold - ((threshold >> 31) << 32), 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors: how many programs sum side by side depends on the device, never on timing."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def block_columns(columns: int) -> int:
+    """The power of two that a program which holds whole rows pads them to."""
+    return max(16, triton.next_power_of_2(columns))
+
+
+@triton.jit
+def keep_rows(seed, threshold, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Keep-mask [ROWS, COLUMNS] of fastbert/ops/philox.py for rows `row` [ROWS]: a call's words serve four columns.
+
+    seed: int64 [1]. threshold: as in dropout_scalars.
+    """
+    zero = tl.zeros([ROWS, COLUMNS // 4], tl.int32)
+    column = tl.arange(0, COLUMNS // 4)[None, :] + zero
+    word0, word1, word2, word3 = tl.philox(tl.load(seed), column, row[:, None] + zero, zero, zero + 1)
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # [ROWS, COLUMNS / 4, 2, 2]
+    return words.reshape(ROWS, COLUMNS) >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=("programs",))
+def _sum_partials_kernel(
+    partials,  # float32 [parts, programs, columns]
+    out0,  # [columns], of any dtype, one for each part
+    out1,
+    out2,
+    programs,
+    columns,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    part = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = partials + part.to(tl.int64) * programs * columns
+    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for first in range(0, programs, BLOCK_P):
+        program = first + tl.arange(0, BLOCK_P)
+        inside = (program < programs)[:, None] & (column < columns)[None, :]
+        total += tl.load(start + program[:, None] * columns + column[None, :], mask=inside, other=0.0)
+    sums = tl.sum(total, 0)
+    if part == 0:
+        tl.store(out0 + column, sums, mask=column < columns)
+    if out1 is not None:
+        if part == 1:
+            tl.store(out1 + column, sums, mask=column < columns)
+    if out2 is not None:
+        if part == 2:
+            tl.store(out2 + column, sums, mask=column < columns)
+
+
+def sum_partials(partials: Tensor, outs: Sequence[Tensor]) -> None:
+    """Write the sum over the programs of each part of partials, float32 [parts, programs, columns], into its out."""
+    parts, programs, columns = partials.shape
+    out0, out1, out2 = (*outs, None, None)[:3]
+    grid = triton.cdiv(columns, _SUM["BLOCK_N"]), parts
+    _sum_partials_kernel[grid](partials, out0, out1, out2, programs, columns, **_SUM)
+
+
+def cases(arch: int) -> Iterator[configs.Case]:
+    signature = {"partials": "*fp32", "out0": "*bf16", "out1": "*bf16", "out2": "*fp32"}
+    signature |= {"programs": "i32", "columns": "i32:16"}
+    constants = {name: value for name, value in _SUM.items() if name != "num_warps"}
+    options = {"num_warps": _SUM["num_warps"]}
+    yield configs.Case("bf16", _sum_partials_kernel, signature, constants, options, False)
