@@ -92,7 +92,9 @@ void resume(Fiber* fiber) {
   setcontext(&fiber->start);
 }
 
-void run_block(const char* name, int threads, bool reverse) {
+enum class Order { kForward, kReverse, kAhead };
+
+void run_block(const char* name, int threads, Order order) {
   std::memset(shared_begin, 0xff, shared.size() - 256);
   at_barrier = barriers = 0, alive = threads;
   warps.assign((threads + 31) / 32, Warp{});
@@ -106,12 +108,18 @@ void run_block(const char* name, int threads, bool reverse) {
     makecontext(&f.start, entry, 0);
   }
   while (alive > 0 && !failure) {
-    progress = false;
-    for (int i = 0; i < threads && !failure; ++i) {
-      Fiber* f = fibers[reverse ? threads - 1 - i : i].get();
-      if (!f->done) resume(f);
+    bool any = false;
+    for (int w = 0; w < threads / 32; ++w) {
+      do {
+        progress = false;
+        for (int i = 32 * w; i < 32 * w + 32 && !failure; ++i) {
+          Fiber* f = fibers[order == Order::kReverse ? threads - 1 - i : i].get();
+          if (!f->done) resume(f);
+        }
+        any |= progress;
+      } while (order == Order::kAhead && progress);
     }
-    if (!progress) throw std::runtime_error(std::string(name) + ": threads wait for each other for ever");
+    if (!any) throw std::runtime_error(std::string(name) + ": threads wait for each other for ever");
   }
   if (failure) std::rethrow_exception(failure);
 }
@@ -125,13 +133,14 @@ void run(const char* name, dim3 grid, int threads, int shared_bytes, const std::
   while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
   shared.resize(shared_bytes + 256);
   shared_begin = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared.data()) + 255) / 256 * 256);
-  const char* order = std::getenv("FASTBERT_EMULATOR_ORDER");
-  const bool reverse = order != nullptr && std::string(order) == "reverse";
+  const char* wish = std::getenv("FASTBERT_EMULATOR_ORDER");
+  const std::string named = wish == nullptr ? "forward" : wish;
+  const Order order = named == "reverse" ? Order::kReverse : named == "ahead" ? Order::kAhead : Order::kForward;
   body = &kernel, failure = nullptr, gridDim = grid, blockDim = dim3(threads);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       blockIdx = dim3(x, y);
-      run_block(name, threads, reverse);
+      run_block(name, threads, order);
     }
 }
 

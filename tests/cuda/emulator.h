@@ -3,7 +3,7 @@
 //
 // Stricter than a GPU: shared memory starts as NaN, what cp.async brings is NaN until it was waited for, and a collective
 // or a barrier that some threads do not reach is an error. FASTBERT_EMULATOR_ORDER=reverse runs the threads in the
-// opposite order: a missing barrier then gives other results.
+// opposite order, =ahead each warp as far as it can go before the next: a missing barrier then gives other results.
 #pragma once
 #include <cmath>
 #include <cstddef>

@@ -18,6 +18,7 @@ from fastbert.ops.layernorm import _run as run_layernorm
 
 # Every format, with and without dropout, but not every pair: the cases run thread by thread.
 LAYERNORM_VARIANTS = [(torch.float32, 0.0), (torch.float32, 0.1), (torch.bfloat16, 0.1), (torch.float16, 0.0)]
+ORDERS = pytest.mark.parametrize("order", ["reverse", "ahead"])
 ATTENTION_VARIANTS = [(torch.bfloat16, 0.0), (torch.float16, 0.1)]
 # Every number of warps to a row and of accesses to a thread, whole and in part; with and without eights.
 LAYERNORM_CASES = [
@@ -113,18 +114,19 @@ def test_layernorm_refuses(emulated: Any, change: dict, words: list[str]) -> Non
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@ORDERS
 @pytest.mark.parametrize("columns", [312, 1032])
 def test_layernorm_does_not_depend_on_the_order_of_threads(
-    emulated: Any, columns: int, monkeypatch: pytest.MonkeyPatch
+    emulated: Any, columns: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A barrier that is missing between a write and a read shows in one of the orders."""
     tensors = layernorm_cases.tensors_for(17, columns, "br", torch.float32)
     upstream = torch.randn(17, columns, generator=accuracy.generator(3))
     y, gradients = accuracy.evaluate(layernorm(emulated, 0.1), tensors, upstream)
-    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", "reverse")
-    y_reverse, gradients_reverse = accuracy.evaluate(layernorm(emulated, 0.1), tensors, upstream)
-    assert torch.equal(y, y_reverse)
-    assert all(torch.equal(gradients[name], gradients_reverse[name]) for name in gradients)
+    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
+    y_other, gradients_other = accuracy.evaluate(layernorm(emulated, 0.1), tensors, upstream)
+    assert torch.equal(y, y_other)
+    assert all(torch.equal(gradients[name], gradients_other[name]) for name in gradients)
 
 
 # lengths, heads, head_dim, bias. Short sequences, which a block holds whole, and longer ones, which it shares.
@@ -197,17 +199,18 @@ def test_attention_forbidden_keys(emulated: Any) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@ORDERS
 @pytest.mark.parametrize("lengths", [(17, 40), (130, 3)], ids=["short", "long"])
 def test_attention_does_not_depend_on_the_order_of_threads(
-    emulated: Any, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    emulated: Any, lengths: tuple[int, ...], order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = attention_cases.tensors_for(lengths, 2, 64, "11SS", torch.bfloat16)
     upstream = torch.randn(sum(lengths), 128, generator=accuracy.generator(3))
     y, gradients = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
-    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", "reverse")
-    y_reverse, gradients_reverse = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
-    assert torch.equal(y, y_reverse)
-    assert all(torch.equal(gradients[name], gradients_reverse[name]) for name in gradients)
+    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
+    y_other, gradients_other = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
+    assert torch.equal(y, y_other)
+    assert all(torch.equal(gradients[name], gradients_other[name]) for name in gradients)
 
 
 @pytest.mark.parametrize(
