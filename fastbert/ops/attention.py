@@ -180,6 +180,7 @@ def _run_reference(
 
 
 _cpu = leaf.Leaf("attention", "cpu")
+_cuda = leaf.Leaf("attention", "cuda")
 _triton = leaf.define_triton(
     "attention",
     "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, Tensor? bias) "
@@ -236,6 +237,15 @@ def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str
     reason = dispatch.triton_reason(device_type, (dtype,))
     if reason is None and requires is not None and (requires % 8 != 0 or requires > _TRITON_HEAD_DIM):
         return f"has kernels for head sizes that are multiples of 8 up to {_TRITON_HEAD_DIM}, not {requires}"
+    return reason
+
+
+def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    reason = dispatch.cuda_reason(_cuda.missing, device_type, (dtype,))
+    if reason is None and dtype is torch.float32:
+        return "multiplies 16-bit numbers only: fp32 attention runs on triton or the reference"
+    if reason is None and requires is not None and requires not in (32, 64, 128):
+        return f"has kernels for head sizes 32, 64 and 128, not {requires}"
     return reason
 
 
@@ -297,9 +307,9 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dout: Tensor | None, dlse: None) -> 
     return dqkv, None, None, None, None, None, dbias if need_dbias else None
 
 
-for _leaf in (_cpu, _triton):
+for _kernels in (_cpu, _cuda, _triton):
     leaf.register(
-        _leaf,
+        _kernels,
         forward_fake=_forward_fake,
         setup_context=_setup_context,
         backward=_autograd,
@@ -310,7 +320,7 @@ implementations = dispatch.register(
     "attention",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
-        dispatch.not_built("cuda"),
+        dispatch.Implementation("cuda", functools.partial(_run, _cuda), _supports_cuda, dispatch.NEVER_RUN),
         dispatch.Implementation("triton", functools.partial(_run, _triton), _supports_triton),
         dispatch.Implementation("reference", _run_reference, dispatch.always),
     ),
