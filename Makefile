@@ -36,6 +36,11 @@ test: build  ## run the tests (TESTS=path PYTEST_ARGS=... to choose)
 kernels: build  ## compile every GPU kernel without a GPU; check registers, spills, shared memory
 	@$(BIN)/pytest -m kernels tests/kernels
 
+.PHONY: kernel-tables
+kernel-tables: build  ## write what the GPU kernels compile to: bench/results/kernels-*.json
+	@$(BIN)/fastbert bench kernels
+	@$(BIN)/python bench/cuda_resources.py
+
 .PHONY: build
 build: $(VENV)/.stamp-install  ## environment and extension, up to date
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -80,6 +85,11 @@ lint: env  ## ruff and mypy
 bench: build $(VENV)/.stamp-bench  ## the benchmarks; results go to bench/results
 	@$(BIN)/fastbert bench $(BENCH_ARGS)
 
+.PHONY: gpu
+gpu:  ## tests and benchmarks on an NVIDIA GPU, on the Python that is there (GPU_STEPS="build tests sanitize bench")
+	@if [ -z "$(PYTHON)" ]; then echo "make gpu: needs Python 3.11 or later, and none was found" >&2; exit 1; fi
+	@$(PYTHON) .ci/gpu $(GPU_STEPS)
+
 .PHONY: results
 results: env  ## write the benchmark table of README.md from bench/results
 	@$(BIN)/python docs/results.py
@@ -106,5 +116,5 @@ constraints: $(VENV)/.stamp-bench  ## write requirements/constraints.txt from wh
 
 .PHONY: clean
 clean:  ## remove what was built; the environment and the downloads stay
-	@rm -rf build dist *.egg-info fastbert/_C.* fastbert/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info fastbert/_C.* fastbert/_C_cuda.* fastbert/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find fastbert bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

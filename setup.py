@@ -1,16 +1,22 @@
-"""Build of fastbert: what pyproject.toml cannot say, which is the compiled extension ``fastbert._C``.
+"""Build of fastbert: what pyproject.toml cannot say, which is the compiled extension ``fastbert._C`` and, where there
+is nvcc, the CUDA kernels beside it, ``fastbert/_C_cuda``.
 
 ``csrc/*.cpp`` are compiled once; ``csrc/cpu/*.cpp`` once per instruction set that the compiler knows, so that one
-binary serves every CPU and chooses at load. Objects are kept in ``build/`` and compiled again only when their source, a
-header of ours, the flags, the compiler or torch has changed. Environment:
+binary serves every CPU and chooses at load; ``csrc/cuda/*.cu`` for several generations of GPUs. Objects are kept in
+``build/`` and compiled again only when their source, a header of ours, the flags, the compiler or torch has changed.
+Environment:
 
     FASTBERT_BUILD_EXTENSION  auto (default): build if a compiler and torch are there, else install without and say why
                               1: building is a must, fail without a compiler
                               0: leave the extension out
+    FASTBERT_BUILD_CUDA       auto (default), 1, 0: the same for the CUDA kernels and nvcc
+    FASTBERT_CUDA_ARCHS       compute capabilities of the GPUs to compile for (default: those of 80;90;100 that nvcc
+                              knows); the driver compiles for later ones
     FASTBERT_BUILD_ISAS       e.g. avx2: only these beside the baseline (default: all that the compiler knows)
     FASTBERT_SANITIZE         e.g. address,undefined: an instrumented build, in a folder of its own (make sanitize)
     CXX CXXFLAGS LDFLAGS      as everywhere
-    MAX_JOBS                  how many compilers at once (default: every core)
+    CUDACXX                   nvcc, where it is not on the path, in $CUDA_HOME/bin or in /usr/local/cuda/bin
+    MAX_JOBS                  how many compilers at once (default: every core, if there are 2 GiB of memory to each)
 
 A compile error in our own sources always fails the installation.
 """
@@ -18,6 +24,7 @@ A compile error in our own sources always fails the installation.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -31,7 +38,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,6 +63,7 @@ COMMON_FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
+CUDA_ARCHS = ("80", "90", "100")
 X86_ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 
@@ -122,6 +130,9 @@ class Compiler:
         return {name: flags for name, flags in found.items() if name in ("baseline", *wanted)}
 
 
+compiler = functools.cache(Compiler)
+
+
 class Build:
     """One build of the extension: its objects and its library, below a folder of ``build/`` of their own."""
 
@@ -130,9 +141,12 @@ class Build:
         self.sanitize = os.environ.get("FASTBERT_SANITIZE", "")
         kind = re.sub(r"\W+", "-", f"ext-{self.sanitize}" if self.sanitize else "ext")
         self.folder = Path("build") / f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        self.isas = compiler.isas()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.jobs = int(os.environ.get("MAX_JOBS") or cores)
+        self.jobs = jobs()
+        self.compilers = compiler.version
+
+    @functools.cached_property
+    def isas(self) -> dict[str, list[str]]:
+        return self.compiler.isas()
 
     def info(self) -> dict[str, object]:
         return {
@@ -154,24 +168,36 @@ class Build:
         for source in sorted(CSRC.glob("*.cpp")):
             yield source, self.folder / f"{source.stem}.o", host
 
-    def compile(self, source: Path, target: Path, flags: list[str]) -> bool:
-        """Compile one unit if it is not up to date. Returns whether it had to."""
+    def command(self, source: Path, flags: list[str]) -> list[str]:
+        """What compiles one unit, but for the names of what it writes."""
         mode = ["-O1", "-g", f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
         mode = mode if self.sanitize else ["-O3"]
         user = shlex.split(os.environ.get("CXXFLAGS", ""))
-        command = [*self.compiler.command, *mode, *COMMON_FLAGS, f"-I{CSRC}", *flags, *user]
-        command += ["-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source)]
-        signature = f"{self.compiler.version}\n{shlex.join(command)}\n"
+        return [*self.compiler.command, *mode, *COMMON_FLAGS, f"-I{CSRC}", *flags, *user, "-c", str(source)]
+
+    def compile(self, source: Path, target: Path, flags: list[str]) -> bool:
+        """Compile one unit if it is not up to date. Returns whether it had to."""
+        command = [*self.command(source, flags), "-MMD", "-MF", str(target.with_suffix(".d"))]
+        signature = f"{self.compilers}\n{shlex.join(command)}\n"
         if up_to_date(target, signature):
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         target.with_suffix(".cmd").unlink(missing_ok=True)  # written again when the object is whole
         print(f"compiling {source} -> {target}", flush=True)
         started = time.time_ns()
-        run([*command, "-o", str(target)], f"compiling {source}")
+        self.note(target, run([*command, "-o", str(target)], f"compiling {source}"))
         os.utime(target, ns=(started, started))  # a source that is edited while it compiles is newer than this
         target.with_suffix(".cmd").write_text(signature)
         return True
+
+    def note(self, target: Path, said: str) -> None:
+        """What to do with what a compiler said that succeeded: pass it on."""
+        if said:
+            print(said, flush=True)
+
+    def link_command(self, objects: list[str]) -> list[str]:
+        user = shlex.split(os.environ.get("LDFLAGS", ""))
+        return [*self.compiler.command, "-pthread", *objects, *self.link_flags(), *user]
 
     def library(self, name: str) -> Path:
         """Bring the library called ``name`` up to date and return where it is."""
@@ -184,15 +210,14 @@ class Build:
                 list(pool.map(lambda unit: self.compile(*unit), units))
             objects = [str(target) for _, target, _ in units]
             library = self.folder / name
-            user = shlex.split(os.environ.get("LDFLAGS", ""))
-            command = [*self.compiler.command, "-pthread", *objects, *self.link_flags(), *user]
+            command = self.link_command(objects)
             stamp = library.with_suffix(".cmd")
             newest = max(Path(o).stat().st_mtime_ns for o in objects)
             fresh = library.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
             if not fresh or library.stat().st_mtime_ns < newest:
                 print(f"linking {library}", flush=True)
                 stamp.unlink(missing_ok=True)
-                run([*command, "-o", str(library)], "linking fastbert._C")
+                self.note(library, run([*command, "-o", str(library)], f"linking {name}"))
                 self.try_loading(library)
                 stamp.write_text(shlex.join(command))
             return library
@@ -216,13 +241,92 @@ class Build:
         return ["-shared", "-Wl,-rpath,$ORIGIN/../torch/lib", *flags]
 
 
-def run(command: list[str], what: str) -> None:
-    """Run a compiler; pass on its warnings; raise with its errors."""
+class CudaBuild(Build):
+    """The library of the CUDA kernels. It needs neither Python nor a GPU nor CUDA's libraries to be loaded: CUDA's
+    runtime is linked into it, PyTorch's side of CUDA is looked up when an op runs.
+    """
+
+    def __init__(self, compiler: Compiler, torch: Path, torch_version: str) -> None:
+        super().__init__(compiler, torch, torch_version)
+        if self.sanitize:
+            raise LeftOut("an instrumented build has the CPU kernels only")
+        if not list((CSRC / "cuda").glob("*.cu")):
+            raise LeftOut("this source tree has no csrc/cuda/*.cu")
+        self.nvcc = self.find_nvcc()
+        told = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True)
+        if told.returncode:
+            raise LeftOut(f"{self.nvcc} does not run:\n{told.stderr.strip()}")
+        self.nvcc_version = re.search(r"V([\d.]+)", told.stdout)[1]
+        self.compilers += f" nvcc {self.nvcc_version}"
+        self.archs = self.choose_archs()
+
+    @staticmethod
+    def find_nvcc() -> str:
+        named = os.environ.get("CUDACXX")
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        found = shutil.which(named) if named else shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+        if found is None:
+            raise LeftOut(f"CUDACXX={named} was not found" if named else "nvcc was not found")
+        return found
+
+    def choose_archs(self) -> list[str]:
+        listed = subprocess.run([self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+        known = re.findall(r"sm_(\d+)", listed)
+        wish = os.environ.get("FASTBERT_CUDA_ARCHS", "")
+        archs = re.split(r"[;,\s]+", wish.strip()) if wish.strip() else [a for a in CUDA_ARCHS if a in known]
+        allowed = [a for a in known if int(a) >= 80]
+        if not all(re.fullmatch(r"\d+[af]?", a) and a.rstrip("af") in allowed for a in archs):
+            raise SystemExit(
+                f"FASTBERT_CUDA_ARCHS={wish}: allowed with nvcc {self.nvcc_version} are {' '.join(allowed)}"
+            )
+        return sorted(set(archs), key=lambda a: (int(a.rstrip("af")), a))
+
+    def info(self) -> dict[str, object]:
+        return {"nvcc": self.nvcc_version, "cuda_archs": self.archs}
+
+    def units(self) -> Iterator[tuple[Path, Path, list[str]]]:
+        for source in sorted((CSRC / "cuda").glob("*.cpp")):
+            yield source, self.folder / "cuda" / f"{source.stem}.cpp.o", ["-isystem", str(self.torch / "include")]
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
+        if self.archs[-1].isdigit():  # what is bound to one GPU cannot be carried to a later one
+            codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            yield source, self.folder / "cuda" / f"{source.stem}.o", codes
+
+    def command(self, source: Path, flags: list[str]) -> list[str]:
+        if source.suffix != ".cu":
+            return super().command(source, flags)
+        host = ["-ccbin", self.compiler.command[0], "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+        return [self.nvcc, "-std=c++17", "-O3", *host, "-Xptxas=-v", f"-I{CSRC}", *flags, "-c", str(source)]
+
+    def note(self, target: Path, said: str) -> None:
+        """Keep the assembler's report of registers and spills (`tests/cuda/test_resources.py`)."""
+        if target.suffix == ".o" and not target.stem.endswith(".cpp"):
+            target.with_suffix(".ptxas").write_text(said)
+            said = "\n".join(line for line in said.splitlines() if re.search(r"\b(warning|error)\b", line))
+        super().note(target, said)
+
+    def link_command(self, objects: list[str]) -> list[str]:
+        flags = [f"-L{self.torch / 'lib'}", "-ltorch_cpu", "-Xlinker=-rpath,$ORIGIN/../torch/lib"]
+        return [self.nvcc, "-ccbin", self.compiler.command[0], "-shared", "-cudart=static", *objects, *flags]
+
+
+def jobs() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 31
+    except (ValueError, OSError):
+        memory = cores
+    return int(os.environ.get("MAX_JOBS") or max(1, min(cores, memory)))
+
+
+def run(command: list[str], what: str) -> str:
+    """Run a compiler; raise with its errors; return what else it said."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.stdout.strip():
-        print(done.stdout.rstrip(), flush=True)
     if done.returncode:
+        print(done.stdout.rstrip(), flush=True)
         raise CompileError(f"{what} failed with exit status {done.returncode}: {shlex.join(command)}")
+    return done.stdout.rstrip()
 
 
 def up_to_date(target: Path, signature: str) -> bool:
@@ -262,7 +366,14 @@ def install_file(source: Path, target: Path) -> None:
 def write_note(package: Path) -> None:
     """Tell the installed package how it was built, or why it has no extension; ``fastbert info`` shows it."""
     note = {"extension": BUILD is not None, "reason": REASON, **(BUILD.info() if BUILD else {})}
+    note |= {"cuda": CUDA_BUILD is not None, "cuda_reason": CUDA_REASON, **(CUDA_BUILD.info() if CUDA_BUILD else {})}
     (package / "_build.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def remove_stale(libraries: Iterable[Path]) -> None:
+    for stale in libraries:
+        print(f"fastbert: removing {stale.name} of an earlier build")
+        stale.unlink()
 
 
 class BuildExtension(build_ext):
@@ -277,7 +388,8 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        install_file(BUILD.library(target.name), target)
+        build = CUDA_BUILD if ext.name == CUDA_EXTENSION else BUILD
+        install_file(build.library(target.name), target)
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
@@ -295,31 +407,36 @@ class BuildPython(build_py):
         folder = PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE
         folder.mkdir(parents=True, exist_ok=True)
         if self.editable_mode and BUILD is None:
-            for stale in folder.glob("_C.*"):
-                print(f"fastbert: removing {stale.name} of an earlier build")
-                stale.unlink()
+            remove_stale(folder.glob("_C.*"))
+        if self.editable_mode and CUDA_BUILD is None:
+            remove_stale(folder.glob("_C_cuda.*"))
         write_note(folder)
 
 
-def plan() -> tuple[Build | None, str]:
+def plan(kind: type[Build], variable: str, what: str) -> tuple[Build | None, str]:
     """The build to make, or None and why there is none."""
-    wish = os.environ.get("FASTBERT_BUILD_EXTENSION", "auto")
+    wish = os.environ.get(variable, "auto")
     if wish not in ("0", "1", "auto"):
-        raise SystemExit(f"FASTBERT_BUILD_EXTENSION={wish}: allowed are 0, 1 and auto")
+        raise SystemExit(f"{variable}={wish}: allowed are 0, 1 and auto")
     try:
         if wish == "0":
-            raise LeftOut("FASTBERT_BUILD_EXTENSION=0 was set when fastbert was installed")
-        compiler = Compiler()
-        return Build(compiler, *find_torch()), ""
+            raise LeftOut(f"{variable}=0 was set when fastbert was installed")
+        if kind is CudaBuild and BUILD is None and wish != "1":
+            raise LeftOut(REASON)
+        return kind(compiler(), *find_torch()), ""
     except LeftOut as why:
         if wish == "1":
-            raise SystemExit(f"FASTBERT_BUILD_EXTENSION=1, but the extension cannot be built: {why}") from None
+            raise SystemExit(f"{variable}=1, but {what} cannot be built: {why}") from None
         return None, str(why)
 
 
+CUDA_EXTENSION = "fastbert._C_cuda"  # no Python module: fastbert.dispatch loads it as a library of PyTorch ops
 # sdist and egg_info build nothing: they must not depend on a compiler.
 BUILDS = bool({"build", "build_ext", "build_py", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv))
-BUILD, REASON = plan() if BUILDS else (None, "")
+BUILD, REASON = plan(Build, "FASTBERT_BUILD_EXTENSION", "the extension") if BUILDS else (None, "")
+CUDA_BUILD, CUDA_REASON = plan(CudaBuild, "FASTBERT_BUILD_CUDA", "the CUDA kernels") if BUILDS else (None, "")
+EXTENSIONS = [Extension("fastbert._C", [])] * (BUILD is not None or not BUILDS)
+EXTENSIONS += [Extension(CUDA_EXTENSION, [])] * (CUDA_BUILD is not None)
 if REASON:
     rule = "-" * 100
     left_out = "fastbert: the C++ kernels are LEFT OUT of this installation; it will run on the PyTorch reference."
@@ -334,7 +451,7 @@ setup(
         *(f"fastbert.bench.{name}" for name in find_packages("bench")),
     ],
     package_dir={"fastbert": "fastbert", "fastbert.bench": "bench", "fastbert.kernels": "kernels/triton"},
-    package_data={"fastbert": ["py.typed"], "fastbert.kernels.configs": ["*.json"]},
-    ext_modules=[Extension("fastbert._C", [])] if BUILD or not BUILDS else [],
+    package_data={"fastbert": ["py.typed", "preferred.json"], "fastbert.kernels.configs": ["*.json"]},
+    ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
 )

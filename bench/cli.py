@@ -12,7 +12,11 @@ from . import machine, report
 KINDS = {"table": ("inference", "training"), "model": ("inference",), "training": ("training",), "op": ("op",)}
 """What each command measures."""
 
-OTHERS = {"kernels": "what the GPU kernels are compiled to; needs no GPU"}
+OTHERS = {
+    "gpu": "models and operations on an NVIDIA GPU",
+    "tune": "which launch configurations are fastest on this GPU",
+    "kernels": "what the GPU kernels are compiled to; needs no GPU",
+}
 """Commands with flags of their own, each a module of this package: ``fastbert bench kernels --help``."""
 
 
@@ -96,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130 if stopped else 1
     print(f"results: {path}")
     if not arguments.no_plot:
-        _plot(content, path.with_suffix(".png"))
+        report.plot(content, path.with_suffix(".png"))
     if stopped:
         return 130
     return 0 if any("median_s" in c for r in content["rows"] for c in r["contestants"].values()) else 1
@@ -127,19 +131,6 @@ def _rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 def _is_op(name: str, wanted: str) -> bool:
     """Whether ``wanted`` ("attention", "attention_fwd") names the op row ``name`` ("attention_fwd[minilm]") in part."""
     return name.startswith((wanted + "_", wanted + "["))
-
-
-def _plot(content: dict[str, Any], path: Path) -> None:
-    try:
-        from . import plots
-
-        plots.bars(content, path)
-    except ImportError as error:
-        print(f"no plot: {error} (pip install 'fastbert[bench]')", file=sys.stderr)
-    except OSError as error:
-        print(f"no plot: {error}", file=sys.stderr)
-    else:
-        print(f"plot:    {path}")
 
 
 def _positive(text: str) -> int:

@@ -13,14 +13,22 @@ from typing import Any
 SCHEMA = 1
 """Version of the JSON layout, see bench/README.md."""
 
+OURS = ("fastbert", "triton", "cuda")
+"""Whom the others are compared with: the first of these that got a speed."""
+
 BUSY = 0.05
 """Share of the cores' time that other processes may take before the table warns that its figures mean little."""
 
 
+COPY = "copy of a GiB"
+MATMUL = "largest of three bf16 matrix products"
+"""What GPU rows are held to."""
+
+
 def result(
-    command: str, machine: dict[str, Any], threads: int, repeats: int, rows: list[dict[str, Any]]
+    command: str, machine: dict[str, Any], threads: int | None, repeats: int | None, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of a result file: where, how and what was measured."""
+    """The content of a result file: where, how and what was measured. threads, repeats: None on a GPU."""
     return {
         "schema": SCHEMA,
         "command": command,
@@ -33,10 +41,11 @@ def result(
 
 
 def stem(content: dict[str, Any]) -> str:
-    """File name without ending: command, processor, threads, time."""
+    """File name without ending: command, device, threads of a processor, time."""
     device = re.sub(r"[^a-z0-9]+", "-", content["machine"]["device"].lower()).strip("-")
     stamp = re.sub(r"[-:Z]", "", content["time"]).replace("T", "-")
-    return f"{content['command']}-{device}-{content['threads']}t-{stamp}"
+    threads = f"-{content['threads']}t" if content["threads"] else ""
+    return f"{content['command']}-{device}{threads}-{stamp}"
 
 
 def write(content: dict[str, Any], path: Path) -> None:
@@ -63,25 +72,35 @@ def table(row: dict[str, Any]) -> str:
     amount = f"{row['work'] / 1e9:.4g} {'GB moved' if unit == 'GB/s' else 'GFLOP useful'}"
     lines = [f"{row['row']}: {row['title']}{fill}"]
     held = f"peak {peak['rate']:.0f} {unit} ({peak['how']})" if peak["rate"] else "peak not measured"
-    state = "" if row["complete"] else f", INTERRUPTED after {row['rounds']} rounds"
-    lines.append(f"  {amount}, {row['threads']} threads, {held}, {row['rounds']} interleaved rounds{state}")
+    if "rounds" in row:
+        state = "" if row["complete"] else f", INTERRUPTED after {row['rounds']} rounds"
+        lines.append(f"  {amount}, {row['threads']} threads, {held}, {row['rounds']} interleaved rounds{state}")
+    else:
+        lines.append(f"  {amount}, {held}{'' if row['complete'] else ', INTERRUPTED'}")
     if (row["others"] or 0) > BUSY:
         lines.append(f"  NOT A QUIET MACHINE: other processes took {row['others']:.0%} of the cores during the turns")
     timed = {n: c for n, c in row["contestants"].items() if "median_s" in c}
-    ours = timed.get("fastbert", {}).get("median_s")
-    head = ["contestant", "median", "min", unit, "of peak", "error"]
+    first = next((name for name in OURS if name in timed), "")
+    ours = timed[first]["median_s"] if first else None
+    head = ["contestant", "median"]
+    fastest, tokens = (any(key in c for c in timed.values()) for key in ("min_s", "tokens_per_s"))
+    head += ["min"] * fastest + ["tokens/s", "MFU"] * tokens + [unit, "of peak", "error"]
     memory = any(c.get("memory") for c in timed.values())
     head += ["peak memory", "above start"] if memory else []
-    head += ["fastbert is"] if ours else []
+    head += [f"{first} is"] if ours else []
     body = []
     for name, item in sorted(timed.items(), key=lambda pair: -pair[1]["median_s"]):
         share = item["share_of_peak"]
-        cells = [name, milliseconds(item["median_s"]), milliseconds(item["min_s"]), f"{item['rate']:.1f}"]
-        cells += [f"{share:.0%}" if share is not None else "-", f"{item['error']:.0e}"]
+        cells = [name, milliseconds(item["median_s"])]
+        cells += [milliseconds(item["min_s"])] if fastest else []
+        if tokens:
+            cells += [f"{item['tokens_per_s']:.0f}", f"{item['mfu']:.0%}" if item["mfu"] is not None else "-"]
+        cells += [f"{item['rate']:.1f}", f"{share:.0%}" if share is not None else "-"]
+        cells.append(f"{item['error']:.0e}" if "error" in item else "-")
         if memory:
             used = item.get("memory")
             cells += [mebibytes(used["peak"]), mebibytes(used["peak"] - used["before"])] if used else ["-", "-"]
-        cells += [f"{item['median_s'] / ours:.2f}x" if name != "fastbert" else ""] if ours else []
+        cells += [f"{item['median_s'] / ours:.2f}x" if name != first else ""] if ours else []
         body.append(cells)
     if body:
         lines += [f"  {line}" for line in columns([head, *body])]
@@ -91,6 +110,20 @@ def table(row: dict[str, Any]) -> str:
         elif item.get("details", {}).get("note"):
             lines.append(f"  {name}: {item['details']['note']}")
     return "\n".join(lines)
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """Draws the plot of a result, or says why it cannot be drawn."""
+    try:
+        from . import plots
+
+        plots.bars(content, path)
+    except ImportError as error:
+        print(f"no plot: {error} (pip install 'fastbert[bench]')", file=sys.stderr)
+    except OSError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    else:
+        print(f"plot:    {path}")
 
 
 def milliseconds(seconds: float) -> str:

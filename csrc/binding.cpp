@@ -31,7 +31,6 @@ py::dict build_info() {
   isas.push_back("avx512bf16");
 #endif
   info["isas"] = isas;
-  info["cuda"] = false;
   return info;
 }
 

@@ -35,4 +35,7 @@ FASTBERT_HOST_DEVICE inline uint32_t dropout_threshold(double p) {
   return t >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(t);
 }
 
+// What a kept element is multiplied by.
+FASTBERT_HOST_DEVICE inline float dropout_scale(double p) { return p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p)); }
+
 }  // namespace fastbert

@@ -1,5 +1,5 @@
-// Checks and allocation shared by the torch side of every CPU op. Errors name the op, the argument, what was given and
-// what is allowed.
+// Checks and allocation shared by the torch side of every op. Errors name the op, the argument, what was given and what is
+// allowed.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -49,9 +49,9 @@ inline void check_layout(const char* op, const char* name, const Tensor& t) {
   if (!t.is_contiguous()) fail(op, ": ", name, " of shape ", shape_text(t), " is not contiguous");
 }
 
-// A CPU tensor, contiguous, of this type and shape (-1 stands for any size).
-inline void check(const char* op, const char* name, const Tensor& t, ScalarType type, const std::vector<int64_t>& shape) {
-  check_layout(op, name, t);
+// Of this type and shape (-1 stands for any size).
+inline void check_shape(const char* op, const char* name, const Tensor& t, ScalarType type,
+                        const std::vector<int64_t>& shape) {
   if (t.scalar_type() != type)
     fail(op, ": ", name, " is ", dtype_text(t.scalar_type()), "; it must be ", dtype_text(type));
   bool same = t.dim() == static_cast<int64_t>(shape.size());
@@ -62,13 +62,24 @@ inline void check(const char* op, const char* name, const Tensor& t, ScalarType 
   fail(op, ": ", name, " has shape ", shape_text(t), "; it must be ", wanted, "]");
 }
 
+// A CPU tensor, contiguous, of this type and shape.
+inline void check(const char* op, const char* name, const Tensor& t, ScalarType type, const std::vector<int64_t>& shape) {
+  check_layout(op, name, t);
+  check_shape(op, name, t, type, shape);
+}
+
+struct Device {
+  int32_t type, index;
+};
+
 // Not torch::stable::empty, which looks the operator up by its name at every call: 0.6 us, four times in a layernorm.
-inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type) {
+inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type,
+                         Device device = {aoti_torch_device_type_cpu(), 0}) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * (shape[i] > 1 ? shape[i] : 1);
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                         static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0,
+                                                         static_cast<int32_t>(type), device.type, device.index,
                                                          &handle));
   return Tensor(handle);
 }

@@ -55,7 +55,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     psutil.wait_procs(family, timeout=10)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_commands() -> Callable[..., list[str]]:
     """Run commands at the same time, one thread each, and return what each has written (stdout and stderr).
 
@@ -63,8 +63,8 @@ def run_commands() -> Callable[..., list[str]]:
     ``seconds``. Outputs go to files: a pipe would be held open by a grandchild.
     """
 
-    def run(commands: Sequence[Sequence[str]], seconds: float = 120, status: int = 0) -> list[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    def run(commands: Sequence[Sequence[str]], seconds: float = 120, status: int = 0, **variables: str) -> list[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
         files = [tempfile.TemporaryFile() for _ in commands]  # noqa: SIM115 - read after the processes have ended
         processes: list[subprocess.Popen[bytes]] = []
         deadline = time.monotonic() + seconds

@@ -278,7 +278,7 @@ struct Dropout {
 };
 
 FASTBERT_INLINE Dropout make_dropout(double p, uint64_t seed) {
-  return {seed, dropout_threshold(p), p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p)), p > 0.0};
+  return {seed, dropout_threshold(p), dropout_scale(p), p > 0.0};
 }
 
 }  // namespace FASTBERT_ISA

@@ -104,6 +104,7 @@ def _check(
 
 
 _cpu = leaf.Leaf("layernorm", "cpu")
+_cuda = leaf.Leaf("layernorm", "cuda")
 _triton = leaf.define_triton(
     "layernorm",
     "(Tensor x, Tensor? x_bias, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout_p, "
@@ -149,6 +150,17 @@ def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str
 
 def _given(requires: tuple[torch.dtype | None, ...] | None) -> Iterator[torch.dtype]:
     return (other for other in requires or () if other is not None)
+
+
+def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    reason = dispatch.cuda_reason(_cuda.missing, device_type)
+    for other in (dtype, *_given(requires)):
+        if reason is None and other not in (torch.float32, torch.bfloat16, torch.float16):
+            reason = f"has kernels for torch.float32, torch.bfloat16 and torch.float16, not {other}"
+    residual = requires[1] if requires and len(requires) > 1 else None
+    if reason is None and {dtype, residual} == {torch.bfloat16, torch.float16}:
+        reason = "has no kernel for x in one and residual in the other of torch.bfloat16 and torch.float16"
+    return reason
 
 
 def _saves_sum(x_bias: Tensor | None, residual: Tensor | None, dropout_p: float) -> bool:
@@ -228,7 +240,7 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dz: None, dmean: 
     )
 
 
-for _kernels in (_cpu, _triton):
+for _kernels in (_cpu, _cuda, _triton):
     leaf.register(
         _kernels,
         forward_fake=_forward_fake,
@@ -241,7 +253,7 @@ implementations = dispatch.register(
     "layernorm",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
-        dispatch.not_built("cuda"),
+        dispatch.Implementation("cuda", functools.partial(_run, _cuda), _supports_cuda, dispatch.NEVER_RUN),
         dispatch.Implementation("triton", functools.partial(_run, _triton), _supports_triton),
         dispatch.Implementation("reference", layernorm_ref, dispatch.always),
     ),

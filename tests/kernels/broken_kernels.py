@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import triton
 import triton.language as tl
+
 from fastbert.kernels.configs import Case
 
 

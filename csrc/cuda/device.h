@@ -1,0 +1,185 @@
+// What the CUDA kernels share: number formats, 16-byte accesses, sums over a warp or a block, dropout.
+//
+// The kernels use CUDA's own names. A C++ compiler without CUDA takes those from tests/cuda/emulator.h, which runs a
+// kernel on the host, thread by thread: that is how their index arithmetic is tested where there is no GPU.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "emulator.h"
+#endif
+
+#include "cuda/kernels.h"
+#include "philox.h"
+
+namespace fastbert::cuda {
+
+constexpr int kWarp = 32;
+
+// The 16-bit formats as they lie in memory. Arithmetic is fp32.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+// Two fp32 values rounded into one word, the first in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  return emulator::bf16_bits(low) | static_cast<uint32_t>(emulator::bf16_bits(high)) << 16;
+#endif
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<fp16>(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  return emulator::fp16_bits(low) | static_cast<uint32_t>(emulator::fp16_bits(high)) << 16;
+#endif
+}
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(bf16 value) {
+#ifdef __CUDACC__
+  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
+#else
+  return emulator::bf16_value(value.bits);
+#endif
+}
+__device__ __forceinline__ float to_float(fp16 value) {
+#ifdef __CUDACC__
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
+  return emulator::fp16_value(value.bits);
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ T from_float(float value) {
+  return {static_cast<uint16_t>(pack<T>(value, 0.0f))};
+}
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+
+// The lower and the upper half of a word.
+template <class T>
+__device__ __forceinline__ float low_half(uint32_t word) {
+  return to_float(T{static_cast<uint16_t>(word)});
+}
+template <class T>
+__device__ __forceinline__ float high_half(uint32_t word) {
+  return to_float(T{static_cast<uint16_t>(word >> 16)});
+}
+
+// N neighbouring elements, N = 1 or 8; eight are one access of 16 bytes (two in fp32) and must lie on 16 bytes.
+template <int N, class T>
+__device__ __forceinline__ void load(const T* from, float (&to)[N]) {
+  if constexpr (N == 1) {
+    to[0] = to_float(*from);
+  } else if constexpr (sizeof(T) == 4) {
+    const float4 a = *reinterpret_cast<const float4*>(from), b = *(reinterpret_cast<const float4*>(from) + 1);
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+    to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+  } else {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[2 * i] = low_half<T>(words[i]), to[2 * i + 1] = high_half<T>(words[i]);
+  }
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store(T* to, const float (&from)[N]) {
+  if constexpr (N == 1) {
+    *to = from_float<T>(from[0]);
+  } else if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+    *(reinterpret_cast<float4*>(to) + 1) = make_float4(from[4], from[5], from[6], from[7]);
+  } else {
+    *reinterpret_cast<uint4*>(to) = make_uint4(pack<T>(from[0], from[1]), pack<T>(from[2], from[3]),
+                                               pack<T>(from[4], from[5]), pack<T>(from[6], from[7]));
+  }
+}
+
+// The same for a parameter, whose format is known when the kernel runs.
+template <int N>
+__device__ __forceinline__ void load(const Parameter& from, int first, float (&to)[N]) {
+  if (from.format == Format::kFloat32) {
+    load<N>(static_cast<const float*>(from.data) + first, to);
+  } else if (from.format == Format::kBFloat16) {
+    load<N>(static_cast<const bf16*>(from.data) + first, to);
+  } else {
+    load<N>(static_cast<const fp16*>(from.data) + first, to);
+  }
+}
+
+// The dynamic shared memory of the block.
+__device__ __forceinline__ char* shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+#else
+  return emulator::shared_memory();
+#endif
+}
+
+// The sum over the warp, in every lane: the same additions in each, so the same bits.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+// Dropout with the seed that lies in device memory, so that a captured graph draws anew when the seed is.
+struct DropoutMask {
+  uint64_t seed;
+  uint32_t threshold;
+  float scale;
+  bool active;
+
+  __device__ __forceinline__ explicit DropoutMask(const Dropout& d)
+      : seed(d.active ? static_cast<uint64_t>(*d.seed) : 0), threshold(d.threshold), scale(d.scale), active(d.active) {}
+
+  // value, dropped or scaled.
+  __device__ __forceinline__ float apply(float value, uint32_t word) const {
+    return word >= threshold ? value * scale : 0.0f;
+  }
+
+  // N neighbouring columns of a row, N = 1 or 8 and `column` a multiple of it.
+  template <int N>
+  __device__ __forceinline__ void apply_row(float (&values)[N], uint32_t row, uint32_t column) const {
+    if constexpr (N == 1) {
+      const Philox4 random = philox4x32(seed, column >> 2, row, 0, kStreamRows);
+      const uint32_t low = column & 1 ? random.word[1] : random.word[0];
+      const uint32_t high = column & 1 ? random.word[3] : random.word[2];
+      values[0] = apply(values[0], column & 2 ? high : low);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i += 4) {
+        const Philox4 random = philox4x32(seed, (column + i) >> 2, row, 0, kStreamRows);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) values[i + j] = apply(values[i + j], random.word[j]);
+      }
+    }
+  }
+};
+
+}  // namespace fastbert::cuda

@@ -1,0 +1,53 @@
+// What csrc/cuda offers: plain pointers into device memory in, plain pointers out, no PyTorch. cuda/ops.cpp checks
+// arguments and allocates. Everything is queued on the stream; nothing waits, so that all of it can be captured into a
+// CUDA graph. Errors are thrown as std::runtime_error.
+#pragma once
+#include <cstdint>
+
+namespace fastbert::cuda {
+
+enum class Format : int { kFloat32, kBFloat16, kFloat16 };
+
+// Where to run.
+struct Queue {
+  int device;
+  void* stream;  // cudaStream_t
+};
+
+// A vector [columns], or null.
+struct Parameter {
+  const void* data;
+  Format format;
+};
+
+struct Dropout {
+  const int64_t* seed;  // [1] in device memory; null if not active
+  uint32_t threshold;
+  float scale;
+  bool active;
+};
+
+struct LayerNormShape {
+  int64_t rows;
+  int columns;
+  Dropout dropout;
+};
+
+// The longest rows: in general, and where they cannot be read eight columns at a time.
+constexpr int kLayerNormColumns = 8192, kLayerNormOddColumns = 4096;
+
+// y = LayerNorm(dropout(x + x_bias) + residual). x, residual (or null), y, z (or null): [rows, columns]; y and z in the
+// wider of the formats of x and residual. mean, rstd (or null): [rows].
+void layernorm_fwd(const Queue&, const LayerNormShape&, float eps, Parameter x, Parameter x_bias, Parameter residual,
+                   Parameter weight, Parameter bias, void* y, void* z, float* mean, float* rstd);
+
+// Sets of column sums that layernorm_bwd leaves in its workspace: [sets, 3, columns] floats.
+int layernorm_bwd_sets(const Queue&, const LayerNormShape&);
+
+// dy, z, dz, dx (null without dropout): [rows, columns] in one format. dweight, dbias: [columns] in weight's format.
+// dx_bias (or null): [columns].
+void layernorm_bwd(const Queue&, const LayerNormShape&, Format format, const void* dy, const void* z, Parameter weight,
+                   const float* mean, const float* rstd, void* dz, void* dx, void* dweight, void* dbias, float* dx_bias,
+                   float* workspace);
+
+}  // namespace fastbert::cuda

@@ -1,0 +1,391 @@
+// LayerNorm(dropout(x + x_bias) + residual), forward and backward. A row stays in registers between its one read and its
+// one write. Short rows (up to 1024 columns) take a warp each, four of them a block, which never wait for each other;
+// longer ones take a block each. Eight columns are one access; where a row's length or place forbids that, one is.
+#include "cuda/launch.h"
+
+namespace fastbert::cuda {
+namespace {
+
+constexpr int kRowsPerBlock = 4;  // where a row takes one warp
+constexpr int kMaxWarps = 32;     // to a row
+
+// Elements of a row in one thread's registers, for N columns to an access.
+constexpr int elements(int n) { return n == 8 ? 32 : 4; }
+constexpr int max_columns(int n) { return n == 8 ? kLayerNormColumns : kLayerNormOddColumns; }
+constexpr int max_threads(int n) { return max_columns(n) / elements(n); }
+static_assert(max_threads(1) == kMaxWarps * kWarp);
+
+// Which columns a thread has: `N` neighbouring ones, CHUNKS times, `stride` apart.
+template <int N, int CHUNKS>
+struct Columns {
+  static_assert(N * CHUNKS <= elements(N));
+  int lane, stride, count;
+
+  __device__ __forceinline__ int operator[](int chunk) const { return (chunk * stride + lane) * N; }
+  __device__ __forceinline__ bool has(int chunk) const { return (*this)[chunk] < count; }
+};
+
+// How a block shares out its rows: `warps` threads' warps to a row.
+struct Team {
+  int warps;
+
+  __device__ __forceinline__ int64_t first_row() const {
+    return warps == 1 ? static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp : blockIdx.x;
+  }
+  __device__ __forceinline__ int64_t row_step() const {
+    return static_cast<int64_t>(gridDim.x) * (warps == 1 ? kRowsPerBlock : 1);
+  }
+  __device__ __forceinline__ int lane() const { return warps == 1 ? threadIdx.x % kWarp : threadIdx.x; }
+  __device__ __forceinline__ int stride() const { return warps * kWarp; }
+
+  // The sum over the row's threads, in each of them. slots: a float for each warp, not in use since the last barrier.
+  __device__ __forceinline__ float sum(float value, float* slots) const {
+    value = warp_sum(value);
+    if (warps == 1) return value;
+    if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    float total = slots[0];
+    for (int w = 1; w < warps; ++w) total += slots[w];
+    return total;
+  }
+};
+
+template <class X, class R, class Y>
+struct Forward {
+  int64_t rows;
+  int columns, warps;
+  float eps;
+  Dropout dropout;
+  const X* x;         // [rows, columns]
+  const R* residual;  // [rows, columns] or null
+  Parameter x_bias, weight, bias;
+  Y *y, *z;           // [rows, columns], z may be null
+  float *mean, *rstd;  // [rows] or null
+};
+
+template <class X, class R, class Y, int N, int CHUNKS>
+__global__ void __launch_bounds__(max_threads(N), 1) layernorm_fwd_kernel(Forward<X, R, Y> a) {
+  float* const slots = reinterpret_cast<float*>(shared_memory());
+  const Team team{a.warps};
+  const int64_t row = team.first_row();
+  if (row >= a.rows) return;  // a whole warp, of a block whose warps do not wait for each other
+  const Columns<N, CHUNKS> columns{team.lane(), team.stride(), a.columns};
+  const int64_t place = row * a.columns;
+
+  float values[CHUNKS][N];
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) {
+    if (columns.has(i)) {
+      load<N>(a.x + place + columns[i], values[i]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) values[i][j] = 0.0f;
+    }
+  }
+  if (a.x_bias.data != nullptr) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      if (!columns.has(i)) continue;
+      float add[N];
+      load<N>(a.x_bias, columns[i], add);
+#pragma unroll
+      for (int j = 0; j < N; ++j) values[i][j] += add[j];
+    }
+  }
+  const DropoutMask dropout(a.dropout);
+  if (dropout.active) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i)
+      if (columns.has(i)) dropout.apply_row<N>(values[i], static_cast<uint32_t>(row), columns[i]);
+  }
+  if (a.residual != nullptr) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      if (!columns.has(i)) continue;
+      float add[N];
+      load<N>(a.residual + place + columns[i], add);
+#pragma unroll
+      for (int j = 0; j < N; ++j) values[i][j] += add[j];
+    }
+  }
+
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) {
+    if (a.z != nullptr && columns.has(i)) store<N>(a.z + place + columns[i], values[i]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) total += values[i][j];
+  }
+  const float mean = team.sum(total, slots) / static_cast<float>(a.columns);
+  float squares = 0.0f;  // of the centred values, so that nothing cancels
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) {
+    if (!columns.has(i)) continue;
+#pragma unroll
+    for (int j = 0; j < N; ++j) squares += (values[i][j] - mean) * (values[i][j] - mean);
+  }
+  const float rstd = 1.0f / sqrtf(team.sum(squares, slots + kMaxWarps) / static_cast<float>(a.columns) + a.eps);
+  if (a.mean != nullptr && columns.lane == 0) a.mean[row] = mean, a.rstd[row] = rstd;
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) {
+    if (!columns.has(i)) continue;
+    float weight[N], bias[N];
+    load<N>(a.weight, columns[i], weight);
+    load<N>(a.bias, columns[i], bias);
+#pragma unroll
+    for (int j = 0; j < N; ++j) bias[j] += (values[i][j] - mean) * rstd * weight[j];
+    store<N>(a.y + place + columns[i], bias);
+  }
+}
+
+template <class T>
+struct Backward {
+  int64_t rows;
+  int columns, warps;
+  Dropout dropout;
+  const T *dy, *z;          // [rows, columns]
+  Parameter weight;         // [columns]
+  const float *mean, *rstd;  // [rows]
+  T *dz, *dx;               // [rows, columns], dx null without dropout
+  float* sums;              // [blocks, 3, columns]: of dy xhat, dy and dx
+};
+
+// A block takes every gridDim-th row, or four of them, and keeps its column sums in registers.
+template <class T, int N, int CHUNKS>
+__global__ void __launch_bounds__(max_threads(N), 1) layernorm_bwd_kernel(Backward<T> a) {
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  const Team team{a.warps};
+  const Columns<N, CHUNKS> columns{team.lane(), team.stride(), a.columns};
+  const DropoutMask dropout(a.dropout);
+  float sums[3][CHUNKS][N] = {};
+  float* slots = shared;  // two sets: when one is written again, a barrier lies after its last reading
+  for (int64_t row = team.first_row(); row < a.rows; row += team.row_step()) {
+    const int64_t place = row * a.columns;
+    const float mean = a.mean[row], rstd = a.rstd[row];
+    float gradient[CHUNKS][N], normal[CHUNKS][N];
+    float total = 0.0f, total_normal = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      if (!columns.has(i)) continue;
+      float weight[N];
+      load<N>(a.dy + place + columns[i], gradient[i]);
+      load<N>(a.z + place + columns[i], normal[i]);
+      load<N>(a.weight, columns[i], weight);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        normal[i][j] = (normal[i][j] - mean) * rstd;
+        sums[0][i][j] += gradient[i][j] * normal[i][j];
+        sums[1][i][j] += gradient[i][j];
+        gradient[i][j] *= weight[j];
+        total += gradient[i][j];
+        total_normal += gradient[i][j] * normal[i][j];
+      }
+    }
+    // One barrier for both: each warp's slot of the second sum is written before the barrier of the first.
+    total_normal = warp_sum(total_normal);
+    if (team.warps > 1 && threadIdx.x % kWarp == 0) slots[kMaxWarps + threadIdx.x / kWarp] = total_normal;
+    const float average = team.sum(total, slots) / static_cast<float>(a.columns);
+    if (team.warps > 1) {
+      total_normal = slots[kMaxWarps];
+      for (int w = 1; w < team.warps; ++w) total_normal += slots[kMaxWarps + w];
+    }
+    const float average_normal = total_normal / static_cast<float>(a.columns);
+    slots = slots == shared ? shared + 2 * kMaxWarps : shared;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      if (!columns.has(i)) continue;
+#pragma unroll
+      for (int j = 0; j < N; ++j) gradient[i][j] = (gradient[i][j] - average - normal[i][j] * average_normal) * rstd;
+      store<N>(a.dz + place + columns[i], gradient[i]);
+      if (dropout.active) {
+        dropout.apply_row<N>(gradient[i], static_cast<uint32_t>(row), columns[i]);
+        store<N>(a.dx + place + columns[i], gradient[i]);
+      }
+#pragma unroll
+      for (int j = 0; j < N; ++j) sums[2][i][j] += gradient[i][j];
+    }
+  }
+  float* out = a.sums + static_cast<int64_t>(blockIdx.x) * 3 * a.columns;
+  if (team.warps > 1) {
+#pragma unroll
+    for (int s = 0; s < 3; ++s)
+#pragma unroll
+      for (int i = 0; i < CHUNKS; ++i)
+        if (columns.has(i)) store<N>(out + s * a.columns + columns[i], sums[s][i]);
+    return;
+  }
+  // The warps of the block one after another, in their order; a column always belongs to the same lane.
+  for (int w = 0; w < kRowsPerBlock; ++w) {
+    if (static_cast<int>(threadIdx.x) / kWarp == w) {
+#pragma unroll
+      for (int s = 0; s < 3; ++s) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+          if (!columns.has(i)) continue;
+          if (w > 0) {
+            float before[N];
+            load<N>(shared + s * a.columns + columns[i], before);
+#pragma unroll
+            for (int j = 0; j < N; ++j) sums[s][i][j] += before[j];
+          }
+          store<N>((w + 1 < kRowsPerBlock ? shared : out) + s * a.columns + columns[i], sums[s][i]);
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+constexpr int kSumLanes = 8;
+
+// Adds up the sets of column sums: a warp takes 32 columns of every eighth set.
+__global__ void __launch_bounds__(kSumLanes* kWarp)
+    layernorm_sums_kernel(int sets, int columns, int count, const float* sums, Format format, void* dweight, void* dbias,
+                          float* dx_bias) {
+  float* const shared = reinterpret_cast<float*>(shared_memory());  // [kSumLanes, kWarp]
+  const int column = static_cast<int>(blockIdx.x) * kWarp + static_cast<int>(threadIdx.x) % kWarp;  // of `count`
+  const int part = static_cast<int>(threadIdx.x) / kWarp;
+  float total = 0.0f;
+  if (column < count)
+    for (int set = part; set < sets; set += kSumLanes) total += sums[static_cast<int64_t>(set) * 3 * columns + column];
+  shared[threadIdx.x] = total;
+  __syncthreads();
+  if (part > 0 || column >= count) return;
+  for (int p = 1; p < kSumLanes; ++p) total += shared[p * kWarp + threadIdx.x];
+  const int which = column / columns, at = column % columns;
+  if (which == 2) {
+    dx_bias[at] = total;
+  } else {
+    void* out = which == 0 ? dweight : dbias;
+    if (format == Format::kFloat32) static_cast<float*>(out)[at] = total;
+    if (format == Format::kBFloat16) static_cast<bf16*>(out)[at] = from_float<bf16>(total);
+    if (format == Format::kFloat16) static_cast<fp16*>(out)[at] = from_float<fp16>(total);
+  }
+}
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Whether rows can be read eight columns at a time.
+template <class... Pointers>
+bool in_eights(int columns, Pointers... pointers) {
+  return columns % 8 == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+int warps_for(bool eights, int columns) {
+  const int n = eights ? 8 : 1;
+  if (columns > max_columns(n)) throw std::runtime_error(
+      "layernorm: more than 4096 columns must be a multiple of 8, in tensors that lie on multiples of 16 bytes");
+  return ceil_div(columns, kWarp * elements(n));
+}
+int threads_for(int warps) { return (warps == 1 ? kRowsPerBlock : warps) * kWarp; }
+
+// Calls run(N, CHUNKS), as types, for the kernel that fits.
+template <int N>
+struct Size {
+  static constexpr int value = N;
+};
+
+template <class F>
+void with_chunks(bool eights, int columns, const F& run) {
+  if (!eights) return run(Size<1>{}, Size<elements(1)>{});
+  switch (ceil_div(columns, 8 * kWarp * warps_for(true, columns))) {
+    case 1: return run(Size<8>{}, Size<1>{});
+    case 2: return run(Size<8>{}, Size<2>{});
+    case 3: return run(Size<8>{}, Size<3>{});
+    default: return run(Size<8>{}, Size<4>{});
+  }
+}
+
+template <class X, class R, class Y>
+void forward(const Queue& queue, const LayerNormShape& shape, float eps, const void* x, Parameter x_bias,
+             const void* residual, Parameter weight, Parameter bias, void* y, void* z, float* mean, float* rstd) {
+  const bool eights = in_eights(shape.columns, x, x_bias.data, residual, weight.data, bias.data, y, z);
+  const int warps = warps_for(eights, shape.columns);
+  const Forward<X, R, Y> a{shape.rows,
+                           shape.columns,
+                           warps,
+                           eps,
+                           shape.dropout,
+                           static_cast<const X*>(x),
+                           static_cast<const R*>(residual),
+                           x_bias,
+                           weight,
+                           bias,
+                           static_cast<Y*>(y),
+                           static_cast<Y*>(z),
+                           mean,
+                           rstd};
+  const int64_t blocks = warps == 1 ? (shape.rows + kRowsPerBlock - 1) / kRowsPerBlock : shape.rows;
+  with_chunks(eights, shape.columns, [&](auto n, auto chunks) {
+    launch(queue, "layernorm_fwd_cuda", layernorm_fwd_kernel<X, R, Y, decltype(n)::value, decltype(chunks)::value>,
+           dim3(static_cast<unsigned>(blocks)), threads_for(warps), 2 * kMaxWarps * 4, a);
+  });
+}
+
+template <class T>
+void backward(const Queue& queue, const LayerNormShape& shape, const void* dy, const void* z, Parameter weight,
+              const float* mean, const float* rstd, void* dz, void* dx, float* workspace) {
+  const bool eights = in_eights(shape.columns, dy, z, weight.data, dz, dx, workspace);
+  const int warps = warps_for(eights, shape.columns);
+  const Backward<T> a{shape.rows,
+                      shape.columns,
+                      warps,
+                      shape.dropout,
+                      static_cast<const T*>(dy),
+                      static_cast<const T*>(z),
+                      weight,
+                      mean,
+                      rstd,
+                      static_cast<T*>(dz),
+                      static_cast<T*>(dx),
+                      workspace};
+  const int shared = warps == 1 ? 3 * shape.columns * 4 : 4 * kMaxWarps * 4;
+  with_chunks(eights, shape.columns, [&](auto n, auto chunks) {
+    launch(queue, "layernorm_bwd_cuda", layernorm_bwd_kernel<T, decltype(n)::value, decltype(chunks)::value>,
+           dim3(static_cast<unsigned>(layernorm_bwd_sets(queue, shape))), threads_for(warps), shared, a);
+  });
+}
+
+}  // namespace
+
+void layernorm_fwd(const Queue& queue, const LayerNormShape& shape, float eps, Parameter x, Parameter x_bias,
+                   Parameter residual, Parameter weight, Parameter bias, void* y, void* z, float* mean, float* rstd) {
+  const auto as = [&](auto x_type, auto residual_type, auto y_type) {
+    forward<decltype(x_type), decltype(residual_type), decltype(y_type)>(queue, shape, eps, x.data, x_bias, residual.data,
+                                                                         weight, bias, y, z, mean, rstd);
+  };
+  const Format r = residual.data == nullptr ? x.format : residual.format;
+  if (x.format == Format::kFloat32) {
+    if (r == Format::kFloat32) return as(float{}, float{}, float{});
+    if (r == Format::kBFloat16) return as(float{}, bf16{}, float{});
+    return as(float{}, fp16{}, float{});
+  }
+  if (x.format == Format::kBFloat16 && r == Format::kBFloat16) return as(bf16{}, bf16{}, bf16{});
+  if (x.format == Format::kBFloat16 && r == Format::kFloat32) return as(bf16{}, float{}, float{});
+  if (x.format == Format::kFloat16 && r == Format::kFloat16) return as(fp16{}, fp16{}, fp16{});
+  if (x.format == Format::kFloat16 && r == Format::kFloat32) return as(fp16{}, float{}, float{});
+  throw std::runtime_error("layernorm_fwd_cuda: x and residual are bfloat16 and float16; one must be float32 or both the same");
+}
+
+int layernorm_bwd_sets(const Queue& queue, const LayerNormShape& shape) {
+  // As many blocks as run at once: a thread needs up to 210 registers.
+  const int64_t most = static_cast<int64_t>(multiprocessors(queue)) * (shape.columns <= 1024 ? 2 : 4);
+  const int64_t needed = (shape.rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  return static_cast<int>(needed < most ? needed : most);
+}
+
+void layernorm_bwd(const Queue& queue, const LayerNormShape& shape, Format format, const void* dy, const void* z,
+                   Parameter weight, const float* mean, const float* rstd, void* dz, void* dx, void* dweight,
+                   void* dbias, float* dx_bias, float* workspace) {
+  switch (format) {
+    case Format::kFloat32: backward<float>(queue, shape, dy, z, weight, mean, rstd, dz, dx, workspace); break;
+    case Format::kBFloat16: backward<bf16>(queue, shape, dy, z, weight, mean, rstd, dz, dx, workspace); break;
+    case Format::kFloat16: backward<fp16>(queue, shape, dy, z, weight, mean, rstd, dz, dx, workspace); break;
+  }
+  const int count = (dx_bias == nullptr ? 2 : 3) * shape.columns;
+  launch(queue, "layernorm_bwd_cuda", layernorm_sums_kernel, dim3(static_cast<unsigned>(ceil_div(count, kWarp))),
+         kSumLanes * kWarp, kSumLanes * kWarp * 4, layernorm_bwd_sets(queue, shape), shape.columns, count,
+         static_cast<const float*>(workspace), weight.format, dweight, dbias, dx_bias);
+}
+
+}  // namespace fastbert::cuda

@@ -1,0 +1,186 @@
+// The torch side of the CUDA ops: schemas, argument checks, allocation, the stream. No library of CUDA is linked: what
+// is needed of PyTorch's CUDA side is looked up when an op runs, so that a PyTorch without CUDA can load this too.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/kernels.h"
+#include "philox.h"
+#include "tensor.h"
+
+// The tests compile this file a second time, with the kernels running on the host.
+#ifdef FASTBERT_EMULATED
+#define FASTBERT_OP(name) name "_emulated"
+#define FASTBERT_KEY CPU
+#else
+#define FASTBERT_OP(name) name "_cuda"
+#define FASTBERT_KEY CUDA
+#endif
+#define FASTBERT_IMPL(key, m) STABLE_TORCH_LIBRARY_IMPL(fastbert, key, m)
+
+namespace fastbert::cuda {
+namespace {
+
+#ifdef FASTBERT_EMULATED
+
+struct Current {
+  explicit Current(Device) {}
+  Queue queue{0, nullptr};
+};
+
+#else
+
+// PyTorch's current stream on a device.
+void* current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  if (function == nullptr) fail("the PyTorch that is loaded has no CUDA: libtorch_cuda.so is not there");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+
+// PyTorch's current device while it lives, and that device's current stream.
+struct Current {
+  explicit Current(Device device) : guard(device.index), queue{device.index, current_stream(device.index)} {}
+  torch::stable::accelerator::DeviceGuard guard;
+  Queue queue;
+};
+
+#endif
+
+Device device_of(const Tensor& t) {
+  Device device{};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+  return device;
+}
+
+// The checks of one call: everything lies on the device of its first tensor.
+struct Call {
+  const char* op;
+  Device device;
+
+  Call(const char* op_, const Tensor& first) : op(op_), device(device_of(first)) {}
+
+  void check_layout(const char* name, const Tensor& t) const {
+    const Device other = device_of(t);
+    if (other.type != device.type || other.index != device.index)
+      fail(op, ": ", name, " is not on the device of the first argument");
+    if (!t.is_contiguous()) fail(op, ": ", name, " of shape ", shape_text(t), " is not contiguous");
+  }
+  void check(const char* name, const Tensor& t, ScalarType type, const std::vector<int64_t>& shape) const {
+    check_layout(name, t);
+    check_shape(op, name, t, type, shape);
+  }
+  Format format(const char* name, const Tensor& t) const {
+    switch (t.scalar_type()) {
+      case ScalarType::Float: return Format::kFloat32;
+      case ScalarType::BFloat16: return Format::kBFloat16;
+      case ScalarType::Half: return Format::kFloat16;
+      default: break;
+    }
+    fail(op, ": ", name, " is ", dtype_text(t.scalar_type()),
+         "; the CUDA kernel takes float32, bfloat16 and float16");
+  }
+  // A vector [columns] in any format.
+  Parameter parameter(const char* name, const Tensor& t, int64_t columns) const {
+    const Format found = format(name, t);
+    check(name, t, t.scalar_type(), {columns});
+    return {t.const_data_ptr(), found};
+  }
+  Dropout dropout(double p, const OptionalTensor& seed) const {
+    if (!(p >= 0.0 && p <= 1.0)) fail(op, ": dropout_p is ", p, "; it must be between 0 and 1");
+    if (p > 0.0 && !seed.has_value()) fail(op, ": dropout_p is ", p, " but seed is missing");
+    if (seed.has_value()) {
+      check_layout("seed", *seed);
+      if (seed->scalar_type() != ScalarType::Long || seed->numel() != 1)
+        fail(op, ": seed must be one int64, not ", dtype_text(seed->scalar_type()), " of shape ", shape_text(*seed));
+    }
+    const bool active = p > 0.0;
+    return {active ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, dropout_threshold(p),
+            dropout_scale(p), active};
+  }
+  LayerNormShape rows(const char* name, const Tensor& t, double dropout_p, const OptionalTensor& seed) const {
+    check(name, t, t.scalar_type(), {-1, -1});
+    if (t.size(1) < 1 || t.size(1) > kLayerNormColumns)
+      fail(op, ": ", name, " has shape ", shape_text(t), "; its last dimension must be 1 to ", kLayerNormColumns);
+    return {t.size(0), static_cast<int>(t.size(1)), dropout(dropout_p, seed)};
+  }
+  Tensor make(const std::vector<int64_t>& shape, ScalarType type) const { return new_tensor(shape, type, device); }
+};
+
+void* data(Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
+float* floats(Tensor& t) { return static_cast<float*>(data(t)); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_fwd_op(Tensor x, OptionalTensor x_bias, OptionalTensor residual,
+                                                         Tensor weight, Tensor bias, double eps, double dropout_p,
+                                                         OptionalTensor seed, bool save) {
+  const Call call(FASTBERT_OP("layernorm_fwd"), x);
+  const Parameter x_data{x.const_data_ptr(), call.format("x", x)};
+  const LayerNormShape shape = call.rows("x", x, dropout_p, seed);
+  ScalarType type = x.scalar_type();
+  Parameter x_bias_data{}, residual_data{};
+  if (x_bias.has_value()) x_bias_data = call.parameter("x_bias", *x_bias, shape.columns);
+  if (residual.has_value()) {
+    residual_data = {residual->const_data_ptr(), call.format("residual", *residual)};
+    call.check("residual", *residual, residual->scalar_type(), {shape.rows, shape.columns});
+    if (residual_data.format == Format::kFloat32) type = ScalarType::Float;
+  }
+  const Parameter weight_data = call.parameter("weight", weight, shape.columns);
+  const Parameter bias_data = call.parameter("bias", bias, shape.columns);
+  const bool changed = x_bias.has_value() || residual.has_value() || dropout_p > 0.0;
+  const Current current(call.device);
+  Tensor y = call.make({shape.rows, shape.columns}, type);
+  Tensor z = save && changed ? call.make({shape.rows, shape.columns}, type) : call.make({0}, type);
+  Tensor mean = call.make({save ? shape.rows : 0}, ScalarType::Float);
+  Tensor rstd = call.make({save ? shape.rows : 0}, ScalarType::Float);
+  layernorm_fwd(current.queue, shape, static_cast<float>(eps), x_data, x_bias_data, residual_data, weight_data, bias_data,
+                data(y), data(z), floats(mean), floats(rstd));
+  return {y, z, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_bwd_op(Tensor dy, Tensor z, Tensor weight, Tensor mean,
+                                                                 Tensor rstd, double dropout_p, OptionalTensor seed,
+                                                                 bool need_x_bias) {
+  const Call call(FASTBERT_OP("layernorm_bwd"), dy);
+  const Format format = call.format("z", z);
+  const LayerNormShape shape = call.rows("z", z, dropout_p, seed);
+  const ScalarType type = z.scalar_type();
+  call.check("dy", dy, type, {shape.rows, shape.columns});
+  const Parameter weight_data = call.parameter("weight", weight, shape.columns);
+  call.check("mean", mean, ScalarType::Float, {shape.rows});
+  call.check("rstd", rstd, ScalarType::Float, {shape.rows});
+  const Current current(call.device);
+  Tensor dz = call.make({shape.rows, shape.columns}, type);
+  Tensor dx = dropout_p > 0.0 ? call.make({shape.rows, shape.columns}, type) : call.make({0}, type);
+  Tensor dweight = call.make({shape.columns}, weight.scalar_type());
+  Tensor dbias = call.make({shape.columns}, weight.scalar_type());
+  Tensor dx_bias = call.make({need_x_bias ? shape.columns : 0}, ScalarType::Float);
+  Tensor workspace = call.make({layernorm_bwd_sets(current.queue, shape), 3, shape.columns}, ScalarType::Float);
+  layernorm_bwd(current.queue, shape, format, dy.const_data_ptr(), z.const_data_ptr(), weight_data,
+                static_cast<const float*>(mean.const_data_ptr()), static_cast<const float*>(rstd.const_data_ptr()),
+                data(dz), data(dx), data(dweight), data(dbias), floats(dx_bias), floats(workspace));
+  return {dz, dx, dweight, dbias, dx_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
+  m.def(FASTBERT_OP("layernorm_fwd")
+        "(Tensor x, Tensor? x_bias, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout_p, "
+        "Tensor? seed, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(FASTBERT_OP("layernorm_bwd")
+        "(Tensor dy, Tensor z, Tensor weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, "
+        "bool need_x_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+FASTBERT_IMPL(FASTBERT_KEY, m) {
+  m.impl(FASTBERT_OP("layernorm_fwd"), TORCH_BOX(&layernorm_fwd_op));
+  m.impl(FASTBERT_OP("layernorm_bwd"), TORCH_BOX(&layernorm_bwd_op));
+}
+
+}  // namespace fastbert::cuda

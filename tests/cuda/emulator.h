@@ -1,0 +1,80 @@
+// Runs the CUDA kernels of csrc/cuda on the host, for tests. The kernels are compiled as plain C++; every thread of a
+// block is a fiber, and a barrier or a warp's collective operation is where fibers wait for each other.
+//
+// Stricter than a GPU: shared memory starts as NaN, what cp.async brings is NaN until it was waited for, and a collective
+// or a barrier that some threads do not reach is an error. FASTBERT_EMULATOR_ORDER=reverse runs the threads in the
+// opposite order: a missing barrier then gives other results.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+namespace fastbert::emulator {
+
+// Runs `kernel` for every thread of every block. Throws std::runtime_error if threads wait for ever.
+void run(const char* name, dim3 grid, int threads, int shared, const std::function<void()>& kernel);
+
+char* shared_memory();
+void barrier();
+
+// What a lane brings to a collective operation of its warp.
+struct Offer {
+  uint32_t words[8];
+  const void* address;
+};
+// Waits for the warp's 32 lanes; gives what each brought. `operation` must be the same for all.
+const Offer* exchange(const char* operation, const Offer& mine);
+
+// Asynchronous copies of 16 bytes into shared memory; `bytes` of them from `from`, zeros after them.
+void copy_async(void* to, const void* from, int bytes);
+void commit_copies();
+void wait_for_copies(int pending_groups);
+
+// Rows of 16 bytes that ldmatrix found in banks of one another since the last call: each costs a cycle more.
+int64_t take_bank_conflicts();
+void count_bank_conflicts(const Offer* offers, int matrices);
+
+uint16_t bf16_bits(float value);
+uint16_t fp16_bits(float value);
+float bf16_value(uint16_t bits);
+float fp16_value(uint16_t bits);
+
+inline int lane() { return static_cast<int>(threadIdx.x % 32); }
+
+}  // namespace fastbert::emulator
+
+inline void __syncthreads() { fastbert::emulator::barrier(); }
+
+inline void __syncwarp() { fastbert::emulator::exchange("syncwarp", {}); }
+
+inline float __shfl_xor_sync(unsigned, float value, int distance) {
+  fastbert::emulator::Offer offer{};
+  std::memcpy(offer.words, &value, 4);
+  const auto* offers = fastbert::emulator::exchange("shfl", offer);
+  std::memcpy(&value, offers[fastbert::emulator::lane() ^ distance].words, 4);
+  return value;
+}

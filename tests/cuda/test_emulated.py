@@ -1,0 +1,125 @@
+"""The kernels of csrc/cuda, run on the host: by the table of cases and the rule for numbers that every backend has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import accuracy
+import pytest
+import test_layernorm as layernorm_cases
+import torch
+from torch import Tensor
+
+from fastbert.ops import layernorm as public_layernorm
+from fastbert.ops.layernorm import _run as run_layernorm
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=accuracy.name_of)
+DROPOUTS = pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
+# Every number of warps to a row and of accesses to a thread, whole and in part; with and without eights.
+LAYERNORM_CASES = [
+    *(case for case in layernorm_cases.CASES if case[0] * case[1] <= 30000),
+    (5, 264, "br"),
+    (9, 520, "r"),
+    (3, 776, "br"),
+    (13, 1000, "br"),
+    (3, 1032, "br"),
+    (2, 1501, "br"),
+    (2, 2048, "b"),
+    (2, 4095, "r"),
+    (1, 8192, "br"),
+]
+
+
+def layernorm(emulated: Any, p: float = 0.0) -> Callable[..., Tensor]:
+    seed = accuracy.seed_tensor() if p > 0 else None
+
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        return run_layernorm(emulated.leaves["layernorm"], x, weight, bias, x_bias, residual, p, 1e-5, seed)
+
+    return run
+
+
+@pytest.mark.parametrize("case", LAYERNORM_CASES, ids=lambda case: f"{case[0]}x{case[1]}-{case[2]}")
+@DROPOUTS
+@DTYPES
+def test_layernorm(emulated: Any, dtype: torch.dtype, p: float, case: tuple) -> None:
+    tensors = layernorm_cases.tensors_for(*case, dtype)
+    references = layernorm_cases.eager(p), layernorm_cases.reference(p)
+    accuracy.check_forward(layernorm(emulated, p), *references, tensors)
+    accuracy.check_backward(layernorm(emulated, p), *references, tensors)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=accuracy.name_of)
+@pytest.mark.parametrize("mixed", layernorm_cases.MIXED, ids=["wide residual", "half", "wide x", "no residual"])
+def test_layernorm_mixed_dtypes(emulated: Any, mixed: tuple, half: torch.dtype) -> None:
+    x, residual, weight, x_bias = (half if dtype is torch.bfloat16 else dtype for dtype in mixed)
+    of = {"x": x, "residual": residual, "weight": weight, "bias": weight, "x_bias": x_bias}
+    tensors = layernorm_cases.tensors_for(19, 384, "b" if residual is None else "br", torch.float32)
+    tensors = {name: value.to(of[name]) for name, value in tensors.items()}
+    references = layernorm_cases.eager(0.1), layernorm_cases.reference(0.1)
+    accuracy.check_forward(layernorm(emulated, 0.1), *references, tensors)
+    accuracy.check_backward(layernorm(emulated, 0.1), *references, tensors)
+
+
+def test_layernorm_where_rows_do_not_lie_on_16_bytes(emulated: Any) -> None:
+    tensors = layernorm_cases.tensors_for(5, 64, "br", torch.bfloat16)
+    expected = layernorm(emulated)(**tensors)
+    moved = {
+        name: torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape).copy_(value)
+        for name, value in tensors.items()
+    }
+    assert moved["x"].data_ptr() % 16 != 0
+    torch.testing.assert_close(layernorm(emulated)(**moved), expected)
+
+
+def test_layernorm_draws_the_mask_of_the_reference(emulated: Any) -> None:
+    tensors = layernorm_cases.tensors_for(6, 312, "br", torch.float32)
+    ones = {"x": torch.ones(6, 312), "weight": torch.ones(312), "bias": torch.zeros(312)}
+    for p in (0.1, 0.5):
+        for given in (tensors, ones):
+            ours = layernorm(emulated, p)(**given)
+            reference = public_layernorm(
+                **given, dropout_p=p, seed=accuracy.seed_tensor(), eps=1e-5, backend="reference"
+            )
+            torch.testing.assert_close(ours, reference)
+
+
+def test_layernorm_dropout_one_keeps_the_residual(emulated: Any) -> None:
+    tensors = layernorm_cases.tensors_for(5, 24, "br", torch.float32)
+    alone = tensors | {"x": tensors["residual"]}
+    expected = torch.nn.functional.layer_norm(alone["x"], (24,), tensors["weight"], tensors["bias"], eps=1e-5)
+    torch.testing.assert_close(layernorm(emulated, 1.0)(**tensors), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.randn(4, 16, dtype=torch.float64)}, ["x is", "float32, bfloat16 and float16"]),
+        ({"weight": torch.randn(15)}, ["weight", "[15]", "[16]"]),
+        ({"residual": torch.randn(3, 16)}, ["residual", "[3, 16]", "[4, 16]"]),
+        ({"x": torch.randn(2, 8200)}, ["[2, 8200]", "1 to 8192"]),
+        ({"x": torch.randn(4, 16).bfloat16(), "residual": torch.randn(4, 16).half()}, ["bfloat16", "float16"]),
+    ],
+)
+def test_layernorm_refuses(emulated: Any, change: dict, words: list[str]) -> None:
+    given = layernorm_cases.tensors_for(4, 16, "r", torch.float32) | change
+    with pytest.raises(RuntimeError) as caught:
+        layernorm(emulated)(**given)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("columns", [312, 1032])
+def test_layernorm_does_not_depend_on_the_order_of_threads(
+    emulated: Any, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A barrier that is missing between a write and a read shows in one of the orders."""
+    tensors = layernorm_cases.tensors_for(17, columns, "br", torch.float32)
+    upstream = torch.randn(17, columns, generator=accuracy.generator(3))
+    y, gradients = accuracy.evaluate(layernorm(emulated, 0.1), tensors, upstream)
+    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", "reverse")
+    y_reverse, gradients_reverse = accuracy.evaluate(layernorm(emulated, 0.1), tensors, upstream)
+    assert torch.equal(y, y_reverse)
+    assert all(torch.equal(gradients[name], gradients_reverse[name]) for name in gradients)

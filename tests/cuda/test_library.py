@@ -1,0 +1,71 @@
+"""The library of the CUDA kernels, where no GPU is needed: it loads, and its ops are those of the other backends."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbert import dispatch
+
+OPS = ("layernorm",)
+built = pytest.mark.skipif(dispatch.cuda_error is not None, reason=str(dispatch.cuda_error))
+
+
+def test_built_where_there_is_nvcc() -> None:
+    """So that the skips of the other tests cannot hide it."""
+    if shutil.which("nvcc") is None:
+        assert dispatch.cuda_error is not None
+        assert "nvcc was not found" in dispatch.cuda_error or "FASTBERT_BUILD_CUDA=0" in dispatch.cuda_error
+    else:
+        assert dispatch.cuda_error is None
+
+
+@built
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_schema_is_that_of_the_cpu_op(op: str, direction: str) -> None:
+    cuda, cpu = (dispatch.leaf(f"{op}_{direction}_{backend}") for backend in ("cuda", "cpu"))
+    assert cuda is not None
+    assert cpu is not None
+    assert str(cuda._schema).replace("_cuda(", "(") == str(cpu._schema).replace("_cpu(", "(")
+
+
+@built
+@pytest.mark.parametrize("op", OPS)
+def test_refuses_tensors_on_the_cpu(op: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastbert::{op}_fwd_cuda", "CUDA")
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastbert::{op}_fwd_cuda", "CPU")
+    with pytest.raises(RuntimeError, match="cannot run"):
+        dispatch.select(op, device="cpu", dtype=torch.bfloat16, backend="cuda")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_off_unless_forced(op: str) -> None:
+    """No device has run these kernels."""
+    assert dispatch._candidates(op)["cuda"].off == dispatch.NEVER_RUN
+
+
+@built
+@pytest.mark.skipif(not shutil.which("nm") or sys.platform != "linux", reason="nm is not there")
+def test_needs_no_library_of_cuda() -> None:
+    (library,) = Path(dispatch.__file__).parent.glob("_C_cuda.*")
+    needed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in needed.stdout.splitlines()]
+    assert not [symbol for symbol in symbols if symbol.startswith(("cu", "_ZN3c10", "_ZN2at"))]
+    assert [symbol for symbol in symbols if symbol.startswith("aoti_torch")]
+
+
+def test_the_cpu_ops_survive_a_library_that_does_not_load(tmp_path: Path) -> None:
+    package = Path(dispatch.__file__).parent
+    shutil.copytree(package, tmp_path / "fastbert", ignore=shutil.ignore_patterns("__pycache__", "_C_cuda.*"))
+    (tmp_path / "fastbert" / "_C_cuda.so").write_bytes(b"not a library")
+    program = "from fastbert import dispatch; print(dispatch.extension_error, dispatch.cuda_error, sep='|')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    extension, cuda = done.stdout.strip().split("|")
+    assert extension == str(dispatch.extension_error)
+    assert "does not load" in cuda

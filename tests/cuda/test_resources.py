@@ -1,0 +1,39 @@
+"""What the assembler made of every CUDA kernel, for every GPU it was built for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fastbert.bench import cuda_resources
+
+from fastbert import dispatch
+
+pytestmark = pytest.mark.skipif(dispatch.cuda_error is not None, reason=str(dispatch.cuda_error))
+
+
+@pytest.fixture(scope="module")
+def built() -> dict:
+    return cuda_resources.collect(cuda_resources.reports())
+
+
+def test_no_kernel_spills(built: dict) -> None:
+    """Nor has a stack: a register array that is indexed at run time would be there."""
+    assert built["kernels"]
+    spilling = {
+        f"{name} {arch}": entry
+        for name, archs in built["kernels"].items()
+        for arch, entry in archs.items()
+        if entry["spills"] or entry["stack"]
+    }
+    assert not spilling
+
+
+def test_the_kept_table_is_that_of_this_build(built: dict) -> None:
+    kept = json.loads(cuda_resources.TABLE.read_text(encoding="utf-8"))
+    assert list(kept["kernels"]) == list(built["kernels"]), "`make kernel-tables` writes the table"
+    if kept["nvcc"] != built["nvcc"]:
+        return  # another compiler gives other numbers
+    for name, archs in built["kernels"].items():
+        for arch in archs.keys() & kept["kernels"][name].keys():
+            assert archs[arch] == kept["kernels"][name][arch], f"{name} {arch}: `make kernel-tables` writes the table"
