@@ -183,7 +183,7 @@ class Build:
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         target.with_suffix(".cmd").unlink(missing_ok=True)  # written again when the object is whole
-        print(f"compiling {source} -> {target}", flush=True)
+        print(f"compiling {source} -> {target}\n", end="", flush=True)  # one write, which another thread cannot divide
         started = time.time_ns()
         self.note(target, run([*command, "-o", str(target)], f"compiling {source}"))
         os.utime(target, ns=(started, started))  # a source that is edited while it compiles is newer than this

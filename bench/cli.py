@@ -16,6 +16,7 @@ OTHERS = {
     "gpu": "models and operations on an NVIDIA GPU",
     "tune": "which launch configurations are fastest on this GPU",
     "kernels": "what the GPU kernels are compiled to; needs no GPU",
+    "quality": "scores after fine-tuning, against stock code",
 }
 """Commands with flags of their own, each a module of this package: ``fastbert bench kernels --help``."""
 

@@ -21,6 +21,9 @@ BF16_PEAK = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4, "NVIDIA A100-
 START_S = 60.0
 """How long a contestant may take; the slow ones (torch.compile) four times as long."""
 
+PLOTTED = 9
+"""How many rows the plot shows, the first ones: a full table would be metres long."""
+
 OURS = ("triton", "cuda")
 
 
@@ -74,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.preferred:
         print(f"preferred: {write_preferred(content)}")
     if not arguments.no_plot and content["rows"]:
-        report.plot(content, path.with_suffix(".png"))
+        models = [row for row in content["rows"] if row["kind"] != "op"]
+        report.plot({**content, "rows": (models or content["rows"])[:PLOTTED]}, path.with_suffix(".png"))
     states = [item["status"] for row in content["rows"] for item in row["contestants"].values()]
     ours = [
         item["status"]

@@ -133,13 +133,8 @@ void check_sequences(const char* op, const char* tokens, const Tensor& cu_seqlen
     fail(op, ": cu_seqlens ends with ", a.cu_seqlens[a.batch], "; ", tokens, " has ", a.total, " tokens");
   if (bias.has_value()) {
     check(op, "bias", *bias, ScalarType::Float, {-1, -1, -1, -1});
-    const auto fits = [&](int64_t dim, int64_t full) { return bias->size(dim) == 1 || bias->size(dim) == full; };
-    if (!fits(0, a.batch) || !fits(1, a.heads) || !(bias->size(2) == 1 || bias->size(2) >= max_seqlen) ||
-        bias->size(3) < max_seqlen)
-      fail(op, ": bias has shape ", shape_text(*bias), "; it must be [", a.batch, " or 1, ", a.heads, " or 1, ",
-           max_seqlen, " or more or 1, ", max_seqlen, " or more]");
+    check_bias(op, *bias, a.batch, a.heads, max_seqlen, a.bias_strides);
     a.bias = static_cast<const float*>(bias->const_data_ptr());
-    for (int dim = 0; dim < 3; ++dim) a.bias_strides[dim] = bias->size(dim) == 1 ? 0 : bias->stride(dim);
   }
 }
 

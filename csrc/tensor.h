@@ -102,4 +102,15 @@ inline uint64_t seed_value(double p, const OptionalTensor& seed) {
   return p > 0.0 ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())) : 0;
 }
 
+// An additive bias of attention; gives its strides, 0 where it is broadcast.
+inline void check_bias(const char* op, const Tensor& bias, int64_t batch, int64_t heads, int64_t max_seqlen,
+                       int64_t (&strides)[3]) {
+  const auto fits = [&](int64_t dim, int64_t full) { return bias.size(dim) == 1 || bias.size(dim) == full; };
+  if (!fits(0, batch) || !fits(1, heads) || !(bias.size(2) == 1 || bias.size(2) >= max_seqlen) ||
+      bias.size(3) < max_seqlen)
+    fail(op, ": bias has shape ", shape_text(bias), "; it must be [", batch, " or 1, ", heads, " or 1, ", max_seqlen,
+         " or more or 1, ", max_seqlen, " or more]");
+  for (int dim = 0; dim < 3; ++dim) strides[dim] = bias.size(dim) == 1 ? 0 : bias.stride(dim);
+}
+
 }  // namespace fastbert

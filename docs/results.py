@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write the benchmark table of README.md from the newest results in bench/results: `make results`.
+"""Write the benchmark tables of README.md from the newest results in bench/results: `make results`.
 
-The table stands between two markers; everything in it, the machine included, comes from the result files.
+Each table stands between two markers; everything in it, the machine included, comes from the result files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (make results) -->", "<!-- results: end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu: begin (make results) -->", "<!-- gpu: end -->"
 HUGGING_FACE = "hf-sdpa"
+SDPA = ("flash", "cudnn", "efficient", "math")
 
 
 def milliseconds(seconds: float) -> str:
@@ -26,7 +28,8 @@ def newest(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """The latest complete measurement of each row of the model and training tables, with the file that it is from."""
     found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    measured = [content for content in contents if "time" in content]  # what kernels compile to was not timed
+    # what kernels compile to was not timed, and GPUs have a table of their own
+    measured = [content for content in contents if "time" in content and content["command"] != "gpu"]
     for content in sorted(measured, key=lambda c: c["time"]):
         for row in content["rows"]:
             if row["kind"] != "op" and row["complete"] and "median_s" in row["contestants"].get("fastbert", {}):
@@ -72,15 +75,54 @@ def table(rows: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def best(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, float] | None:
+    """The fastest of the contestants whose names begin so, and its time."""
+    timed = {name: item for name, item in row["contestants"].items() if "median_s" in item and name.startswith(names)}
+    name = min(timed, key=lambda name: timed[name]["median_s"], default=None)
+    return None if name is None else (name, timed[name]["median_s"])
+
+
+def gpu_table(folder: Path) -> str:
+    """The models of the newest GPU result; Hugging Face's sdpa with the fastest of its backends."""
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("gpu-*.json")]
+    if not contents:
+        return "not yet measured"
+    content = max(contents, key=lambda c: c["time"])
+    head = ["work", "HF eager", "HF sdpa, best", "torch.compile", "unpadded stack", "fastbert", "tokens/s", "MFU"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in content["rows"]:
+        own = {name: item for name, item in row["contestants"].items() if name in ("fastbert", "fastbert-graphs")}
+        ours = best({"contestants": own}, ("fastbert",))
+        if row["kind"] == "op" or ours is None:
+            continue
+        item = row["contestants"][ours[0]]
+        cells = [row["title"]]
+        for names in (("hf-eager",), tuple(f"hf-sdpa-{b}" for b in SDPA), ("hf-compile",), ("varlen", "flash-attn")):
+            found = best(row, names)
+            cells.append(f"{milliseconds(found[1])} ({found[1] / ours[1]:.2f}x)" if found else "-")
+        mfu = f"{item['mfu']:.0%}" if item["mfu"] is not None else "-"
+        lines.append("| " + " | ".join([*cells, milliseconds(ours[1]), f"{item['tokens_per_s']:.0f}", mfu]) + " |")
+    machine, rates = content["machine"], content.get("ceilings") or {}
+    commit = machine["commit"] or {"hash": "unknown", "dirty": False}
+    measured = f", copy {rates['copy']:.0f} GB/s, bf16 product {rates['matmul'] / 1e3:.0f} TFLOP/s" if rates else ""
+    versions = ", ".join(f"{n} {machine['versions'][n]}" for n in ("torch", "triton", "transformers"))
+    changes = " with changes" if commit["dirty"] else ""
+    source = (
+        f"{machine['device']}{measured}, {versions}, commit {commit['hash'][:12]}{changes}, {content['time'][:10]}."
+    )
+    return "\n".join([*lines, "", source])
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        sys.exit(f"README.md has no markers {BEGIN} and {END}")
-    filled = f"{BEGIN}\n{table(newest(ROOT / 'bench' / 'results'))}\n{END}"
-    readme.write_text(
-        re.sub(re.escape(BEGIN) + ".*" + re.escape(END), lambda _: filled, text, flags=re.S), encoding="utf-8"
-    )
+    folder = ROOT / "bench" / "results"
+    for begin, end, content in ((BEGIN, END, table(newest(folder))), (GPU_BEGIN, GPU_END, gpu_table(folder))):
+        if begin not in text or end not in text:
+            sys.exit(f"README.md has no markers {begin} and {end}")
+        filled = f"{begin}\n{content}\n{end}"
+        text = re.sub(re.escape(begin) + ".*" + re.escape(end), lambda _, filled=filled: filled, text, flags=re.S)
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

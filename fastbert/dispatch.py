@@ -130,17 +130,14 @@ def cpu_reason(missing: str | None, device_type: str, dtypes: tuple[torch.dtype,
     return None
 
 
-def cuda_reason(missing: str | None, device_type: str) -> str | None:
-    """Why the CUDA kernels cannot run, for what is common to all ops: the device and the build."""
+def cuda_reason(missing: str | None, device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the CUDA kernels cannot run, for what is common to all ops: the build, the device, the dtypes."""
     if missing is not None:
         return missing
-    if not torch.cuda.is_available():
-        return "no CUDA device"
     if device_type != "cuda":
-        return f"needs a tensor on cuda, this one is on {device_type}"
-    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
-        return "needs an NVIDIA GPU of compute capability 8.0 or more"
-    return None
+        where = f"needs a tensor on cuda, this one is on {device_type}"
+        return where if torch.cuda.is_available() else "no CUDA device"
+    return _nvidia_reason() or _float_reason(dtypes)
 
 
 def triton_reason(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -150,10 +147,20 @@ def triton_reason(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | No
             return "needs a tensor on cuda, this one is on cpu (TRITON_INTERPRET=1 interprets the kernels there)"
     elif device_type != "cuda":
         return f"needs a tensor on cuda, this one is on {device_type}"
-    elif torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
-        return "needs an NVIDIA GPU of compute capability 8.0 or more"
+    elif (reason := _nvidia_reason()) is not None:
+        return reason
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    return _float_reason(dtypes)
+
+
+def _nvidia_reason() -> str | None:
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+        return "needs an NVIDIA GPU of compute capability 8.0 or more"
+    return None
+
+
+def _float_reason(dtypes: tuple[torch.dtype, ...]) -> str | None:
     for dtype in dtypes:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"has kernels for torch.float32, torch.bfloat16 and torch.float16, not {dtype}"

@@ -20,9 +20,11 @@ constexpr int kWarp = 32;
 
 // The 16-bit formats as they lie in memory. Arithmetic is fp32.
 struct bf16 {
+  static constexpr bool is_bf16 = true;
   uint16_t bits;
 };
 struct fp16 {
+  static constexpr bool is_bf16 = false;
   uint16_t bits;
 };
 
@@ -134,7 +136,7 @@ __device__ __forceinline__ void load(const Parameter& from, int first, float (&t
 // The dynamic shared memory of the block.
 __device__ __forceinline__ char* shared_memory() {
 #ifdef __CUDACC__
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(256) char memory[];
   return memory;
 #else
   return emulator::shared_memory();

@@ -50,4 +50,24 @@ void layernorm_bwd(const Queue&, const LayerNormShape&, Format format, const voi
                    const float* mean, const float* rstd, void* dz, void* dx, void* dweight, void* dbias, float* dx_bias,
                    float* workspace);
 
+struct AttentionShape {
+  int64_t total;
+  int batch, heads, head_dim, max_seqlen;  // head_dim: 32, 64 or 128
+  const int32_t* cu_seqlens;               // [batch + 1], in device memory
+  float scale;
+  Dropout dropout;
+  const float* bias;        // null or additive, [batch|1, heads|1, rows|1, keys]
+  int64_t bias_strides[3];  // in elements, 0 where it is broadcast
+};
+
+// qkv [total, 3, heads, head_dim] -> out [total, heads, head_dim], lse [heads, total]. 16-bit formats only; qkv and out
+// lie on multiples of 16 bytes.
+void attention_fwd(const Queue&, const AttentionShape&, Format format, const void* qkv, void* out, float* lse);
+
+// dqkv as qkv. delta: workspace [heads, total]. dbias (or null) as bias, whose dimensions are bias_shape; then dscores is
+// a workspace [batch, heads, max_seqlen, max_seqlen].
+void attention_bwd(const Queue&, const AttentionShape&, Format format, const void* dout, const void* qkv,
+                   const void* out, const float* lse, void* dqkv, float* delta, float* dbias,
+                   const int64_t* bias_shape, float* dscores);
+
 }  // namespace fastbert::cuda

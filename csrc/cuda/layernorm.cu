@@ -1,6 +1,8 @@
 // LayerNorm(dropout(x + x_bias) + residual), forward and backward. A row stays in registers between its one read and its
 // one write. Short rows (up to 1024 columns) take a warp each, four of them a block, which never wait for each other;
 // longer ones take a block each. Eight columns are one access; where a row's length or place forbids that, one is.
+#include <type_traits>
+
 #include "cuda/launch.h"
 
 namespace fastbert::cuda {
@@ -281,9 +283,7 @@ int threads_for(int warps) { return (warps == 1 ? kRowsPerBlock : warps) * kWarp
 
 // Calls run(N, CHUNKS), as types, for the kernel that fits.
 template <int N>
-struct Size {
-  static constexpr int value = N;
-};
+using Size = std::integral_constant<int, N>;
 
 template <class F>
 void with_chunks(bool eights, int columns, const F& run) {

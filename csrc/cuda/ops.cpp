@@ -167,6 +167,82 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_bwd_op(Tensor dy, T
   return {dz, dx, dweight, dbias, dx_bias};
 }
 
+// The lengths themselves lie in device memory and are not looked at: that would wait for the device.
+AttentionShape check_attention(const Call& call, const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
+                               double scale, double dropout_p, const OptionalTensor& seed, const OptionalTensor& bias) {
+  if (qkv.scalar_type() != ScalarType::BFloat16 && qkv.scalar_type() != ScalarType::Half)
+    fail(call.op, ": qkv is ", dtype_text(qkv.scalar_type()), "; the CUDA kernel takes bfloat16 and float16");
+  call.check("qkv", qkv, qkv.scalar_type(), {-1, 3, -1, -1});
+  call.check("cu_seqlens", cu_seqlens, ScalarType::Int, {-1});
+  const int64_t head_dim = qkv.size(3);
+  if (qkv.size(2) < 1) fail(call.op, ": qkv has shape ", shape_text(qkv), "; it must have at least one head");
+  if (head_dim != 32 && head_dim != 64 && head_dim != 128)
+    fail(call.op, ": qkv has head_dim ", head_dim, "; it must be 32, 64 or 128");
+  if (cu_seqlens.numel() < 1) fail(call.op, ": cu_seqlens is empty; it must hold batch + 1 offsets");
+  if (max_seqlen < 0) fail(call.op, ": max_seqlen is ", max_seqlen, "; it must not be negative");
+  AttentionShape shape{};
+  shape.total = qkv.size(0);
+  shape.batch = static_cast<int>(cu_seqlens.numel() - 1);
+  shape.heads = static_cast<int>(qkv.size(2));
+  shape.head_dim = static_cast<int>(head_dim);
+  shape.max_seqlen = static_cast<int>(max_seqlen < shape.total ? max_seqlen : shape.total);
+  shape.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  shape.scale = static_cast<float>(scale);
+  shape.dropout = call.dropout(dropout_p, seed);
+  if (bias.has_value()) {
+    call.check("bias", *bias, ScalarType::Float, {-1, -1, -1, -1});
+    check_bias(call.op, *bias, shape.batch, shape.heads, max_seqlen, shape.bias_strides);
+    shape.bias = static_cast<const float*>(bias->const_data_ptr());
+  }
+  return shape;
+}
+
+// The kernels copy 16 bytes at a time.
+const void* aligned(const Call& call, const char* name, const Tensor& t) {
+  const void* data = t.const_data_ptr();
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0)
+    fail(call.op, ": ", name, " begins at an address that is not a multiple of 16; clone it");
+  return data;
+}
+
+std::tuple<Tensor, Tensor> attention_fwd_op(Tensor qkv, Tensor cu_seqlens, int64_t max_seqlen, double scale,
+                                            double dropout_p, OptionalTensor seed, OptionalTensor bias) {
+  const Call call(FASTBERT_OP("attention_fwd"), qkv);
+  const AttentionShape shape = check_attention(call, qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias);
+  const void* qkv_data = aligned(call, "qkv", qkv);
+  const Current current(call.device);
+  Tensor out = call.make({shape.total, shape.heads * shape.head_dim}, qkv.scalar_type());
+  Tensor lse = call.make({shape.heads, shape.total}, ScalarType::Float);
+  attention_fwd(current.queue, shape, call.format("qkv", qkv), qkv_data, data(out), floats(lse));
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_bwd_op(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens,
+                                            int64_t max_seqlen, double scale, double dropout_p, OptionalTensor seed,
+                                            OptionalTensor bias, bool need_dbias) {
+  const Call call(FASTBERT_OP("attention_bwd"), qkv);
+  const AttentionShape shape = check_attention(call, qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias);
+  call.check("dout", dout, qkv.scalar_type(), {shape.total, shape.heads * shape.head_dim});
+  call.check("out", out, qkv.scalar_type(), {shape.total, shape.heads * shape.head_dim});
+  call.check("lse", lse, ScalarType::Float, {shape.heads, shape.total});
+  if (need_dbias && !bias.has_value()) fail(call.op, ": need_dbias is set but bias is missing");
+  const void *qkv_data = aligned(call, "qkv", qkv), *dout_data = aligned(call, "dout", dout),
+             *out_data = aligned(call, "out", out);
+  const Current current(call.device);
+  Tensor dqkv = call.make({shape.total, 3, shape.heads, shape.head_dim}, qkv.scalar_type());
+  Tensor delta = call.make({shape.heads, shape.total}, ScalarType::Float);
+  std::vector<int64_t> sizes{0}, square{0};
+  if (need_dbias) {
+    sizes = {bias->size(0), bias->size(1), bias->size(2), bias->size(3)};
+    square = {shape.batch, shape.heads, shape.max_seqlen, shape.max_seqlen};
+  }
+  Tensor dbias = call.make(sizes, ScalarType::Float), dscores = call.make(square, ScalarType::Float);
+  attention_bwd(current.queue, shape, call.format("qkv", qkv), dout_data, qkv_data, out_data,
+                static_cast<const float*>(lse.const_data_ptr()), data(dqkv), floats(delta), floats(dbias),
+                sizes.data(), floats(dscores));
+  return {dqkv, dbias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
@@ -176,11 +252,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
   m.def(FASTBERT_OP("layernorm_bwd")
         "(Tensor dy, Tensor z, Tensor weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, "
         "bool need_x_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(FASTBERT_OP("attention_fwd")
+        "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, Tensor? bias) "
+        "-> (Tensor, Tensor)");
+  m.def(FASTBERT_OP("attention_bwd")
+        "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, "
+        "float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias) -> (Tensor, Tensor)");
 }
 
 FASTBERT_IMPL(FASTBERT_KEY, m) {
   m.impl(FASTBERT_OP("layernorm_fwd"), TORCH_BOX(&layernorm_fwd_op));
   m.impl(FASTBERT_OP("layernorm_bwd"), TORCH_BOX(&layernorm_bwd_op));
+  m.impl(FASTBERT_OP("attention_fwd"), TORCH_BOX(&attention_fwd_op));
+  m.impl(FASTBERT_OP("attention_bwd"), TORCH_BOX(&attention_bwd_op));
 }
 
 }  // namespace fastbert::cuda

@@ -99,7 +99,7 @@ def attention(
     _check(qkv, cu_seqlens, max_seqlen, bias, dropout_p, seed)
     head_dim = qkv.size(3)
     if torch.compiler.is_compiling():  # it may be symbolic, and a choice needs a constant
-        head_dim = 8 if head_dim % 8 == 0 else 1
+        head_dim = (8 if head_dim <= _TRITON_HEAD_DIM else 8 * _TRITON_HEAD_DIM) if head_dim % 8 == 0 else 1
     chosen = dispatch.select("attention", device=qkv.device, dtype=qkv.dtype, requires=head_dim, backend=backend)
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(qkv.device)
@@ -180,6 +180,15 @@ def _run_reference(
 
 
 _cpu = leaf.Leaf("attention", "cpu")
+_cuda = leaf.Leaf("attention", "cuda")
+_triton = leaf.define_triton(
+    "attention",
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, Tensor? bias) "
+    "-> (Tensor, Tensor)",
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, "
+    "float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias) -> (Tensor, Tensor)",
+)
+_TRITON_HEAD_DIM = 256  # the largest
 
 
 def _run(
@@ -195,13 +204,16 @@ def _run(
     qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.contiguous()
     if bias is not None:
         bias = _dense_bias(bias)
+    if kernels is _triton and qkv.is_cpu and not torch.compiler.is_compiling():  # on a GPU, reading them would wait
+        check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
     try:
         if leaf.needs_grad(qkv, bias) or torch.compiler.is_compiling():
             return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
         with leaf.below_autograd():
             return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
-    except RuntimeError:  # the kernel checks the lengths too, but can raise nothing else
-        check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
+    except RuntimeError:
+        if kernels is _cpu:  # it checks the lengths too, but can raise nothing else
+            check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
         raise
 
 
@@ -218,6 +230,22 @@ def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | 
     reason = dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
     if reason is None and requires is not None and requires % 8 != 0:
         return f"has kernels for head sizes that are multiples of 8, not {requires}"
+    return reason
+
+
+def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    reason = dispatch.triton_reason(device_type, (dtype,))
+    if reason is None and requires is not None and (requires % 8 != 0 or requires > _TRITON_HEAD_DIM):
+        return f"has kernels for head sizes that are multiples of 8 up to {_TRITON_HEAD_DIM}, not {requires}"
+    return reason
+
+
+def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    reason = dispatch.cuda_reason(_cuda.missing, device_type, (dtype,))
+    if reason is None and dtype is torch.float32:
+        return "multiplies 16-bit numbers only: fp32 attention runs on triton or the reference"
+    if reason is None and requires is not None and requires not in (32, 64, 128):
+        return f"has kernels for head sizes 32, 64 and 128, not {requires}"
     return reason
 
 
@@ -279,20 +307,21 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dout: Tensor | None, dlse: None) -> 
     return dqkv, None, None, None, None, None, dbias if need_dbias else None
 
 
-leaf.register(
-    _cpu,
-    forward_fake=_forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
-    backward_fake=_backward_fake,
-)
+for _kernels in (_cpu, _cuda, _triton):
+    leaf.register(
+        _kernels,
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
 
 implementations = dispatch.register(
     "attention",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
-        dispatch.not_built("cuda"),
-        dispatch.not_built("triton"),
+        dispatch.Implementation("cuda", functools.partial(_run, _cuda), _supports_cuda, dispatch.NEVER_RUN),
+        dispatch.Implementation("triton", functools.partial(_run, _triton), _supports_triton),
         dispatch.Implementation("reference", _run_reference, dispatch.always),
     ),
 )

@@ -71,7 +71,8 @@ def embedding(
     backend: forces an implementation (see `fastbert.dispatch`).
 
     Returns [B, S, H]. Differentiable once. Raises IndexError if an id has no row in its table, ValueError or
-    TypeError for wrong shapes, dtypes or devices.
+    TypeError for wrong shapes, dtypes or devices. The Triton kernels, for which the host does not wait, give NaN
+    where an id has no row.
     """
     padding_idx = _check(input_ids, word, position, token_type, weight, bias, padding_idx, dropout_p, seed)
     if position_ids is None:
@@ -197,6 +198,15 @@ def _run_reference(
 
 
 _cpu = leaf.Leaf("embedding", "cpu")
+_triton = leaf.define_triton(
+    "embedding",
+    "(Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word, Tensor position, Tensor token_type, "
+    "Tensor weight, Tensor bias, int padding_idx, float eps, float dropout_p, Tensor? seed, bool save) -> "
+    "(Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor xhat, Tensor rstd, Tensor input_ids, Tensor position_ids, Tensor token_type_ids, "
+    "Tensor weight, int num_words, int num_positions, int num_types, int padding_idx, float dropout_p, Tensor? seed) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 def _run(
@@ -243,6 +253,10 @@ def _run(
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     return dispatch.cpu_reason(_cpu.missing, device_type, (dtype, *(requires or ())))
+
+
+def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return dispatch.triton_reason(device_type, (dtype, *(requires or ())))
 
 
 def _forward_fake(
@@ -314,19 +328,20 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dxhat: None, drst
     return (None, None, None, *gradients, None, None, None, None, None)
 
 
-leaf.register(
-    _cpu,
-    forward_fake=_forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
-    backward_fake=_backward_fake,
-)
+for _kernels in (_cpu, _triton):
+    leaf.register(
+        _kernels,
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
 
 implementations = dispatch.register(
     "embedding",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
-        dispatch.not_built("triton"),
+        dispatch.Implementation("triton", functools.partial(_run, _triton), _supports_triton),
         dispatch.Implementation("reference", _run_reference, dispatch.always),
     ),
 )

@@ -61,6 +61,11 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
 
 
 _cpu = leaf.Leaf("ffn", "cpu")
+_triton = leaf.define_triton(
+    "ffn",
+    "(Tensor x, Tensor w1, Tensor b1, Tensor w2, bool save) -> (Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 def _run(kernels: leaf.Leaf, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
@@ -77,6 +82,10 @@ def _run(kernels: leaf.Leaf, x: Tensor, weight1: Tensor, bias1: Tensor, weight2:
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     return dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
+
+
+def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return dispatch.triton_reason(device_type, (dtype,))
 
 
 def _forward_fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
@@ -105,20 +114,21 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dpre: None) -> tu
     return dx, dw1, db1, dw2, None
 
 
-leaf.register(
-    _cpu,
-    forward_fake=_forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
-    backward_fake=_backward_fake,
-)
+for _kernels in (_cpu, _triton):
+    leaf.register(
+        _kernels,
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
 
 implementations = dispatch.register(
     "ffn",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
         dispatch.not_built("cuda"),
-        dispatch.not_built("triton"),
+        dispatch.Implementation("triton", functools.partial(_run, _triton), _supports_triton),
         dispatch.Implementation("reference", ffn_ref, dispatch.always),
     ),
 )

@@ -153,10 +153,7 @@ def _given(requires: tuple[torch.dtype | None, ...] | None) -> Iterator[torch.dt
 
 
 def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    reason = dispatch.cuda_reason(_cuda.missing, device_type)
-    for other in (dtype, *_given(requires)):
-        if reason is None and other not in (torch.float32, torch.bfloat16, torch.float16):
-            reason = f"has kernels for torch.float32, torch.bfloat16 and torch.float16, not {other}"
+    reason = dispatch.cuda_reason(_cuda.missing, device_type, (dtype, *_given(requires)))
     residual = requires[1] if requires and len(requires) > 1 else None
     if reason is None and {dtype, residual} == {torch.bfloat16, torch.float16}:
         reason = "has no kernel for x in one and residual in the other of torch.bfloat16 and torch.float16"

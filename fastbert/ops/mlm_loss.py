@@ -64,7 +64,7 @@ def mlm_loss(
     Returns (loss, count): a float32 scalar (float64 for float64), and the number of labels, int64. Without any
     label the loss is NaN, as PyTorch's own mean is, and the gradients are 0. Differentiable once.
     Raises IndexError if a label has no row in decoder_weight, ValueError or TypeError for wrong shapes, dtypes or
-    devices.
+    devices. The Triton kernels, for which the host does not wait, give NaN for such a label.
     """
     checks.floating("mlm_loss", "hidden", hidden)
     _check(hidden, labels, decoder_weight, decoder_bias, label_smoothing)
@@ -72,7 +72,12 @@ def mlm_loss(
     labels = labels.reshape(-1)
     labelled = labels != ignore_index
     count = labelled.sum()
-    if not torch.compiler.is_compiling():  # there, a shape that depends on the data would break the graph
+    autocasting = checks.autocasting(hidden)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if autocasting else hidden.dtype
+    chosen = dispatch.select("mlm_loss", device=hidden.device, dtype=dtype, backend=backend)
+    # The Triton kernels gather for themselves, without making the host wait for how many rows there are. In compiled
+    # code a shape that depends on the data would break the graph.
+    if chosen.name != "triton" and not torch.compiler.is_compiling():
         index = labelled.nonzero().squeeze(1)
         hidden, labels = hidden[index], labels[index]
     transformed = layernorm(
@@ -82,10 +87,9 @@ def mlm_loss(
         eps=eps,
         backend=backend,
     )
-    if checks.autocasting(hidden):
+    if autocasting:
         transformed, decoder_weight = checks.autocast(transformed), checks.autocast(decoder_weight)
         decoder_bias = None if decoder_bias is None else checks.autocast(decoder_bias)
-    chosen = dispatch.select("mlm_loss", device=transformed.device, dtype=transformed.dtype, backend=backend)
     total = chosen.run(transformed, labels, decoder_weight, decoder_bias, ignore_index, label_smoothing)
     if num_items is not None:
         return total / num_items, count
@@ -138,6 +142,11 @@ def _run_reference(
 
 
 _cpu = leaf.Leaf("mlm_loss", "cpu", backward=False)
+_triton = leaf.define_triton(
+    "mlm_loss",
+    "(Tensor h, Tensor labels, Tensor weight, Tensor? bias, int ignore_index, float label_smoothing, bool need_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 def _run(
@@ -165,6 +174,10 @@ def _run(
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     return dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
+
+
+def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return dispatch.triton_reason(device_type, (dtype,))
 
 
 def _forward_fake(
@@ -202,13 +215,14 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dloss: Tensor | None, *unused: None)
     return dh, None, dweight, dbias if ctx.has_bias else None, None, None, None
 
 
-leaf.register(_cpu, forward_fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+for _kernels in (_cpu, _triton):
+    leaf.register(_kernels, forward_fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
 
 implementations = dispatch.register(
     "mlm_loss",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
-        dispatch.not_built("triton"),
+        dispatch.Implementation("triton", functools.partial(_run, _triton), _supports_triton),
         dispatch.Implementation("reference", _run_reference, dispatch.always),
     ),
 )

@@ -2,11 +2,13 @@
 
 bfloat16: the interpreter's arrays hold it as uint16; casts to it truncate, and a matrix product multiplies the
 integers.
+Integer sums: each is computed and compared again in 64 bits, to find overflow, for half of a kernel's time.
 Loop bounds: scalars are arrays of one element, which NumPy since 2.4 does not convert to an index.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ def install() -> None:
     if triton.knobs.runtime.interpret:
         _Builder.cast_impl, _Builder.create_dot = _cast, _dot
         interpreter._patch_lang_tensor = _patch_lang_tensor
+        builder = interpreter.interpreter_builder
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def _cast(self: Any, src: Any, dst_type: Any) -> Any:

@@ -92,8 +92,10 @@ void resume(Fiber* fiber) {
   setcontext(&fiber->start);
 }
 
-void run_block(const char* name, int threads, bool reverse) {
-  std::memset(shared_begin, 0xff, shared.size() - 128);
+enum class Order { kForward, kReverse, kAhead };
+
+void run_block(const char* name, int threads, Order order) {
+  std::memset(shared_begin, 0xff, shared.size() - 256);
   at_barrier = barriers = 0, alive = threads;
   warps.assign((threads + 31) / 32, Warp{});
   for (size_t w = 0; w < warps.size(); ++w) living_lanes[w] = 32;
@@ -106,12 +108,18 @@ void run_block(const char* name, int threads, bool reverse) {
     makecontext(&f.start, entry, 0);
   }
   while (alive > 0 && !failure) {
-    progress = false;
-    for (int i = 0; i < threads && !failure; ++i) {
-      Fiber* f = fibers[reverse ? threads - 1 - i : i].get();
-      if (!f->done) resume(f);
+    bool any = false;
+    for (int w = 0; w < threads / 32; ++w) {
+      do {
+        progress = false;
+        for (int i = 32 * w; i < 32 * w + 32 && !failure; ++i) {
+          Fiber* f = fibers[order == Order::kReverse ? threads - 1 - i : i].get();
+          if (!f->done) resume(f);
+        }
+        any |= progress;
+      } while (order == Order::kAhead && progress);
     }
-    if (!progress) throw std::runtime_error(std::string(name) + ": threads wait for each other for ever");
+    if (!any) throw std::runtime_error(std::string(name) + ": threads wait for each other for ever");
   }
   if (failure) std::rethrow_exception(failure);
 }
@@ -123,15 +131,16 @@ void run(const char* name, dim3 grid, int threads, int shared_bytes, const std::
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (threads % 32 != 0 || threads > 1024) throw std::runtime_error("a block must be of whole warps, at most 1024 threads");
   while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
-  shared.resize(shared_bytes + 128);
-  shared_begin = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared.data()) + 127) / 128 * 128);
-  const char* order = std::getenv("FASTBERT_EMULATOR_ORDER");
-  const bool reverse = order != nullptr && std::string(order) == "reverse";
+  shared.resize(shared_bytes + 256);
+  shared_begin = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared.data()) + 255) / 256 * 256);
+  const char* wish = std::getenv("FASTBERT_EMULATOR_ORDER");
+  const std::string named = wish == nullptr ? "forward" : wish;
+  const Order order = named == "reverse" ? Order::kReverse : named == "ahead" ? Order::kAhead : Order::kForward;
   body = &kernel, failure = nullptr, gridDim = grid, blockDim = dim3(threads);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       blockIdx = dim3(x, y);
-      run_block(name, threads, reverse);
+      run_block(name, threads, order);
     }
 }
 
@@ -193,14 +202,45 @@ int64_t take_bank_conflicts() {
   return found;
 }
 
-void count_bank_conflicts(const Offer* offers, int matrices) {
-  for (int matrix = 0; matrix < matrices; ++matrix) {
+void load_matrices(bool transposed, const void* row, uint32_t (&to)[4]) {
+  const char* address = static_cast<const char*>(row);
+  if (address < shared_begin || address + 16 > shared.data() + shared.size())
+    throw std::runtime_error("ldmatrix: a row lies outside shared memory");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) throw std::runtime_error("ldmatrix: a row is not at a multiple of 16");
+  const Offer* offers = exchange(transposed ? "ldmatrix.trans" : "ldmatrix", {{}, row});
+  const int g = lane() / 4, t = lane() % 4;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const auto element = [&](int r, int c) {
+      return static_cast<uint32_t>(static_cast<const uint16_t*>(offers[8 * matrix + r].address)[c]);
+    };
+    to[matrix] = transposed ? element(2 * t, g) | element(2 * t + 1, g) << 16
+                            : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
     bool taken[8] = {};
-    for (int row = 0; row < 8; ++row) {
-      bool& bank = taken[reinterpret_cast<uintptr_t>(offers[8 * matrix + row].address) / 16 % 8];
+    for (int r = 0; r < 8 && lane() == 0; ++r) {
+      bool& bank = taken[reinterpret_cast<uintptr_t>(offers[8 * matrix + r].address) / 16 % 8];
       conflicts += bank;
       bank = true;
     }
+  }
+}
+
+void multiply_add(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const Offer* offers = exchange("mma", {{a[0], a[1], a[2], a[3], b0, b1}, nullptr});
+  const auto half = [&](uint32_t word, int k) {
+    const uint16_t bits = static_cast<uint16_t>(k % 2 ? word >> 16 : word);
+    return is_bf16 ? bf16_value(bits) : fp16_value(bits);
+  };
+  const int g = lane() / 4, t = lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    float sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const int owner = k % 8 / 2;
+      const uint32_t left = offers[row % 8 * 4 + owner].words[row / 8 + k / 8 * 2];
+      const uint32_t right = offers[column * 4 + owner].words[4 + k / 8];
+      sum += half(left, k) * half(right, k);
+    }
+    c[i] = sum;
   }
 }
 

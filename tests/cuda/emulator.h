@@ -3,7 +3,7 @@
 //
 // Stricter than a GPU: shared memory starts as NaN, what cp.async brings is NaN until it was waited for, and a collective
 // or a barrier that some threads do not reach is an error. FASTBERT_EMULATOR_ORDER=reverse runs the threads in the
-// opposite order: a missing barrier then gives other results.
+// opposite order, =ahead each warp as far as it can go before the next: a missing barrier then gives other results.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -56,12 +56,14 @@ void wait_for_copies(int pending_groups);
 
 // Rows of 16 bytes that ldmatrix found in banks of one another since the last call: each costs a cycle more.
 int64_t take_bank_conflicts();
-void count_bank_conflicts(const Offer* offers, int matrices);
 
 uint16_t bf16_bits(float value);
 uint16_t fp16_bits(float value);
 float bf16_value(uint16_t bits);
 float fp16_value(uint16_t bits);
+
+void load_matrices(bool transposed, const void* row, uint32_t (&to)[4]);
+void multiply_add(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
@@ -71,10 +73,21 @@ inline void __syncthreads() { fastbert::emulator::barrier(); }
 
 inline void __syncwarp() { fastbert::emulator::exchange("syncwarp", {}); }
 
-inline float __shfl_xor_sync(unsigned, float value, int distance) {
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  static_assert(sizeof(T) == 4);
   fastbert::emulator::Offer offer{};
   std::memcpy(offer.words, &value, 4);
   const auto* offers = fastbert::emulator::exchange("shfl", offer);
   std::memcpy(&value, offers[fastbert::emulator::lane() ^ distance].words, 4);
   return value;
 }
+
+inline uint32_t __ballot_sync(unsigned, bool value) {
+  const auto* offers = fastbert::emulator::exchange("ballot", {{value}, nullptr});
+  uint32_t bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= offers[lane].words[0] << lane;
+  return bits;
+}
+
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }

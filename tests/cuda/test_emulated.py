@@ -7,15 +7,19 @@ from typing import Any
 
 import accuracy
 import pytest
+import test_attention as attention_cases
 import test_layernorm as layernorm_cases
 import torch
 from torch import Tensor
 
 from fastbert.ops import layernorm as public_layernorm
+from fastbert.ops.attention import _run as run_attention
 from fastbert.ops.layernorm import _run as run_layernorm
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=accuracy.name_of)
-DROPOUTS = pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
+# Every format, with and without dropout, but not every pair: the cases run thread by thread.
+LAYERNORM_VARIANTS = [(torch.float32, 0.0), (torch.float32, 0.1), (torch.bfloat16, 0.1), (torch.float16, 0.0)]
+ORDERS = pytest.mark.parametrize("order", ["reverse", "ahead"])
+ATTENTION_VARIANTS = [(torch.bfloat16, 0.0), (torch.float16, 0.1)]
 # Every number of warps to a row and of accesses to a thread, whole and in part; with and without eights.
 LAYERNORM_CASES = [
     *(case for case in layernorm_cases.CASES if case[0] * case[1] <= 30000),
@@ -43,8 +47,7 @@ def layernorm(emulated: Any, p: float = 0.0) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("case", LAYERNORM_CASES, ids=lambda case: f"{case[0]}x{case[1]}-{case[2]}")
-@DROPOUTS
-@DTYPES
+@pytest.mark.parametrize(("dtype", "p"), LAYERNORM_VARIANTS, ids=accuracy.name_of)
 def test_layernorm(emulated: Any, dtype: torch.dtype, p: float, case: tuple) -> None:
     tensors = layernorm_cases.tensors_for(*case, dtype)
     references = layernorm_cases.eager(p), layernorm_cases.reference(p)
@@ -111,15 +114,116 @@ def test_layernorm_refuses(emulated: Any, change: dict, words: list[str]) -> Non
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@ORDERS
 @pytest.mark.parametrize("columns", [312, 1032])
 def test_layernorm_does_not_depend_on_the_order_of_threads(
-    emulated: Any, columns: int, monkeypatch: pytest.MonkeyPatch
+    emulated: Any, columns: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A barrier that is missing between a write and a read shows in one of the orders."""
     tensors = layernorm_cases.tensors_for(17, columns, "br", torch.float32)
     upstream = torch.randn(17, columns, generator=accuracy.generator(3))
     y, gradients = accuracy.evaluate(layernorm(emulated, 0.1), tensors, upstream)
-    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", "reverse")
-    y_reverse, gradients_reverse = accuracy.evaluate(layernorm(emulated, 0.1), tensors, upstream)
-    assert torch.equal(y, y_reverse)
-    assert all(torch.equal(gradients[name], gradients_reverse[name]) for name in gradients)
+    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
+    y_other, gradients_other = accuracy.evaluate(layernorm(emulated, 0.1), tensors, upstream)
+    assert torch.equal(y, y_other)
+    assert all(torch.equal(gradients[name], gradients_other[name]) for name in gradients)
+
+
+# lengths, heads, head_dim, bias. Short sequences, which a block holds whole, and longer ones, which it shares.
+ATTENTION_CASES = [
+    *(case for case in attention_cases.CASES if case[2] in (32, 64, 128) and sum(case[0]) <= 200),
+    ((5, 0, 17), 3, 64, "BhSS"),
+    ((70, 3), 1, 128, "1hSS"),
+    ((3, 129, 0, 64), 2, 64, None),
+    ((130,), 1, 128, None),
+]
+
+
+def attention(emulated: Any, lengths: tuple[int, ...], p: float = 0.0) -> Callable[..., Tensor]:
+    seed = accuracy.seed_tensor() if p > 0 else None
+
+    def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        scale, longest = qkv.size(3) ** -0.5, max(lengths, default=0)
+        offsets = attention_cases.cumulative(lengths)
+        return run_attention(emulated.leaves["attention"], qkv, offsets, longest, scale, p, bias, seed)
+
+    return run
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=attention_cases.case_id)
+@pytest.mark.parametrize(("dtype", "p"), ATTENTION_VARIANTS, ids=accuracy.name_of)
+def test_attention(emulated: Any, dtype: torch.dtype, p: float, case: tuple) -> None:
+    lengths = case[0]
+    tensors = attention_cases.tensors_for(*case, dtype)
+    references = attention_cases.eager(lengths, p), attention_cases.reference(lengths, p)
+    accuracy.check_forward(attention(emulated, lengths, p), *references, tensors)
+    accuracy.check_backward(attention(emulated, lengths, p), *references, tensors)
+    assert emulated.bank_conflicts() == 0
+
+
+def test_attention_draws_the_mask_of_the_reference(emulated: Any) -> None:
+    """With equal scores and one value that counts, an output tells whether one weight was dropped."""
+    lengths, p = (21, 9, 130), 0.4
+    for hit in (0, 3, 8, 20):
+        qkv = torch.zeros(sum(lengths), 3, 2, 32, dtype=torch.bfloat16)
+        for start, length in zip(attention_cases.cumulative(lengths).tolist(), lengths, strict=False):
+            qkv[start + min(hit, length - 1), 2] = 1
+        ours = attention(emulated, lengths, p)(qkv)
+        reference = attention_cases.reference(lengths, p)(qkv)
+        assert 0 < int((reference == 0).sum()) < reference.numel()
+        assert torch.equal(ours == 0, reference == 0)
+
+
+def test_attention_many_sequences(emulated: Any) -> None:
+    """The search for a block's sequence takes more than one round beyond 32."""
+    lengths = (*([1, 0, 2] * 30), 129, *([3] * 40))
+    tensors = attention_cases.tensors_for(lengths, 1, 32, None, torch.bfloat16)
+    references = attention_cases.eager(lengths), attention_cases.reference(lengths)
+    accuracy.check_forward(attention(emulated, lengths), *references, tensors)
+
+
+def test_attention_forbidden_keys(emulated: Any) -> None:
+    """A query that may see no key gives 0, and no gradient is NaN."""
+    lengths = (6, 70)
+    tensors = attention_cases.tensors_for(lengths, 2, 32, None, torch.bfloat16)
+    bias = torch.zeros(2, 1, 70, 70)
+    bias[0, :, 2] = -torch.inf
+    bias[1, :, :, 64:] = -torch.inf
+    bias[1, :, 69, :] = -torch.inf
+    qkv = tensors["qkv"].requires_grad_()
+    y = attention(emulated, lengths)(qkv, bias.requires_grad_())
+    expected = attention_cases.reference(lengths)(qkv, bias)
+    torch.testing.assert_close(y, expected, atol=2e-2, rtol=2e-2)
+    assert (y[[2, 75]] == 0).all()
+    gradients = torch.autograd.grad(y.sum(), [qkv, bias])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@ORDERS
+@pytest.mark.parametrize("lengths", [(17, 40), (130, 3)], ids=["short", "long"])
+def test_attention_does_not_depend_on_the_order_of_threads(
+    emulated: Any, lengths: tuple[int, ...], order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = attention_cases.tensors_for(lengths, 2, 64, "11SS", torch.bfloat16)
+    upstream = torch.randn(sum(lengths), 128, generator=accuracy.generator(3))
+    y, gradients = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
+    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
+    y_other, gradients_other = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
+    assert torch.equal(y, y_other)
+    assert all(torch.equal(gradients[name], gradients_other[name]) for name in gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"qkv": torch.randn(9, 3, 1, 32)}, ["Float", "bfloat16 and float16"]),
+        ({"qkv": torch.randn(9, 3, 1, 40).bfloat16()}, ["head_dim 40", "32, 64 or 128"]),
+        ({"qkv": torch.randn(289 * 3).bfloat16()[1:865].view(9, 3, 1, 32)}, ["multiple of 16"]),
+        ({"bias": torch.zeros(1, 1, 1, 8)}, ["bias", "[1, 1, 1, 8]", "9 or more"]),
+    ],
+)
+def test_attention_refuses(emulated: Any, change: dict, words: list[str]) -> None:
+    given = {"qkv": torch.randn(9, 3, 1, 32).bfloat16()} | change
+    with pytest.raises(RuntimeError) as caught:
+        attention(emulated, (9,))(**given)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

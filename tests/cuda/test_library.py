@@ -12,7 +12,7 @@ import torch
 
 from fastbert import dispatch
 
-OPS = ("layernorm",)
+OPS = ("layernorm", "attention")
 built = pytest.mark.skipif(dispatch.cuda_error is not None, reason=str(dispatch.cuda_error))
 
 

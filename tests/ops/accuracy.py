@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fastbert import dispatch
 
-BACKENDS = ("cpu", "triton", "reference")
-GPU_BACKENDS = ("triton",)
+BACKENDS = ("cpu", *(("cuda",) if torch.cuda.is_available() else ()), "triton", "reference")
+GPU_BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (*DTYPES, torch.float16)
 INTERPRETER_LIMIT = 1.0  # of a case's cost

@@ -42,6 +42,8 @@ def toy(tmp_path: Path) -> Path:
         "fastbert/__init__.py": "",
         "fastbert/_version.py": '__version__ = "1.2.3"\n',
         "bench/__init__.py": "",
+        "kernels/triton/__init__.py": "",
+        "kernels/triton/configs/__init__.py": "",
         "csrc/answer.h": "#define ANSWER 42\n",
         "csrc/binding.cpp": BINDING,
         "csrc/other.cpp": "int other() { return 1; }\n",

@@ -1,0 +1,121 @@
+// What the forward and the backward of attention share: where a block works, the bias, the dropout mask.
+#pragma once
+#include <type_traits>
+
+#include "cuda/launch.h"
+#include "cuda/tile.h"
+
+namespace fastbert::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// One head of one sequence, and the first of the rows that a block has of it.
+struct Work {
+  int sequence, start, length, first;
+
+  __device__ __forceinline__ bool none() const { return first >= length; }
+};
+
+// Tiles of `rows` rows of all sequences, without knowing the lengths when the grid is made: tile v belongs to the last
+// sequence whose number start / rows + sequence is not above v. A sequence gets a tile more than it needs at most, which
+// none() tells. Each warp searches for itself, 32 sequences at a time.
+__device__ __forceinline__ Work find_work(const int32_t* cu_seqlens, int batch, int tile, int rows) {
+  const int lane = threadIdx.x % kWarp;
+  int low = 0, count = batch;
+  while (count > 1) {
+    const int step = (count + kWarp - 1) / kWarp, at = low + lane * step;
+    const bool before = lane * step < count && cu_seqlens[at] / rows + at <= tile;
+    const int last = __popc(__ballot_sync(0xffffffffu, before)) - 1;
+    low += last * step;
+    count = count - last * step < step ? count - last * step : step;
+  }
+  const int start = cu_seqlens[low];
+  return {low, start, cu_seqlens[low + 1] - start, (tile - start / rows - low) * rows};
+}
+
+inline int count_tiles(int64_t total, int batch, int rows) { return static_cast<int>(total / rows) + batch; }
+
+// The scores x [16, 8 N] in units of log2, with scale and bias; minus infinity where there is no column. row, column: of
+// element 0, in the sequence. KEYS: rows are keys and columns queries. Rows beyond the length stay as they are.
+template <bool KEYS, bool BIAS, int N>
+__device__ __forceinline__ void finish_scores(float (&x)[N][4], const AttentionShape& shape, const float* bias, int row,
+                                              int column, int length) {
+  const int lane = threadIdx.x % kWarp;
+  const float scale = shape.scale * kLog2E;
+  row += lane / 4, column += lane % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = row + i / 2 * 8, c = column + 8 * n + i % 2;
+      x[n][i] *= scale;
+      if (BIAS && r < length && c < length)
+        x[n][i] += bias[(KEYS ? c : r) * shape.bias_strides[2] + (KEYS ? r : c)] * kLog2E;
+      if (c >= length) x[n][i] = -INFINITY;
+    }
+}
+
+// Bits of `nibble`: which of the four keys from a multiple of four on are kept.
+__device__ __forceinline__ uint32_t keep_nibble(const DropoutMask& dropout, uint32_t key, uint32_t token, uint32_t head) {
+  const Philox4 random = philox4x32(dropout.seed, key >> 2, token, head, kStreamAttention);
+  uint32_t nibble = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) nibble |= (random.word[i] >= dropout.threshold ? 1u : 0u) << i;
+  return nibble;
+}
+
+// The mask of this lane's four elements of C [16, 8], bit i of element i, where rows are queries and columns are keys.
+// query: the packed index of row 0. key: that of column 0, a multiple of 8. Two lanes share a draw for two rows.
+__device__ __forceinline__ uint32_t keep_by_query(const DropoutMask& dropout, int query, int key, int head) {
+  const int lane = threadIdx.x % kWarp, odd = lane & 1;
+  const uint32_t mine = keep_nibble(dropout, key + lane % 4 * 2, query + lane / 4 + odd * 8, head);
+  const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, 1);
+  const uint32_t first = (odd ? other : mine) >> (2 * odd), second = (odd ? mine : other) >> (2 * odd);
+  return (first & 3u) | (second & 3u) << 2;
+}
+
+// The same where rows are keys and columns are queries. Lanes of four neighbouring keys share four draws: the i-th of
+// them draws for its element i.
+__device__ __forceinline__ uint32_t keep_by_key(const DropoutMask& dropout, int query, int key, int head) {
+  const int lane = threadIdx.x % kWarp, mine = lane / 4 % 4;
+  const uint32_t nibble =
+      keep_nibble(dropout, key + lane / 4 + (mine >> 1) * 8, query + lane % 4 * 2 + (mine & 1), head);
+  uint32_t keep = (nibble >> mine & 1u) << mine;
+#pragma unroll
+  for (int other = 1; other < 4; ++other)
+    keep |= (__shfl_xor_sync(0xffffffffu, nibble, other * 4) >> mine & 1u) << (mine ^ other);
+  return keep;
+}
+
+// The masks of C [16, 8 N] in one word, four bits for each eight columns, so that they take one register and the draws
+// need not be unrolled. own: the first row, column: the first column; queries count in the packed batch from `start` on.
+template <bool KEYS, int N>
+__device__ __forceinline__ uint32_t keep_tile(const DropoutMask& dropout, int start, int own, int column, int head) {
+  static_assert(N <= 8);
+  if (!dropout.active) return ~0u;
+  uint32_t keep = 0;
+#pragma unroll 1
+  for (int n = 0; n < N; ++n) {
+    const int other = column + 8 * n;
+    keep |= (KEYS ? keep_by_key(dropout, start + other, own, head) : keep_by_query(dropout, start + own, other, head))
+            << (4 * n);
+  }
+  return keep;
+}
+
+// Calls run(a value of the element type, the head size and whether there is a bias, as types).
+template <class F>
+void with_kernel(Format format, const AttentionShape& shape, const F& run) {
+  const auto with_size = [&](auto type, auto size) {
+    return shape.bias == nullptr ? run(type, size, std::false_type{}) : run(type, size, std::true_type{});
+  };
+  const auto sized = [&](auto type) {
+    if (shape.head_dim == 32) return with_size(type, std::integral_constant<int, 32>{});
+    if (shape.head_dim == 64) return with_size(type, std::integral_constant<int, 64>{});
+    return with_size(type, std::integral_constant<int, 128>{});
+  };
+  if (format == Format::kBFloat16) return sized(bf16{});
+  return sized(fp16{});
+}
+
+}  // namespace fastbert::cuda

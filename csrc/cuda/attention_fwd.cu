@@ -1,0 +1,140 @@
+// Attention over packed sequences, forward: the online softmax of FlashAttention (Dao et al. 2022) on mma.sync. A warp has
+// 16 queries; tiles of 64 keys and values arrive by cp.async while those before them are worked on. Where no sequence is
+// longer than 128 tokens, one block holds a head of one sequence, with all its queries, keys and values.
+#include "cuda/attention.h"
+
+namespace fastbert::cuda {
+namespace {
+
+constexpr int kKeys = 64;      // to a tile
+constexpr int kShort = 2 * kKeys;  // tokens that a block can hold
+constexpr int kLongWarps = 4, kMaxWarps = kShort / 16;
+
+template <class T>
+struct Forward {
+  const T* qkv;  // [total, 3, heads, D]
+  T* out;        // [total, heads, D]
+  float* lse;    // [heads, total]
+  AttentionShape shape;
+  bool whole;  // a block has all of a sequence
+};
+
+template <int D>
+constexpr int shared_bytes(int rows) {
+  return (rows + 4 * kKeys) * D * 2;
+}
+
+template <class T, int D, bool BIAS>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1) attention_fwd_kernel(Forward<T> a) {
+  const AttentionShape& shape = a.shape;
+  const int rows = blockDim.x / 2, head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp * 16;
+  Work work{static_cast<int>(blockIdx.x), 0, 0, 0};
+  if (a.whole) {
+    work.start = shape.cu_seqlens[work.sequence];
+    work.length = shape.cu_seqlens[work.sequence + 1] - work.start;
+  } else {
+    work = find_work(shape.cu_seqlens, shape.batch, blockIdx.x, rows);
+  }
+  if (work.none()) return;
+  const int64_t stride = 3 * static_cast<int64_t>(shape.heads) * D;
+  const T* const query = a.qkv + work.start * stride + head * D;
+  const T *const key = query + shape.heads * D, *const value = key + shape.heads * D;
+  const float* const bias =
+      BIAS ? shape.bias + work.sequence * shape.bias_strides[0] + head * shape.bias_strides[1] : nullptr;
+  const DropoutMask dropout(shape.dropout);
+
+  T* const memory = reinterpret_cast<T*>(shared_memory());
+  const Tile<T, D> queries{memory};
+  const auto keys = [&](int tile) { return Tile<T, D>{memory + (rows + tile % 2 * kKeys) * D}; };
+  const auto values = [&](int tile) { return Tile<T, D>{memory + (rows + (2 + tile % 2) * kKeys) * D}; };
+  const auto fetch = [&](int tile) {
+    const int first = tile * kKeys;
+    keys(tile).fetch(key + first * stride, stride, kKeys, work.length - first);
+    values(tile).fetch(value + first * stride, stride, kKeys, work.length - first);
+    commit_copies();
+  };
+  queries.fetch(query + work.first * stride, stride, rows, work.length - work.first);
+  fetch(0);
+
+  float result[D / 8][4] = {};
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  const int tiles = (work.length + kKeys - 1) / kKeys;
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile + 1 < tiles) {
+      fetch(tile + 1);
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
+    __syncthreads();
+    float x[kKeys / 8][4] = {};
+    multiply_transposed<T, D>(x, queries, own, keys(tile));
+    finish_scores<false, BIAS>(x, shape, bias, work.first + own, tile * kKeys, work.length);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float high = top[half];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) high = fmaxf(high, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
+      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
+      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
+      const float base = high == -INFINITY ? 0.0f : high;  // no key yet: everything below is 0
+      const float shrink = exp2_approx(top[half] - base);
+      top[half] = high;
+      total[half] *= shrink;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) result[n][2 * half] *= shrink, result[n][2 * half + 1] *= shrink;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          x[n][i] = exp2_approx(x[n][i] - base);
+          total[half] += x[n][i];
+        }
+    }
+    if (dropout.active) {
+      const uint32_t keep =
+          keep_tile<false, kKeys / 8>(dropout, work.start, work.first + own, tile * kKeys, head);
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] = keep >> (4 * n + i) & 1 ? x[n][i] : 0.0f;
+    }
+    multiply_accumulators<T, D>(result, x, values(tile));
+    __syncthreads();  // the tile is free
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
+    total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
+    const float factor = total[half] == 0.0f ? 0.0f : (dropout.active ? dropout.scale : 1.0f) / total[half];
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) result[n][2 * half] *= factor, result[n][2 * half + 1] *= factor;
+    const int row = work.first + own + lane / 4 + half * 8;
+    if (lane % 4 == 0 && row < work.length)
+      a.lse[head * shape.total + work.start + row] = top[half] * kLn2 + logf(total[half]);
+  }
+  const int64_t out_stride = static_cast<int64_t>(shape.heads) * D;
+  const int first = work.first + own;
+  write_rows<T, D>(result, queries, own, a.out + (work.start + first) * out_stride + head * D, out_stride,
+                   work.length - first);
+}
+
+}  // namespace
+
+void attention_fwd(const Queue& queue, const AttentionShape& shape, Format format, const void* qkv, void* out,
+                   float* lse) {
+  const bool whole = shape.max_seqlen <= kShort;
+  const int warps = whole ? (shape.max_seqlen + 15) / 16 : kLongWarps, rows = 16 * warps;
+  const int tiles = whole ? shape.batch : count_tiles(shape.total, shape.batch, rows);
+  if (shape.total == 0) return;
+  with_kernel(format, shape, [&](auto type, auto size, auto has_bias) {
+    using T = decltype(type);
+    constexpr int D = decltype(size)::value;
+    const Forward<T> a{static_cast<const T*>(qkv), static_cast<T*>(out), lse, shape, whole};
+    launch(queue, "attention_fwd_cuda", attention_fwd_kernel<T, D, decltype(has_bias)::value>, dim3(tiles, shape.heads), warps * kWarp,
+           shared_bytes<D>(rows), a);
+  });
+}
+
+}  // namespace fastbert::cuda

@@ -1,0 +1,228 @@
+"""Attention over packed sequences: launches the kernels of attention_kernels.py.
+
+Up to 128 tokens a sequence, a program holds a whole head of a sequence, in 16 bit. Otherwise the forward has a program
+for each tile of queries; the backward is two passes, dQ by tiles of queries and dK, dV by tiles of keys, each of which
+computes the scores again. There are no atomics. The tiles of a ragged batch are found from cu_seqlens on the device
+(`_find_tile`), so that the host never waits. The gradient of a bias is a pass of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastbert.kernels import attention_kernels as kernels
+from fastbert.kernels import configs, interpreter
+from fastbert.ops import philox
+
+interpreter.install()
+
+
+def attention_fwd(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """qkv [T, 3, h, d], contiguous; the rest as in `fastbert.ops.attention`, bias in float32 and contiguous.
+
+    Returns out [T, h * d] and lse float32 [h, T], the log-sum-exp of each query's scores.
+    """
+    total, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(total, heads * head_dim)
+    lse = qkv.new_empty(heads, total, dtype=torch.float32)
+    if total == 0:
+        return out, lse
+    if bias is not None:
+        bias = _aligned(bias)
+    batch = cu_seqlens.numel() - 1
+    scalars = _scalars(qkv, batch, scale, dropout_p, bias)
+    constants = _constants(qkv, scale, bias)
+    block_s = _short(qkv.dtype, head_dim, max_seqlen)
+    with torch.cuda.device_of(qkv):
+        if block_s:
+            config = _config("attention_fwd_short", qkv, block_s)
+            kernels._attention_fwd_short_kernel[batch * heads,](
+                qkv, out, lse, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
+            )
+        else:
+            config = _config("attention_fwd", qkv)
+            kernels._attention_fwd_kernel[total // config["BLOCK_M"] + batch, heads](
+                qkv, out, lse, cu_seqlens, seed, bias, *scalars, **constants, **config
+            )
+    return out, lse
+
+
+def attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor]:
+    """dout, out [T, h * d] and qkv contiguous; lse of the forward.
+
+    Returns dqkv [T, 3, h, d] and dbias, shaped like bias (empty unless need_dbias). Repeats bit for bit.
+    """
+    total, _, heads, head_dim = qkv.shape
+    dqkv = torch.empty_like(qkv)
+    dbias = torch.zeros_like(bias) if need_dbias and bias is not None else lse.new_empty(0)
+    if total == 0:
+        return dqkv, dbias
+    if bias is not None:
+        shape, bias = bias.shape, _aligned(bias)
+    batch = cu_seqlens.numel() - 1
+    scalars = _scalars(qkv, batch, scale, dropout_p, bias)
+    constants = _constants(qkv, scale, bias)
+    block_s = 0 if need_dbias else _short(qkv.dtype, head_dim, max_seqlen)
+    with torch.cuda.device_of(qkv):
+        if block_s:
+            config = _config("attention_bwd_short", qkv, block_s)
+            kernels._attention_bwd_short_kernel[batch * heads,](
+                dout, qkv, lse, dqkv, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
+            )
+            return dqkv, dbias
+        delta = torch.empty_like(lse)
+        config = _config("attention_bwd_dq", qkv)
+        kernels._attention_bwd_dq_kernel[total // config["BLOCK_M"] + batch, heads](
+            dout, qkv, out, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **config
+        )
+        config = _config("attention_bwd_dkdv", qkv)
+        kernels._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
+            dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **config
+        )
+        if need_dbias:
+            config = _config("attention_bwd_dbias", qkv)
+            batches, bias_heads, queries, keys = shape
+            grid = (
+                batches * bias_heads,
+                triton.cdiv(queries, config["BLOCK_M"]),
+                triton.cdiv(keys, config["BLOCK_N"]),
+            )
+            kernels._attention_bwd_dbias_kernel[grid](
+                dout, qkv, lse, delta, dbias, cu_seqlens, seed, bias, *scalars, *shape,
+                **constants, ONE_ROW=queries == 1, **config,
+            )  # fmt: skip
+    return dqkv, dbias
+
+
+def _scalars(qkv: Tensor, batch: int, scale: float, dropout_p: float, bias: Tensor | None) -> tuple[int | float, ...]:
+    """What every kernel takes after its pointers, from `batch` to `bias_width`."""
+    total, _, heads, _ = qkv.shape
+    threshold = philox.threshold(dropout_p)
+    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    quads = (0, 0, 0, 0)
+    if bias is not None:
+        strides = (bias.stride(dim) if bias.size(dim) > 1 else 0 for dim in range(3))
+        quads = tuple(size // 4 for size in (*strides, bias.size(3)))
+    return batch, total, heads, scale, threshold - (threshold >> 31 << 32), keep_scale, *quads
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The bias with rows that begin at multiples of 16 bytes, so that loads are vectors."""
+    if bias.size(3) % 4 or bias.data_ptr() % 16:
+        return torch.nn.functional.pad(bias, (0, -bias.size(3) % 4))
+    return bias
+
+
+def _constants(qkv: Tensor, scale: float, bias: Tensor | None) -> dict[str, Any]:
+    head_dim = qkv.size(3)
+    tf32 = qkv.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = "tf32" if tf32 and qkv.dtype is torch.float32 else "ieee"
+    scaled = bias is not None or scale < 0 or qkv.dtype is torch.float32
+    return {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "PRECISION": precision, "SCALED": scaled}
+
+
+def _block_d(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _short(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> int:
+    """Tokens that a program of the short kernels has room for, or 0 if the long ones have to run."""
+    if dtype is torch.float32 or head_dim > 128 or max_seqlen > (128 if head_dim <= 64 else 64):
+        return 0
+    return 64 if max_seqlen <= 64 else 128
+
+
+def _shape_class(dtype: torch.dtype, head_dim: int, block_s: int = 0) -> str:
+    name = f"d{_block_d(head_dim)}"
+    if block_s:
+        return f"{name}-s{block_s}"
+    return f"{name}-fp32" if dtype is torch.float32 else name
+
+
+def _config(kernel: str, qkv: Tensor, block_s: int = 0) -> dict[str, int]:
+    return configs.choose(kernel, _shape_class(qkv.dtype, qkv.size(3), block_s), configs.architecture(qkv.device))
+
+
+# For the compile-time table: the kernels by name, with their pointers. What else they take, all take alike.
+_POINTERS = {
+    "attention_fwd": ("qkv", "out", "lse", "cu_seqlens", "seed", "bias"),
+    "attention_fwd_short": ("qkv", "out", "lse", "cu_seqlens", "seed", "bias"),
+    "attention_bwd_dq": ("dout", "qkv", "out", "lse", "delta", "dqkv", "cu_seqlens", "seed", "bias"),
+    "attention_bwd_dkdv": ("dout", "qkv", "lse", "delta", "dqkv", "cu_seqlens", "seed", "bias"),
+    "attention_bwd_short": ("dout", "qkv", "lse", "dqkv", "cu_seqlens", "seed", "bias"),
+    "attention_bwd_dbias": ("dout", "qkv", "lse", "delta", "dbias", "cu_seqlens", "seed", "bias"),
+}
+_POINTER_TYPES = {
+    "lse": "*fp32",
+    "delta": "*fp32",
+    "bias": "*fp32",
+    "dbias": "*fp32",
+    "cu_seqlens": "*i32",
+    "seed": "*i64",
+}
+
+
+def cases(arch: int) -> Iterator[configs.Case]:
+    """Every kernel in every configuration of the table: each dtype, with and without dropout, with and without a bias.
+
+    One head size a shape class, and 40 for those that are not a power of two.
+    """
+    for op, pointers in _POINTERS.items():
+        kernel = getattr(kernels, f"_{op}_kernel")
+        for name, config in configs.table(arch)[op].items():
+            block_d = int(name.split("-")[0][1:])
+            head_dims = (40, 64) if block_d == 64 else (block_d,)
+            dtypes = ("fp32",) if name.endswith("fp32") else ("bf16", "fp16")
+            precisions = ("ieee", "tf32") if name.endswith("fp32") else ("ieee",)
+            biases = (True,) if op.endswith("dbias") else (False, True)
+            for head_dim, dtype, precision, dropout, bias in itertools.product(
+                head_dims, dtypes, precisions, (False, True), biases
+            ):
+                constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "PRECISION": precision}
+                constants["SCALED"] = bias or dtype == "fp32"
+                constants |= {key: value for key, value in config.items() if key.startswith("BLOCK")}
+                if "-s" in name:
+                    constants["BLOCK_S"] = int(name.split("-s")[1])
+                if op.endswith("dbias"):
+                    constants["ONE_ROW"] = False
+                constants |= {} if dropout else {"seed": None}
+                constants |= {} if bias else {"bias": None}
+                signature = {
+                    argument: "constexpr"
+                    if argument in constants
+                    else _POINTER_TYPES.get(argument, f"*{dtype}")
+                    if argument in pointers
+                    else "fp32"
+                    if argument in ("scale", "keep_scale")
+                    else "i32"
+                    for argument in kernel.arg_names
+                }
+                label = f"{op}/{name}/{dtype}-{precision}-{head_dim}" + "-dropout" * dropout + "-bias" * bias
+                options = {key: config[key] for key in ("num_warps", "num_stages")}
+                yield configs.Case(label, kernel, signature, constants, options, matrix=dtype != "fp32")

@@ -1,0 +1,534 @@
+"""The kernels of attention.py, with the online softmax of FlashAttention (Dao et al. 2022).
+
+A program of a long kernel owns a tile of queries (or of keys) of one head of one sequence and walks over the other
+side; a program of a short kernel holds the whole head of a sequence. Nothing is added to memory that another program
+also adds to, so results repeat bit for bit.
+
+Arguments that recur, T tokens in B sequences:
+    qkv, dqkv [T, 3, heads, HEAD_DIM]; out, dout [T, heads, HEAD_DIM]; lse, delta float32 [heads, T]
+    cu_seqlens int32 [B + 1]
+    bias float32 [B or 1, heads or 1, S or 1, S] or None; bias_batch, bias_head, bias_query: its strides, 0 where it
+        broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
+    seed int64 [1] or None; threshold: the smallest Philox word that is kept, as int32 bits; keep_scale: 1 / (1 - p)
+HEAD_DIM is padded to the power of two BLOCK_D with zeros. PRECISION of float32 matrix products: "ieee" or "tf32".
+SCALED: Q K^T is multiplied by scale before anything else, as a bias, a negative scale and float32's accuracy want it;
+otherwise exp takes the scale in, in one fused operation.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INFINITY = tl.constexpr(float("inf"))
+UNSPECIALIZED = ("batch", "total", "heads", "threshold", "bias_batch", "bias_head", "bias_query", "bias_width")
+
+
+@triton.jit
+def _find_tile(cu_seqlens, batch, BLOCK: tl.constexpr):
+    """Sequence of this program's tile, where it starts and ends, and the tile's first row in it.
+
+    Sequence b owns the program ids from cu_seqlens[b] // BLOCK + b on. That is room enough for its tiles, needs no
+    table of tiles, and leaves at most B ids without one.
+    """
+    slot = tl.program_id(0)
+    low = 0
+    high = batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = tl.load(cu_seqlens + middle) // BLOCK + middle <= slot
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    start = tl.load(cu_seqlens + low)
+    length = tl.load(cu_seqlens + low + 1) - start
+    return low, start.to(tl.int64), length, (slot - start // BLOCK - low) * BLOCK
+
+
+@triton.jit
+def _load_rows(
+    x, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
+    """[ROWS, BLOCK_D]: rows first, first + 1, ... of x [length, HEAD_DIM], 0 outside. MASKED: some may lie outside."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    pointers = x + tl.cast(first, tl.int64) * stride + (row * stride + column)
+    if MASKED:
+        inside = row < length - first
+        if HEAD_DIM < BLOCK_D:
+            inside = inside & (column < HEAD_DIM)
+        return tl.load(pointers, mask=inside, other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        return tl.load(pointers, mask=column < HEAD_DIM, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _store_rows(x, value, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    pointers = x + tl.cast(first, tl.int64) * stride + (row * stride + column)
+    inside = row < length - first
+    if HEAD_DIM < BLOCK_D:
+        inside = inside & (column < HEAD_DIM)
+    tl.store(pointers, value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_bias(
+    bias, first_query, first_key, length, bias_query, bias_width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLUMNS] of the bias of one head of one sequence, from (first_query, first_key) on.
+
+    0 for queries outside the sequence; anything for keys outside. MASKED: some keys may lie outside.
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    pointers = (
+        bias + (tl.cast(first_query, tl.int64) * (4 * bias_query) + first_key) + (row * (4 * bias_query) + column)
+    )
+    inside = row < length - first_query
+    if MASKED:
+        inside = inside & (column < 4 * bias_width - first_key)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _keep(seed, threshold, head, token, key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Dropout's mask [ROWS, COLUMNS] for queries token, token + 1, ... and keys key, key + 1, ..., key % 4 being 0.
+
+    The Philox of fastbert/ops/philox.py: a call's four words serve four neighbouring keys.
+    """
+    seed = tl.load(seed).to(tl.uint64, bitcast=True)
+    c0 = (tl.arange(0, COLUMNS // 4) + key // 4).to(tl.uint32)[None, :]
+    c1 = (tl.arange(0, ROWS) + token).to(tl.uint32)[:, None]
+    c2 = head.to(tl.uint32)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    word0, word1, word2, word3 = tl.philox_impl(c0, c1, c2, c2 * 0, k0, k1)
+    least = threshold.to(tl.uint32, bitcast=True)
+    even = tl.join(word0 >= least, word2 >= least)
+    odd = tl.join(word1 >= least, word3 >= least)
+    return tl.reshape(tl.join(even, odd), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _softmax_block(
+    scores, top, scale, first_key, length, COLUMNS: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr
+):
+    """The new maximum of each row, exp(score - maximum), and what earlier sums shrink by.
+
+    scores [rows, COLUMNS], keys from first_key on; top [rows], the maximum so far.
+    """
+    if MASKED:
+        scores = tl.where(tl.arange(0, COLUMNS)[None, :] < length - first_key, scores, -INFINITY)
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    if SCALED:
+        base = tl.where(new_top == -INFINITY, 0.0, new_top)  # a row of nothing but -inf: exp gives 0, not NaN
+        p = tl.exp2((scores - base[:, None]) * LOG2E)
+        shrink = tl.exp2((top - base) * LOG2E)
+    else:
+        factor = scale * LOG2E
+        base = new_top * factor
+        p = tl.exp2(scores * factor - base[:, None])
+        shrink = tl.exp2(top * factor - base)
+    return new_top, p, shrink
+
+
+@triton.jit
+def _log_sum_exp(top, total, scale, SCALED: tl.constexpr):
+    if SCALED:
+        return top + tl.log(total)
+    else:
+        return top * scale + tl.log(total)
+
+
+@triton.jit
+def _attend(
+    acc, top, total, q, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold,
+    bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the queries q (first, first + 1, ...) meet the keys n, n + 1, ..."""
+    k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SCALED:
+        scores *= scale
+    if bias is not None:
+        scores += _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
+    top, p, shrink = _softmax_block(scores, top, scale, n, length, BLOCK_N, SCALED, MASKED)
+    total = total * shrink + tl.sum(p, 1)
+    if seed is not None:
+        p = tl.where(_keep(seed, threshold, head, token, n, BLOCK_M, BLOCK_N), p, 0.0)
+    v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _attention_fwd_kernel(
+    qkv, out, lse, cu_seqlens, seed, bias,
+    batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of BLOCK_M queries. Grid: (tile slots, heads)."""
+    sequence, start, length, first = _find_tile(cu_seqlens, batch, BLOCK_M)
+    if first >= length:
+        return
+    head = tl.program_id(1)
+    row_stride = 3 * heads * HEAD_DIM
+    q_head = qkv + start * row_stride + head * HEAD_DIM
+    k_head = q_head + heads * HEAD_DIM
+    v_head = k_head + heads * HEAD_DIM
+    if bias is not None:
+        bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+    query = first + tl.arange(0, BLOCK_M)
+    q = _load_rows(q_head, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+
+    full = length // BLOCK_N * BLOCK_N
+    for n in tl.range(0, full, BLOCK_N):
+        acc, top, row_sum = _attend(
+            acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            threshold, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, False,
+        )  # fmt: skip
+    for n in tl.range(full, length, BLOCK_N, num_stages=1):
+        acc, top, row_sum = _attend(
+            acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            threshold, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, True,
+        )  # fmt: skip
+
+    acc *= tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)[:, None]
+    out_head = out + start * heads * HEAD_DIM + head * HEAD_DIM
+    _store_rows(out_head, acc, first, length, heads * HEAD_DIM, BLOCK_M, HEAD_DIM, BLOCK_D)
+    lse += tl.cast(head, tl.int64) * total + start
+    tl.store(lse + query, _log_sum_exp(top, row_sum, scale, SCALED), mask=query < length)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _attention_fwd_short_kernel(
+    qkv, out, lse, cu_seqlens, seed, bias,
+    batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """A head of a sequence of at most BLOCK_S tokens. Grid: (B * heads,)."""
+    sequence = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    if length == 0:
+        return
+    row_stride = 3 * heads * HEAD_DIM
+    q_head = qkv + start * row_stride + head * HEAD_DIM
+    k_head = q_head + heads * HEAD_DIM
+    v_head = k_head + heads * HEAD_DIM
+    if bias is not None:
+        bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+    query = tl.arange(0, BLOCK_S)
+    q = _load_rows(q_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
+    k = _load_rows(k_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
+    v = _load_rows(v_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
+
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    top = tl.full((BLOCK_S,), -INFINITY, tl.float32)
+    if SCALED:
+        scores *= scale
+    if bias is not None:
+        scores += _load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True)
+    top, p, _ = _softmax_block(scores, top, scale, 0, length, BLOCK_S, SCALED, True)
+    row_sum = tl.sum(p, 1)
+    if seed is not None:
+        p = tl.where(_keep(seed, threshold, head, start, 0, BLOCK_S, BLOCK_S), p, 0.0)
+    acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    acc *= tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)[:, None]
+    out_head = out + start * heads * HEAD_DIM + head * HEAD_DIM
+    _store_rows(out_head, acc, 0, length, heads * HEAD_DIM, BLOCK_S, HEAD_DIM, BLOCK_D)
+    lse += tl.cast(head, tl.int64) * total + start
+    tl.store(lse + query, _log_sum_exp(top, row_sum, scale, SCALED), mask=query < length)
+
+
+@triton.jit
+def _load_lse(lse, query, length, bias):
+    """lse of the queries; +inf, which makes their probabilities 0, for those outside the sequence or without a key."""
+    value = tl.load(lse + query, mask=query < length, other=INFINITY)
+    if bias is not None:
+        value = tl.where(value == -INFINITY, INFINITY, value)
+    return value
+
+
+@triton.jit
+def _probabilities(scores, lse, scale, SCALED: tl.constexpr):
+    """softmax again, from the saved lse, which broadcasts against the scores."""
+    if SCALED:
+        return tl.exp2((scores - lse) * LOG2E)
+    else:
+        return tl.exp2(scores * (scale * LOG2E) - lse * LOG2E)
+
+
+@triton.jit
+def _meet_keys(
+    q, dout, lse, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold, keep_scale,
+    bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys n, n + 1, ..., and the probabilities and their gradients, both [BLOCK_M, BLOCK_N], of the queries q."""
+    k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SCALED:
+        scores *= scale
+    if bias is not None:
+        scores += _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
+    p = _probabilities(scores, lse[:, None], scale, SCALED)
+    if MASKED:
+        p = tl.where(tl.arange(0, BLOCK_N)[None, :] < length - n, p, 0.0)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if seed is not None:
+        keep = _keep(seed, threshold, head, token, n, BLOCK_M, BLOCK_N)
+        dp = tl.where(keep, dp, 0.0) * keep_scale
+    return k, p, dp
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _attention_bwd_dq_kernel(
+    dout, qkv, out, lse, delta, dqkv, cu_seqlens, seed, bias,
+    batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dQ of a tile of BLOCK_M queries, and their delta, sum(P * dP) = sum(dout * out). Grid: (tile slots, heads)."""
+    sequence, start, length, first = _find_tile(cu_seqlens, batch, BLOCK_M)
+    if first >= length:
+        return
+    head = tl.program_id(1)
+    row_stride = 3 * heads * HEAD_DIM
+    out_stride = heads * HEAD_DIM
+    q_head = qkv + start * row_stride + head * HEAD_DIM
+    k_head = q_head + heads * HEAD_DIM
+    v_head = k_head + heads * HEAD_DIM
+    dq_head = dqkv + start * row_stride + head * HEAD_DIM
+    out_head = start * out_stride + head * HEAD_DIM
+    if bias is not None:
+        bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+    query = first + tl.arange(0, BLOCK_M)
+    rows = tl.cast(head, tl.int64) * total + start
+    do = _load_rows(dout + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    row_lse = _load_lse(lse + rows, query, length, bias)
+    q = _load_rows(q_head, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+    if qkv.dtype.element_ty == tl.float32:  # where one key has nearly all the weight, only this sum is exact enough
+        mass = tl.zeros((BLOCK_M,), tl.float32)
+        weighted = tl.zeros((BLOCK_M,), tl.float32)
+        for n in tl.range(0, length, BLOCK_N, num_stages=1):
+            _, p, dp = _meet_keys(
+                q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+                threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION,
+                SCALED, True,
+            )  # fmt: skip
+            mass += tl.sum(p, 1)
+            weighted += tl.sum(p * dp, 1)
+        row_delta = tl.where(mass > 0.0, weighted / mass, 0.0)
+    else:
+        o = _load_rows(out + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + rows + query, row_delta, mask=query < length)
+    full = length // BLOCK_N * BLOCK_N
+    for n in tl.range(0, full, BLOCK_N):
+        k, p, dp = _meet_keys(
+            q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION,
+            SCALED, False,
+        )  # fmt: skip
+        dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
+    for n in tl.range(full, length, BLOCK_N, num_stages=1):
+        k, p, dp = _meet_keys(
+            q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION,
+            SCALED, True,
+        )  # fmt: skip
+        dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
+    _store_rows(dq_head, dq * scale, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _attention_bwd_dkdv_kernel(
+    dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias,
+    batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a tile of BLOCK_N keys. Grid: (tile slots, heads).
+
+    Scores are held transposed, [BLOCK_N, BLOCK_M], so that both products that follow take them as their left operand.
+    Rows of keys outside the sequence hold anything: no other row sees them.
+    """
+    sequence, start, length, first = _find_tile(cu_seqlens, batch, BLOCK_N)
+    if first >= length:
+        return
+    head = tl.program_id(1)
+    row_stride = 3 * heads * HEAD_DIM
+    out_stride = heads * HEAD_DIM
+    q_head = qkv + start * row_stride + head * HEAD_DIM
+    k_head = q_head + heads * HEAD_DIM
+    v_head = k_head + heads * HEAD_DIM
+    dk_head = dqkv + start * row_stride + (heads + head) * HEAD_DIM
+    do_head = dout + start * out_stride + head * HEAD_DIM
+    if bias is not None:
+        bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+    lse += tl.cast(head, tl.int64) * total + start
+    delta += tl.cast(head, tl.int64) * total + start
+    k = _load_rows(k_head, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = _load_rows(v_head, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+
+    for m in tl.range(0, length, BLOCK_M):
+        query = m + tl.arange(0, BLOCK_M)
+        q = _load_rows(q_head, m, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        do = _load_rows(do_head, m, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        row_lse = _load_lse(lse, query, length, bias)
+        row_delta = tl.load(delta + query, mask=query < length, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if SCALED:
+            scores *= scale
+        if bias is not None:
+            scores += tl.trans(_load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
+        p = _probabilities(scores, row_lse[None, :], scale, SCALED)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        kept = p
+        if seed is not None:
+            keep = tl.trans(_keep(seed, threshold, head, start + m, first, BLOCK_M, BLOCK_N))
+            kept = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp, 0.0) * keep_scale
+        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = p * (dp - row_delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    _store_rows(dk_head, dk * scale, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
+    dv_head = dk_head + heads * HEAD_DIM
+    _store_rows(dv_head, dv * keep_scale, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _attention_bwd_short_kernel(
+    dout, qkv, lse, dqkv, cu_seqlens, seed, bias,
+    batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """dQ, dK and dV of a head of a sequence of at most BLOCK_S tokens. Grid: (B * heads,).
+
+    Scores are held transposed, [keys, queries]. delta comes from them: all keys are at hand, `out` need not be read.
+    """
+    sequence = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    if length == 0:
+        return
+    row_stride = 3 * heads * HEAD_DIM
+    out_stride = heads * HEAD_DIM
+    q_head = qkv + start * row_stride + head * HEAD_DIM
+    k_head = q_head + heads * HEAD_DIM
+    v_head = k_head + heads * HEAD_DIM
+    dq_head = dqkv + start * row_stride + head * HEAD_DIM
+    do_head = dout + start * out_stride + head * HEAD_DIM
+    if bias is not None:
+        bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+    query = tl.arange(0, BLOCK_S)
+    row_lse = _load_lse(lse + tl.cast(head, tl.int64) * total + start, query, length, bias)
+    q = _load_rows(q_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
+    k = _load_rows(k_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
+    v = _load_rows(v_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
+    do = _load_rows(do_head, 0, length, out_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
+
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    if SCALED:
+        scores *= scale
+    if bias is not None:
+        scores += tl.trans(_load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True))
+    p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], scale, SCALED), 0.0)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    kept = p
+    if seed is not None:
+        keep = tl.trans(_keep(seed, threshold, head, start, 0, BLOCK_S, BLOCK_S))
+        kept = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp, 0.0) * keep_scale
+    dv = tl.dot(kept.to(do.dtype), do, input_precision=PRECISION)
+    _store_rows(dq_head + 2 * heads * HEAD_DIM, dv * keep_scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
+    ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q.dtype)
+    dk = tl.dot(ds, q, input_precision=PRECISION)
+    _store_rows(dq_head + heads * HEAD_DIM, dk * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
+    dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+    _store_rows(dq_head, dq * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "bias_batches", "bias_heads", "queries", "keys"))
+def _attention_bwd_dbias_kernel(
+    dout, qkv, lse, delta, dbias, cu_seqlens, seed, bias,
+    batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
+    bias_batches, bias_heads, queries, keys,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_ROW: tl.constexpr,
+):  # fmt: skip
+    """A tile of the bias's gradient: the sum over all sequences and heads that share it, and over all queries if
+    the bias has ONE_ROW for them. dbias, bias: float32 [bias_batches, bias_heads, queries, keys].
+    Grid: (bias_batches * bias_heads, tiles of queries, tiles of keys).
+    """
+    which_batch = tl.program_id(0) // bias_heads
+    which_head = tl.program_id(0) % bias_heads
+    first_query = tl.program_id(1) * BLOCK_M
+    first_key = tl.program_id(2) * BLOCK_N
+    row_stride = 3 * heads * HEAD_DIM
+    out_stride = heads * HEAD_DIM
+    bias += 4 * (tl.cast(which_batch, tl.int64) * bias_batch + tl.cast(which_head, tl.int64) * bias_head)
+    dbias += tl.cast(tl.program_id(0), tl.int64) * queries * keys
+    key = first_key + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    sequences = batch // bias_batches
+    shared_heads = heads // bias_heads
+    for sequence in tl.range(which_batch * sequences, (which_batch + 1) * sequences, num_stages=1):
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+        end = length if ONE_ROW else tl.minimum(length, first_query + BLOCK_M)
+        end = tl.where(first_key < length, end, 0)
+        for head in tl.range(which_head * shared_heads, (which_head + 1) * shared_heads, num_stages=1):
+            q_head = qkv + start * row_stride + head * HEAD_DIM
+            do_head = dout + start * out_stride + head * HEAD_DIM
+            rows = tl.cast(head, tl.int64) * total + start
+            for m in tl.range(first_query, end, BLOCK_M, num_stages=1):
+                query = m + tl.arange(0, BLOCK_M)
+                q = _load_rows(q_head, m, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                do = _load_rows(do_head, m, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                k = _load_rows(
+                    q_head + heads * HEAD_DIM, first_key, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True
+                )
+                v = _load_rows(
+                    q_head + 2 * heads * HEAD_DIM, first_key, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True
+                )
+                row_lse = _load_lse(lse + rows, query, length, bias)
+                row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                scores *= scale
+                scores += _load_bias(bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
+                p = tl.where(key < length, _probabilities(scores, row_lse[:, None], scale, SCALED), 0.0)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                if seed is not None:
+                    keep = _keep(seed, threshold, tl.cast(head, tl.int32), start + m, first_key, BLOCK_M, BLOCK_N)
+                    dp = tl.where(keep, dp, 0.0) * keep_scale
+                acc += p * (dp - row_delta[:, None])
+
+    if ONE_ROW:
+        column = first_key + tl.arange(0, BLOCK_N)
+        tl.store(dbias + column, tl.sum(acc, 0), mask=column < keys)
+    else:
+        query = first_query + tl.arange(0, BLOCK_M)[:, None]
+        inside = (query < queries) & (key < keys)
+        tl.store(dbias + (query.to(tl.int64) * keys + key), acc, mask=inside)

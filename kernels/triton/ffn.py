@@ -1,0 +1,203 @@
+"""gelu(x W1^T + b1) W2^T. The first product has bias and exact GELU in its epilogue; in the backward, the product that
+gives the gradient of the activation turns it into that of the pre-activation, sums the bias's, and recomputes the
+activation. The products without an epilogue of their own belong to the vendor's library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import configs, matmul, rows
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
+SMALL_ROWS = 512  # up to here large tiles would leave processors idle
+
+
+@triton.jit(do_not_specialize=("num_rows", "steps"))
+def _ffn_fwd_kernel(
+    x,  # [num_rows, K]
+    weight,  # [N, K]
+    bias,  # [N]
+    pre,  # [num_rows, N] or None
+    act,  # [num_rows, N]
+    num_rows,
+    steps,  # K / BLOCK_K, rounded up
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile_m, tile_n = matmul.tile_of(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    a_offset = tl.minimum(row, num_rows - 1).to(tl.int64) * K
+    b_offset = tl.minimum(column, N - 1).to(tl.int64) * K
+    v = matmul.multiply(
+        x,
+        a_offset,
+        weight,
+        b_offset,
+        None,
+        K,
+        None,
+        steps,
+        1,
+        1,
+        K % BLOCK_K == 0,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+    )
+    v += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    offset = row.to(tl.int64)[:, None] * N + column[None, :]
+    inside = (row < num_rows)[:, None] & (column < N)[None, :]
+    if pre is not None:
+        tl.store(pre + offset, v, mask=inside)
+    tl.store(act + offset, 0.5 * v * (1.0 + tl.erf(v * SQRT_HALF)), mask=inside)
+
+
+@triton.jit(do_not_specialize=("num_rows", "steps"))
+def _ffn_bwd_kernel(
+    dy,  # [num_rows, K]
+    weight,  # [K, N]
+    pre,  # [num_rows, N]
+    dpre,  # [num_rows, N]
+    act,  # [num_rows, N]
+    partials,  # float32 [tiles of rows, N], of the bias's gradient
+    num_rows,
+    steps,  # K / BLOCK_K, rounded up
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile_m, tile_n = matmul.tile_of(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    a_offset = tl.minimum(row, num_rows - 1).to(tl.int64) * K
+    b_inside = None if N % BLOCK_N == 0 else column < N
+    d = matmul.multiply(
+        dy,
+        a_offset,
+        weight,
+        column.to(tl.int64),
+        b_inside,
+        K,
+        None,
+        steps,
+        1,
+        N,
+        K % BLOCK_K == 0,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+    )
+    offset = row.to(tl.int64)[:, None] * N + column[None, :]
+    inside = (row < num_rows)[:, None] & (column < N)[None, :]
+    v = tl.load(pre + offset, mask=inside, other=0.0).to(tl.float32)
+    below = 0.5 * (1.0 + tl.erf(v * SQRT_HALF))  # the normal distribution's share below v
+    tl.store(act + offset, v * below, mask=inside)
+    d *= below + v * (INVERSE_SQRT_2PI * tl.exp(-0.5 * v * v))
+    tl.store(dpre + offset, d, mask=inside)
+    sums = tl.sum(tl.where(inside, d, 0.0), 0)
+    tl.store(partials + tile_m.to(tl.int64) * N + column, sums, mask=column < N)
+
+
+def _config(kernel: str, x: Tensor) -> dict[str, int]:
+    if x.dtype is torch.float32:
+        shape_class = "fp32"
+    else:
+        shape_class = "small" if x.size(0) <= SMALL_ROWS else "large"
+    return configs.choose(kernel, shape_class, configs.architecture(x.device))
+
+
+def _tiles(config: dict[str, int], num_rows: int, columns: int) -> tuple[int]:
+    return (triton.cdiv(num_rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)
+
+
+def ffn_fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """x [T, K]; w1 [N, K]; b1 [N]; w2 [M, N]; contiguous and of one dtype.
+
+    Returns y [T, M] and the pre-activation [T, N] (empty unless save is set).
+    """
+    num_rows, features = x.shape
+    inner = w1.size(0)
+    act = x.new_empty(num_rows, inner)
+    pre = torch.empty_like(act) if save else None
+    if act.numel() > 0:
+        config = _config("ffn_fwd", x)
+        with torch.cuda.device_of(x):
+            _ffn_fwd_kernel[_tiles(config, num_rows, inner)](
+                x,
+                w1,
+                b1,
+                pre,
+                act,
+                num_rows,
+                triton.cdiv(features, config["BLOCK_K"]),
+                K=features,
+                N=inner,
+                PRECISION=matmul.precision(x.dtype),
+                **config,
+            )
+    return torch.mm(act, w2.t()), x.new_empty(0) if pre is None else pre
+
+
+def ffn_bwd(dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy [T, M]; the rest as `ffn_fwd` takes and gives it. Returns dx, dw1, db1, dw2."""
+    num_rows, inner = pre.shape
+    db1 = w1.new_empty(inner)
+    if pre.numel() == 0:
+        return torch.zeros_like(x), torch.zeros_like(w1), db1.zero_(), torch.zeros_like(w2)
+    dpre, act = torch.empty_like(pre), torch.empty_like(pre)
+    config = _config("ffn_bwd", x)
+    partials = pre.new_empty(1, triton.cdiv(num_rows, config["BLOCK_M"]), inner, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _ffn_bwd_kernel[_tiles(config, num_rows, inner)](
+            dy,
+            w2,
+            pre,
+            dpre,
+            act,
+            partials,
+            num_rows,
+            triton.cdiv(dy.size(1), config["BLOCK_K"]),
+            K=dy.size(1),
+            N=inner,
+            PRECISION=matmul.precision(x.dtype),
+            **config,
+        )
+        rows.sum_partials(partials, (db1,))
+    return torch.mm(dpre, w1), torch.mm(dpre.t(), x), db1, torch.mm(dy.t(), act)
+
+
+def cases(arch: int) -> Iterator[configs.Case]:
+    table = configs.table(arch)
+    forward, backward = ("x", "weight", "bias", "pre", "act"), ("dy", "weight", "pre", "dpre", "act")
+    for shape_class in table["ffn_fwd"]:
+        for kind in ("fp32",) if shape_class == "fp32" else ("fp16", "bf16"):
+            for hidden, inner in ((768, 3072), (312, 1200)):
+                sizes = {"K": hidden, "N": inner, "PRECISION": "ieee"}
+                label = f"{kind}-{shape_class}-{hidden}x{inner}"
+                for name, kernel, tensors, extra in (
+                    ("ffn_fwd", _ffn_fwd_kernel, forward, {}),
+                    ("ffn_bwd", _ffn_bwd_kernel, backward, {"partials": "*fp32"}),
+                ):
+                    config = dict(table[name][shape_class])
+                    options = {option: config.pop(option) for option in ("num_warps", "num_stages")}
+                    signature = dict.fromkeys(tensors, f"*{kind}") | extra | {"num_rows": "i32", "steps": "i32"}
+                    yield configs.Case(label, kernel, signature, sizes | config, options, kind != "fp32")

@@ -1,0 +1,485 @@
+"""Cross-entropy of the masked language model's decoder, and its gradients, at the labelled rows.
+
+How many rows are labelled only the device knows. It gathers them into a buffer with room for all, and the chunks of
+rows that the host launches find there what they have to do: a chunk beyond the last labelled row ends at once. A
+chunk's logits are kept in a scratch of bounded size, in the dtype of the hidden states, and are turned into their own
+gradients there:
+
+    logits = h W^T + b; per tile of the vocabulary: maximum, sum of exponentials, sum of logits (float32)
+    log-sum-exp and loss of each row
+    gradient of the logits in place, and that of the bias
+    dh = dlogits W;  dW += dlogits^T h
+
+The chunks follow one another in order and nothing is added atomically: results repeat bit for bit. A label that is
+neither ignore_index nor a row of the decoder makes the loss NaN, and the gradients with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import configs, matmul
+
+SCRATCH_BYTES = 256 * 1024 * 1024  # for the logits of a chunk
+ROW_MULTIPLE = 128  # of rows in a chunk, and of columns in the scratch, which tiles of BLOCK_K and of dW read whole
+
+_COMPACT = {"BLOCK": 4096, "num_warps": 8}
+_GATHER = {"BLOCK_M": 8, "num_warps": 4}
+_LSE = {"BLOCK_M": 32, "BLOCK_B": 64, "num_warps": 4}
+_DLOGITS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+
+
+@triton.jit(do_not_specialize=("num_rows", "ignore_index"))
+def _mlm_loss_compact_kernel(
+    labels,  # int64 [num_rows]
+    index,  # int32 [num_rows]: the labelled rows first, in their order
+    count,  # int32 [1]: how many there are
+    num_rows,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    total = 0
+    for first in range(0, num_rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        label = tl.load(labels + row, mask=row < num_rows, other=0)
+        labelled = (row < num_rows) & (label != ignore_index)
+        place = total + tl.cumsum(labelled.to(tl.int32), 0) - 1
+        tl.store(index + place, row, mask=labelled)
+        total += tl.sum(labelled.to(tl.int32), 0)
+    tl.store(count, total)
+
+
+@triton.jit
+def _mlm_loss_gather_kernel(
+    h,  # [num_rows, HIDDEN]
+    index,  # int32 [num_rows]
+    count,  # int32 [1]
+    out,  # [num_rows, HIDDEN]: the labelled rows of h
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = row < tl.load(count)
+    source = tl.load(index + row, mask=live, other=0).to(tl.int64)
+    inside = live[:, None] & (column < HIDDEN)[None, :]
+    values = tl.load(h + source[:, None] * HIDDEN + column[None, :], mask=inside, other=0.0)
+    tl.store(out + row.to(tl.int64)[:, None] * HIDDEN + column[None, :], values, mask=inside)
+
+
+@triton.jit(do_not_specialize=("begin", "chunk", "steps"))
+def _mlm_loss_logits_kernel(
+    h,  # [num_rows, HIDDEN], the labelled rows
+    weight,  # [vocabulary, HIDDEN]
+    bias,  # [vocabulary] or None
+    labels,  # int64 [num_rows]
+    index,  # int32 [num_rows]
+    count,  # int32 [1]
+    logits,  # [chunk, width], or None if there is no backward
+    stats,  # float32 [3, tiles of the vocabulary, chunk]: maximum, sum of exponentials less it, sum of logits
+    label_logit,  # float32 [chunk]
+    begin,
+    chunk,
+    vocabulary,
+    width,
+    steps,  # HIDDEN / BLOCK_K, rounded up
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    number = tl.minimum(tl.load(count) - begin, chunk)
+    tiles_n = tl.cdiv(vocabulary, BLOCK_N)
+    tile_m, tile_n = matmul.tile_of(tl.program_id(0), tl.cdiv(chunk, BLOCK_M), tiles_n, GROUP_M)
+    if tile_m * BLOCK_M < number:
+        row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # of the chunk
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        live = row < number
+        a_offset = (begin + tl.minimum(row, number - 1)).to(tl.int64) * HIDDEN
+        b_offset = tl.minimum(column, vocabulary - 1).to(tl.int64) * HIDDEN
+        v = matmul.multiply(
+            h,
+            a_offset,
+            weight,
+            b_offset,
+            None,
+            HIDDEN,
+            None,
+            steps,
+            1,
+            1,
+            HIDDEN % BLOCK_K == 0,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
+        word = column < vocabulary
+        if bias is not None:
+            v += tl.load(bias + column, mask=word, other=0.0).to(tl.float32)[None, :]
+        if logits is not None:
+            offset = row.to(tl.int64)[:, None] * width + column[None, :]
+            tl.store(logits + offset, v, mask=live[:, None] & word[None, :])
+        label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
+        here = column[None, :] == label[:, None]
+        in_tile = live & (label >= tile_n * BLOCK_N) & (label < tl.minimum(tile_n * BLOCK_N + BLOCK_N, vocabulary))
+        tl.store(label_logit + row, tl.sum(tl.where(here, v, 0.0), 1), mask=in_tile)
+        maximum = tl.max(tl.where(word[None, :], v, float("-inf")), 1)
+        maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+        powers = tl.sum(tl.where(word[None, :], tl.exp(v - maximum[:, None]), 0.0), 1)
+        out = stats + tile_n.to(tl.int64) * chunk + row
+        part = tiles_n.to(tl.int64) * chunk
+        tl.store(out, maximum, mask=live)
+        tl.store(out + part, powers, mask=live)
+        tl.store(out + 2 * part, tl.sum(tl.where(word[None, :], v, 0.0), 1), mask=live)
+
+
+@triton.jit(do_not_specialize=("begin", "chunk", "tiles"))
+def _mlm_loss_lse_kernel(
+    stats,  # float32 [3, tiles, chunk]
+    label_logit,  # float32 [chunk]
+    labels,  # int64 [num_rows]
+    index,  # int32 [num_rows]
+    count,  # int32 [1]
+    lse,  # float32 [chunk]
+    losses,  # float32 [num_rows], of the labelled rows in their order
+    begin,
+    chunk,
+    tiles,
+    vocabulary,
+    smoothing,
+    BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < tl.minimum(tl.load(count) - begin, chunk)
+    part = tiles.to(tl.int64) * chunk
+    maximum = tl.full([BLOCK_M], -3.0e38, tl.float32)
+    powers = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(0, tiles, BLOCK_B):
+        tile = first + tl.arange(0, BLOCK_B)
+        pointer = stats + tile.to(tl.int64)[:, None] * chunk + row[None, :]
+        inside = (tile < tiles)[:, None] & live[None, :]
+        m = tl.load(pointer, mask=inside, other=-3.0e38)
+        s = tl.load(pointer + part, mask=inside, other=0.0)
+        highest = tl.maximum(maximum, tl.max(m, 0))
+        powers = powers * tl.exp(maximum - highest) + tl.sum(s * tl.exp(m - highest[None, :]), 0)
+        total += tl.sum(tl.load(pointer + 2 * part, mask=inside, other=0.0), 0)
+        maximum = highest
+    label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
+    log_sum = maximum + tl.log(powers)
+    log_sum = tl.where((label >= 0) & (label < vocabulary), log_sum, float("nan"))
+    on_label = tl.load(label_logit + row, mask=live, other=0.0)
+    loss = log_sum - on_label
+    if smoothing > 0.0:
+        loss += smoothing * (on_label - total / vocabulary)
+    tl.store(lse + row, log_sum, mask=live)
+    tl.store(losses + begin + row, loss, mask=live)
+
+
+@triton.jit(do_not_specialize=("begin", "chunk"))
+def _mlm_loss_dlogits_kernel(
+    logits,  # [chunk, width], replaced by their gradients; zero in the columns beyond the vocabulary
+    lse,  # float32 [chunk]
+    labels,  # int64 [num_rows]
+    index,  # int32 [num_rows]
+    count,  # int32 [1]
+    dbias,  # float32 [vocabulary], to which this chunk's sums are added, or None
+    begin,
+    chunk,
+    vocabulary,
+    width,
+    smoothing,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    number = tl.minimum(tl.load(count) - begin, chunk)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    word = column < vocabulary
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, number, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        live = row < number
+        pointer = logits + row.to(tl.int64)[:, None] * width + column[None, :]
+        v = tl.load(pointer, mask=live[:, None] & word[None, :], other=float("-inf")).to(tl.float32)
+        log_sum = tl.load(lse + row, mask=live, other=0.0)
+        label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
+        d = tl.exp(v - log_sum[:, None]) - smoothing / vocabulary
+        d -= tl.where(column[None, :] == label[:, None], 1.0 - smoothing, 0.0)
+        d = tl.where(live[:, None] & word[None, :], d, 0.0)
+        tl.store(pointer, d, mask=live[:, None] & (column < width)[None, :])
+        sums += d
+    if dbias is not None:
+        before = tl.load(dbias + column, mask=word, other=0.0)
+        tl.store(dbias + column, before + tl.sum(sums, 0), mask=word)
+
+
+@triton.jit(do_not_specialize=("begin", "chunk"))
+def _mlm_loss_dh_kernel(
+    dlogits,  # [chunk, width]
+    weight,  # [vocabulary, HIDDEN]
+    index,  # int32 [num_rows]
+    count,  # int32 [1]
+    dh,  # [num_rows, HIDDEN], of which the labelled rows are written
+    begin,
+    chunk,
+    vocabulary,
+    width,
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    number = tl.minimum(tl.load(count) - begin, chunk)
+    tile_m, tile_n = matmul.tile_of(tl.program_id(0), tl.cdiv(chunk, BLOCK_M), tl.cdiv(HIDDEN, BLOCK_N), GROUP_M)
+    if tile_m * BLOCK_M < number:
+        row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        a_offset = tl.minimum(row, number - 1).to(tl.int64) * width
+        inside = None if HIDDEN % BLOCK_N == 0 else column < HIDDEN
+        d = matmul.multiply(
+            dlogits,
+            a_offset,
+            weight,
+            column.to(tl.int64),
+            inside,
+            width,
+            vocabulary,
+            width // BLOCK_K,
+            1,
+            HIDDEN,
+            True,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
+        to = tl.load(index + begin + row, mask=row < number, other=0).to(tl.int64)
+        live = (row < number)[:, None] & (column < HIDDEN)[None, :]
+        tl.store(dh + to[:, None] * HIDDEN + column[None, :], d, mask=live)
+
+
+@triton.jit(do_not_specialize=("begin", "chunk"))
+def _mlm_loss_dweight_kernel(
+    dlogits,  # [chunk, WIDTH]
+    h,  # [num_rows, HIDDEN], the labelled rows
+    count,  # int32 [1]
+    dweight,  # [vocabulary, HIDDEN], written by the first chunk and added to by the others
+    begin,
+    chunk,
+    vocabulary,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    number = tl.maximum(tl.minimum(tl.load(count) - begin, chunk), 0)
+    if (number > 0) | (begin == 0):
+        tile_m, tile_n = matmul.tile_of(
+            tl.program_id(0), tl.cdiv(vocabulary, BLOCK_M), tl.cdiv(HIDDEN, BLOCK_N), GROUP_M
+        )
+        row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # of the vocabulary
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = None if HIDDEN % BLOCK_N == 0 else column < HIDDEN
+        d = matmul.multiply(
+            dlogits,
+            row.to(tl.int64),
+            h + begin.to(tl.int64) * HIDDEN,
+            column.to(tl.int64),
+            inside,
+            number,
+            None,
+            tl.cdiv(number, BLOCK_K),
+            WIDTH,
+            HIDDEN,
+            False,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
+        pointer = dweight + row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+        live = (row < vocabulary)[:, None] & (column < HIDDEN)[None, :]
+        if begin > 0:
+            d += tl.load(pointer, mask=live, other=0.0).to(tl.float32)
+        tl.store(pointer, d, mask=live)
+
+
+def mlm_loss_fwd(
+    h: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h [N, H]; labels int64 [N]; weight [V, H]; bias [V]; contiguous.
+
+    Returns the sum of the losses (float32), and the gradients of h, weight and bias (empty unless need_grad is set).
+    """
+    num_rows, hidden = h.shape
+    vocabulary = weight.size(0)
+    dh = torch.zeros_like(h) if need_grad else h.new_empty(0)
+    if num_rows == 0:
+        dweight = torch.zeros_like(weight) if need_grad else weight.new_empty(0)
+        dbias = torch.zeros_like(bias) if need_grad and bias is not None else weight.new_empty(0)
+        return h.new_zeros((), dtype=torch.float32), dh, dweight, dbias
+    width = triton.cdiv(vocabulary, ROW_MULTIPLE) * ROW_MULTIPLE
+    chunk = _chunk_rows(num_rows, width * h.element_size())
+    one = num_rows <= chunk
+    index = labels.new_empty(num_rows, dtype=torch.int32)
+    count = index.new_empty(1)
+    rows = torch.empty_like(h)
+    losses = h.new_zeros(num_rows, dtype=torch.float32)
+    lse, label_logit = losses.new_empty(chunk), losses.new_empty(chunk)
+    logits = h.new_empty(chunk, width) if need_grad else None
+    dweight = torch.empty_like(weight, dtype=weight.dtype if one else torch.float32) if need_grad else None
+    dbias = losses.new_zeros(vocabulary) if need_grad and bias is not None else None
+    forward, dh_config, dweight_config = (_config(name, h) for name in ("fwd", "dh", "dweight"))
+    tiles = triton.cdiv(vocabulary, forward["BLOCK_N"])
+    stats = losses.new_empty(3, tiles, chunk)
+    precision = {"PRECISION": matmul.precision(h.dtype)}
+    with torch.cuda.device_of(h):
+        _mlm_loss_compact_kernel[(1,)](labels, index, count, num_rows, ignore_index, **_COMPACT)
+        block = min(512, triton.next_power_of_2(hidden))
+        _mlm_loss_gather_kernel[(triton.cdiv(num_rows, _GATHER["BLOCK_M"]), triton.cdiv(hidden, block))](
+            h, index, count, rows, HIDDEN=hidden, BLOCK_N=block, **_GATHER
+        )
+        for begin in range(0, num_rows, chunk):
+            _mlm_loss_logits_kernel[(triton.cdiv(chunk, forward["BLOCK_M"]) * tiles,)](
+                rows,
+                weight,
+                bias,
+                labels,
+                index,
+                count,
+                logits,
+                stats,
+                label_logit,
+                begin,
+                chunk,
+                vocabulary,
+                width,
+                triton.cdiv(hidden, forward["BLOCK_K"]),
+                HIDDEN=hidden,
+                **precision,
+                **forward,
+            )
+            _mlm_loss_lse_kernel[(triton.cdiv(chunk, _LSE["BLOCK_M"]),)](
+                stats,
+                label_logit,
+                labels,
+                index,
+                count,
+                lse,
+                losses,
+                begin,
+                chunk,
+                tiles,
+                vocabulary,
+                label_smoothing,
+                **_LSE,
+            )
+            if logits is None or dweight is None:
+                continue
+            _mlm_loss_dlogits_kernel[(triton.cdiv(width, _DLOGITS["BLOCK_N"]),)](
+                logits, lse, labels, index, count, dbias, begin, chunk, vocabulary, width, label_smoothing, **_DLOGITS
+            )
+            _mlm_loss_dh_kernel[_tiles(dh_config, chunk, hidden)](
+                logits,
+                weight,
+                index,
+                count,
+                dh,
+                begin,
+                chunk,
+                vocabulary,
+                width,
+                HIDDEN=hidden,
+                **precision,
+                **dh_config,
+            )
+            _mlm_loss_dweight_kernel[_tiles(dweight_config, vocabulary, hidden)](
+                logits,
+                rows,
+                count,
+                dweight,
+                begin,
+                chunk,
+                vocabulary,
+                WIDTH=width,
+                HIDDEN=hidden,
+                **precision,
+                **dweight_config,
+            )
+    return (
+        losses.sum(),
+        dh,
+        weight.new_empty(0) if dweight is None else dweight.to(weight.dtype),
+        weight.new_empty(0) if dbias is None else dbias.to(weight.dtype),
+    )
+
+
+def _chunk_rows(num_rows: int, row_bytes: int) -> int:
+    """Rows in a chunk: as many as the scratch holds, and no more than there are."""
+    most = max(1, SCRATCH_BYTES // row_bytes // ROW_MULTIPLE)
+    return min(most, triton.cdiv(num_rows, ROW_MULTIPLE)) * ROW_MULTIPLE
+
+
+def _config(part: str, h: Tensor) -> dict[str, int]:
+    shape_class = "fp32" if h.dtype is torch.float32 else "half"
+    return configs.choose(f"mlm_loss_{part}", shape_class, configs.architecture(h.device))
+
+
+def _tiles(config: dict[str, int], num_rows: int, columns: int) -> tuple[int]:
+    return (triton.cdiv(num_rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)
+
+
+def cases(arch: int) -> Iterator[configs.Case]:
+    table = configs.table(arch)
+    integers = dict.fromkeys(("num_rows", "ignore_index", "begin", "chunk", "tiles", "steps"), "i32")
+    integers |= {"vocabulary": "i32", "width": "i32:16", "smoothing": "fp32"}
+    floats = dict.fromkeys(("stats", "label_logit", "lse", "losses", "dbias"), "*fp32")
+    pointers = {"labels": "*i64", "index": "*i32", "count": "*i32"} | floats
+
+    def case(
+        label: str, kernel: triton.JITFunction, kind: str, launch: dict[str, object], matrix: bool
+    ) -> configs.Case:
+        tensors = dict.fromkeys(("h", "weight", "bias", "logits", "dlogits", "dh", "dweight", "out"), f"*{kind}")
+        types = {name: type_ for name, type_ in (tensors | pointers | integers).items() if name in kernel.arg_names}
+        options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
+        constants = {name: value for name, value in launch.items() if name not in options}
+        return configs.Case(label, kernel, types, constants, options, matrix)
+
+    yield case("any", _mlm_loss_compact_kernel, "bf16", _COMPACT, False)
+    yield case("any", _mlm_loss_lse_kernel, "bf16", _LSE, False)
+    for kind in ("bf16", "fp32"):
+        yield case(kind, _mlm_loss_gather_kernel, kind, {"HIDDEN": 768, "BLOCK_N": 512} | _GATHER, False)
+        yield case(kind, _mlm_loss_dlogits_kernel, kind, _DLOGITS, False)
+    kernels = {"fwd": _mlm_loss_logits_kernel, "dh": _mlm_loss_dh_kernel, "dweight": _mlm_loss_dweight_kernel}
+    for part, kernel in kernels.items():
+        for shape_class, config in table[f"mlm_loss_{part}"].items():
+            for kind in ("fp32",) if shape_class == "fp32" else ("fp16", "bf16"):
+                for hidden in (768, 312):
+                    launch = {"HIDDEN": hidden, "PRECISION": "ieee"} | config
+                    if part == "dweight":
+                        launch["WIDTH"] = 30592
+                    yield case(f"{kind}-{hidden}", kernel, kind, launch, kind != "fp32")
+        if part == "fwd":
+            launch = {"HIDDEN": 768, "PRECISION": "ieee", "logits": None} | table["mlm_loss_fwd"]["half"]
+            yield case("bf16-768-inference", kernel, "bf16", launch, True)
