@@ -222,7 +222,8 @@ class PackedBatch:
             x = _Scatter.apply(x, self.indices, self.batch * self.seqlen, self._surplus)
         x = x.view(self.batch, self.seqlen, *x.shape[1:])
         if self.zero and self.mask is not None:
-            shown = torch.cat((self.mask.any(1, keepdim=True), self.mask[:, 1:]), 1)  # the first place: see from_mask
+            first = torch.arange(self.seqlen, device=x.device) == 0  # from_mask; a slice would bind traces to S > 2
+            shown = self.mask | (first & self.mask.any(1, keepdim=True))
             x = torch.where(shown.view(*shown.shape, *(1,) * (x.dim() - 2)), x, 0.0)
         return x
 
