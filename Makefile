@@ -18,7 +18,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c $(C
 # Here a missing compiler is an error; for a user's `pip install` it is not (setup.py).
 export FASTBERT_BUILD_EXTENSION ?= 1
 TESTS ?= tests
-PYTEST_ARGS ?= -m "not slow"
+PYTEST_ARGS ?= -m "not slow and not kernels"
 
 .PHONY: help
 help:  ## this list
@@ -31,6 +31,15 @@ demo: build  ## fine-tune a real BERT on real text, predict, compare with Huggin
 .PHONY: test
 test: build  ## run the tests (TESTS=path PYTEST_ARGS=... to choose)
 	@$(BIN)/pytest $(PYTEST_ARGS) $(TESTS)
+
+.PHONY: kernels
+kernels: build  ## compile every GPU kernel without a GPU; check registers, spills, shared memory
+	@$(BIN)/pytest -m kernels tests/kernels
+
+.PHONY: kernel-tables
+kernel-tables: build  ## write what the GPU kernels compile to: bench/results/kernels-*.json
+	@$(BIN)/fastbert bench kernels
+	@$(BIN)/python bench/cuda_resources.py
 
 .PHONY: build
 build: $(VENV)/.stamp-install  ## environment and extension, up to date
@@ -76,9 +85,10 @@ lint: env  ## ruff and mypy
 bench: build $(VENV)/.stamp-bench  ## the benchmarks; results go to bench/results
 	@$(BIN)/fastbert bench $(BENCH_ARGS)
 
-.PHONY: kernels
-kernels: build  ## write the table of the CUDA kernels' registers and spills, bench/results/kernels-cuda.json
-	@$(BIN)/python bench/cuda_resources.py
+.PHONY: gpu
+gpu:  ## tests and benchmarks on an NVIDIA GPU, on the Python that is there (GPU_STEPS="build tests sanitize bench")
+	@if [ -z "$(PYTHON)" ]; then echo "make gpu: needs Python 3.11 or later, and none was found" >&2; exit 1; fi
+	@$(PYTHON) .ci/gpu $(GPU_STEPS)
 
 .PHONY: results
 results: env  ## write the benchmark table of README.md from bench/results

@@ -451,7 +451,7 @@ setup(
         *(f"fastbert.bench.{name}" for name in find_packages("bench")),
     ],
     package_dir={"fastbert": "fastbert", "fastbert.bench": "bench", "fastbert.kernels": "kernels/triton"},
-    package_data={"fastbert": ["py.typed"], "fastbert.kernels.configs": ["*.json"]},
+    package_data={"fastbert": ["py.typed", "preferred.json"], "fastbert.kernels.configs": ["*.json"]},
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
 )

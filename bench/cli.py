@@ -1,6 +1,7 @@
 """``fastbert bench``: arguments, progress, and where results go."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,13 +12,23 @@ from . import machine, report
 KINDS = {"table": ("inference", "training"), "model": ("inference",), "training": ("training",), "op": ("op",)}
 """What each command measures."""
 
+OTHERS = {
+    "gpu": "models and operations on an NVIDIA GPU",
+    "tune": "which launch configurations are fastest on this GPU",
+    "kernels": "what the GPU kernels are compiled to; needs no GPU",
+}
+"""Commands with flags of their own, each a module of this package: ``fastbert bench kernels --help``."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(
         prog="fastbert bench",
-        description="Measures against Hugging Face, ONNX Runtime, OpenVINO and CTranslate2, in turn and each in a "
+        description="Measures against Hugging Face, ONNX Runtime, OpenVINO and CTranslate2, in turn and each in a\n"
         "process of its own, and against the machine's peak. Results go to the screen, to JSON and to a plot.",
+        epilog="further commands, each with its own --help:\n"
+        + "\n".join(f"  {name:<10} {what}" for name, what in OTHERS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = "model: inference; training: a training step; op: single operations; table (default): model and training"
     top.add_argument("command", nargs="?", choices=list(KINDS), default="table", help=what)
@@ -36,7 +47,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark named by ``argv`` and returns the exit status (130 after Ctrl-C, 1 if nothing got a speed)."""
-    arguments = parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in OTHERS:
+        return importlib.import_module(f".{given[0]}", __package__).main(given[1:])
+    arguments = parser().parse_args(given)
     from . import contestants, runner
 
     try:
@@ -55,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     stopped = False
     for row in rows:
-        progress = _progress(row)
+        progress = report.progress(row)
         try:
             progress("preparing the batch")
             workload = rows[row]()
@@ -86,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130 if stopped else 1
     print(f"results: {path}")
     if not arguments.no_plot:
-        _plot(content, path.with_suffix(".png"))
+        report.plot(content, path.with_suffix(".png"))
     if stopped:
         return 130
     return 0 if any("median_s" in c for r in content["rows"] for c in r["contestants"].values()) else 1
@@ -117,33 +131,6 @@ def _rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 def _is_op(name: str, wanted: str) -> bool:
     """Whether ``wanted`` ("attention", "attention_fwd") names the op row ``name`` ("attention_fwd[minilm]") in part."""
     return name.startswith((wanted + "_", wanted + "["))
-
-
-def _plot(content: dict[str, Any], path: Path) -> None:
-    try:
-        from . import plots
-
-        plots.bars(content, path)
-    except ImportError as error:
-        print(f"no plot: {error} (pip install 'fastbert[bench]')", file=sys.stderr)
-    except OSError as error:
-        print(f"no plot: {error}", file=sys.stderr)
-    else:
-        print(f"plot:    {path}")
-
-
-def _progress(row: str) -> Callable[[str], None]:
-    """One line on a terminal that is written over; a line a message elsewhere. An empty text clears it."""
-    terminal = sys.stderr.isatty()
-
-    def show(text: str) -> None:
-        if terminal:
-            sys.stderr.write(f"\r\033[K{row}: {text}" if text else "\r\033[K")
-        elif text:
-            sys.stderr.write(f"{row}: {text}\n")
-        sys.stderr.flush()
-
-    return show
 
 
 def _positive(text: str) -> int:

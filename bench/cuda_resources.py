@@ -1,6 +1,6 @@
 """Registers, spills, stack and shared memory of every CUDA kernel, as the assembler reported them when it was built.
 
-`make kernels` writes the table to bench/results/kernels-cuda.json.
+`make kernel-tables` writes the table to bench/results/kernels-cuda.json.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("fastbert", "torch", "transformers", "onnxruntime", "openvino", "ctranslate2", "numpy")
+PACKAGES = ("fastbert", "torch", "triton", "transformers", "onnxruntime", "openvino", "ctranslate2", "numpy")
 
 
 def describe() -> dict[str, Any]:
@@ -21,6 +21,32 @@ def describe() -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(),
     }
+
+
+def describe_gpu() -> dict[str, Any]:
+    """The same of the GPU that PyTorch would use: its name, architecture, and the CUDA that PyTorch was built with."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    about = {
+        "device": properties.name,
+        "arch": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "processor": processor(),
+    }
+    return describe() | about
+
+
+def no_gpu() -> str | None:
+    """Why nothing can be measured on a GPU here, or None."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return None if torch.cuda.is_available() else "there is no CUDA device"
 
 
 def processor() -> str:
@@ -59,7 +85,12 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> dict[str, Any] | None:
-    """The commit of the checkout that this file lies in, and whether tracked files differ from it; None elsewhere."""
+    """The commit of the checkout that this file lies in, and whether tracked files differ from it; None elsewhere.
+
+    FASTBERT_COMMIT names it where the files are a copy.
+    """
+    if given := os.environ.get("FASTBERT_COMMIT"):
+        return {"hash": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
     home = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:

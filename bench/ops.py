@@ -26,7 +26,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 DROPOUT = 0.1
 LABELLED = 0.15
 EPS = 1e-12
-FLOAT_BYTES = 4
 
 Tensors = dict[str, torch.Tensor]
 
@@ -42,11 +41,16 @@ def workloads() -> dict[str, Callable[[], Workload]]:
     }
 
 
-def workload(op: str, direction: str, label: str, shape: dict[str, Any]) -> Workload:
-    """The workload of ``op`` ("attention", ...), ``direction`` "fwd" or "fwd_bwd", at ``shape`` (as in ``SHAPES``)."""
+def workload(op: str, direction: str, label: str, shape: dict[str, Any], **more: Any) -> Workload:
+    """The workload of ``op`` ("attention", ...), ``direction`` "fwd" or "fwd_bwd", at ``shape`` (as in ``SHAPES``).
+
+    more: further facts, "device", "dtype" and "dropout" among them: otherwise the CPU, float32, and BERT's dropout
+    where there is a backward.
+    """
     backward = direction == "fwd_bwd"
-    case = OPS[op](shape)
+    case = OPS[op](shape, getattr(torch, more.get("dtype", "float32")).itemsize)
     facts = {"op": op, "backward": backward, "dropout": DROPOUT if backward and case.drops else 0.0, "shape": shape}
+    facts |= more
     title = f"{op}, {label}: {case.describe()}, forward{' + backward' if backward else ''}"
     title += f", dropout {DROPOUT}" if facts["dropout"] else ""
     return Workload(f"{op}_{direction}[{label}]", title, "op", case.work(backward), facts=facts, unit=case.unit)
@@ -62,7 +66,8 @@ class Case:
     unit = "GFLOP/s"
     drops = False
 
-    def __init__(self, shape: dict[str, Any]) -> None:
+    def __init__(self, shape: dict[str, Any], float_bytes: int = 4) -> None:
+        self.float_bytes = float_bytes
         self.lengths: list[int] = shape["lengths"]
         self.hidden, self.intermediate = shape["hidden"], shape["intermediate"]
         self.heads, self.vocab = shape["heads"], shape["vocab"]
@@ -171,22 +176,22 @@ class Attention(Case):
         starts = torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32)
         return {"qkv": torch.randn(self.tokens, 3, self.heads, self.hidden // self.heads), "cu_seqlens": starts}
 
-    def mask(self) -> torch.Tensor:
-        return torch.arange(self.width) < torch.tensor(self.lengths)[:, None]
+    def mask(self, device: torch.device) -> torch.Tensor:
+        return torch.arange(self.width, device=device) < torch.tensor(self.lengths, device=device)[:, None]
 
     def plain(self, t: Tensors, dropout: float) -> torch.Tensor:
         q, k, v = t["qkv"].unbind(1)
         return F.scaled_dot_product_attention(q, k, v, t.get("mask"), dropout)
 
     def to_plain(self, t: Tensors) -> Tensors:
-        mask = self.mask()
+        mask = self.mask(t["qkv"].device)
         padded = t["qkv"].new_zeros(*mask.shape, *t["qkv"].shape[1:])
         padded[mask] = t["qkv"]
         moved = {"qkv": padded.permute(0, 2, 3, 1, 4).contiguous()}
         return moved if bool(mask.all()) else {**moved, "mask": mask[:, None, None, :]}
 
     def from_plain(self, found: Tensors) -> Tensors:
-        mask = self.mask()
+        mask = self.mask(found["out"].device)
         back = {"out": found["out"].transpose(1, 2)[mask].flatten(1)}
         if "qkv" in found:
             back["qkv"] = found["qkv"].permute(0, 3, 1, 2, 4)[mask]
@@ -205,7 +210,7 @@ class LayerNorm(Case):
     drops = True
 
     def work(self, backward: bool) -> float:
-        return (7 if backward else 3) * self.tokens * self.hidden * FLOAT_BYTES
+        return (7 if backward else 3) * self.tokens * self.hidden * self.float_bytes
 
     def tensors(self) -> Tensors:
         h = self.hidden
@@ -231,13 +236,13 @@ class Embedding(Case):
     unit = "GB/s"
     drops = True
 
-    def __init__(self, shape: dict[str, Any]) -> None:
-        super().__init__(shape)
+    def __init__(self, shape: dict[str, Any], float_bytes: int = 4) -> None:
+        super().__init__(shape, float_bytes)
         self.tokens = len(self.lengths) * self.width
 
     def work(self, backward: bool) -> float:
         rows = (4 if backward else 2) * self.tokens + (self.vocab if backward else 0)
-        return rows * self.hidden * FLOAT_BYTES
+        return rows * self.hidden * self.float_bytes
 
     def tensors(self) -> Tensors:
         h = self.hidden
@@ -312,26 +317,31 @@ class Torch:
     """The plain PyTorch formula."""
 
     plain = True
+    exact = torch.float64
+    """The dtype of the truth, which has the same inputs as the others."""
 
     def __init__(self, name: str, workload: Workload) -> None:
-        facts = workload.facts
+        self.facts = facts = workload.facts
         self.op = facts["op"]
         self.case = OPS[self.op](facts["shape"])
         self.backward, self.dropout = facts["backward"], facts["dropout"]
+        dtype = getattr(torch, facts.get("dtype", "float32"))
         torch.manual_seed(SEED)
-        tensors, upstream = self.case.tensors(), self.case.upstream()
+        with torch.device(facts.get("device", "cpu")):
+            tensors, upstream = self.case.tensors(), self.case.upstream().to(dtype)
         if self.plain:
             # the upstream gradient goes the way of the output: into whatever layout the plain formula has
             tensors = self.case.to_plain(tensors)
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
         if name == TRUTH:
-            tensors = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+            tensors = {k: v.to(self.exact) if v.is_floating_point() else v for k, v in tensors.items()}
         self.tensors = {k: v.requires_grad_(self.backward and v.is_floating_point()) for k, v in tensors.items()}
         self.leaves = [k for k, v in self.tensors.items() if v.requires_grad]
-        self.upstream = self._fitted(upstream).to(next(v.dtype for v in tensors.values() if v.is_floating_point()))
+        self.upstream = self._fitted(upstream)
 
     def _fitted(self, upstream: torch.Tensor) -> torch.Tensor:
         if self.plain and isinstance(self.case, Attention):
-            mask = self.case.mask()
+            mask = self.case.mask(upstream.device)
             padded = upstream.new_zeros(*mask.shape, upstream.shape[-1])
             padded[mask] = upstream
             return padded.unflatten(-1, (self.case.heads, -1)).transpose(1, 2).contiguous()
@@ -347,7 +357,7 @@ class Torch:
         return self._gradients(self.forward(self.dropout))
 
     def _gradients(self, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(out, [self.tensors[k] for k in self.leaves], self.upstream)
+        return torch.autograd.grad(out, [self.tensors[k] for k in self.leaves], self.upstream.to(out.dtype))
 
     def outputs(self) -> dict[str, torch.Tensor]:
         """The output and, in rows with a backward, all gradients, with dropout off."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import BUSY, milliseconds
+from .report import OURS as FASTBERT
 
 OURS, OTHERS = "#c8501e", "#8a99a8"
 
@@ -24,8 +25,9 @@ def bars(content: dict[str, Any], path: Path) -> None:
     for axis, row in zip(axes, rows, strict=True):
         _row(axis, row)
     machine = content["machine"]
-    isa = machine["extension"].get("isa", "no extension")
-    figure.suptitle(f"{machine['device']}, {content['threads']} threads, {isa}", fontsize=9, color="#444444")
+    how = f"{content['threads']} threads, {machine['extension'].get('isa', 'no extension')}"
+    how = how if content["threads"] else "bf16"
+    figure.suptitle(f"{machine['device']}, {how}", fontsize=9, color="#444444")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -36,7 +38,7 @@ def _row(axis: Any, row: dict[str, Any]) -> None:
     for place, (name, item) in enumerate(entries):
         if "median_s" in item:
             share = item["rate"] / peak
-            axis.barh(place, share, height=0.7, color=OURS if name == "fastbert" else OTHERS)
+            axis.barh(place, share, height=0.7, color=OURS if name.startswith(FASTBERT) else OTHERS)
             axis.text(share + 0.01, place, f"{milliseconds(item['median_s'])}, {share:.0%}", va="center", fontsize=8)
         else:
             axis.text(0.01, place, f"no speed: {item['status']}", va="center", fontsize=8, color="#999999")
@@ -47,6 +49,6 @@ def _row(axis: Any, row: dict[str, Any]) -> None:
     axis.tick_params(axis="x", labelsize=7)
     held = f"{row['peak']['how']}, {peak:.0f} {row['unit']}" if row["peak"]["rate"] else "the fastest"
     doubt = f", machine not quiet ({row['others']:.0%} taken by others)" if (row["others"] or 0) > BUSY else ""
-    doubt += "" if row["complete"] else f", interrupted after {row['rounds']} rounds"
+    doubt += "" if row["complete"] else ", interrupted"
     axis.set_title(f"{row['title']}\nshare of {held}{doubt}", fontsize=8.5, loc="left")
     axis.spines[["top", "right"]].set_visible(False)

@@ -3,21 +3,32 @@
 import json
 import os
 import re
+import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
 """Version of the JSON layout, see bench/README.md."""
 
+OURS = ("fastbert", "triton", "cuda")
+"""Whom the others are compared with: the first of these that got a speed."""
+
 BUSY = 0.05
 """Share of the cores' time that other processes may take before the table warns that its figures mean little."""
 
 
+COPY = "copy of a GiB"
+MATMUL = "largest of three bf16 matrix products"
+"""What GPU rows are held to."""
+
+
 def result(
-    command: str, machine: dict[str, Any], threads: int, repeats: int, rows: list[dict[str, Any]]
+    command: str, machine: dict[str, Any], threads: int | None, repeats: int | None, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of a result file: where, how and what was measured."""
+    """The content of a result file: where, how and what was measured. threads, repeats: None on a GPU."""
     return {
         "schema": SCHEMA,
         "command": command,
@@ -30,18 +41,24 @@ def result(
 
 
 def stem(content: dict[str, Any]) -> str:
-    """File name without ending: command, processor, threads, time."""
+    """File name without ending: command, device, threads of a processor, time."""
     device = re.sub(r"[^a-z0-9]+", "-", content["machine"]["device"].lower()).strip("-")
     stamp = re.sub(r"[-:Z]", "", content["time"]).replace("T", "-")
-    return f"{content['command']}-{device}-{content['threads']}t-{stamp}"
+    threads = f"-{content['threads']}t" if content["threads"] else ""
+    return f"{content['command']}-{device}{threads}-{stamp}"
 
 
 def write(content: dict[str, Any], path: Path) -> None:
     """Writes JSON whole or not at all. Raises OSError (disk full, no permission) with the path in it."""
+    write_text(json.dumps(content, indent=1) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(json.dumps(content, indent=1) + "\n")
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -55,34 +72,58 @@ def table(row: dict[str, Any]) -> str:
     amount = f"{row['work'] / 1e9:.4g} {'GB moved' if unit == 'GB/s' else 'GFLOP useful'}"
     lines = [f"{row['row']}: {row['title']}{fill}"]
     held = f"peak {peak['rate']:.0f} {unit} ({peak['how']})" if peak["rate"] else "peak not measured"
-    state = "" if row["complete"] else f", INTERRUPTED after {row['rounds']} rounds"
-    lines.append(f"  {amount}, {row['threads']} threads, {held}, {row['rounds']} interleaved rounds{state}")
+    if "rounds" in row:
+        state = "" if row["complete"] else f", INTERRUPTED after {row['rounds']} rounds"
+        lines.append(f"  {amount}, {row['threads']} threads, {held}, {row['rounds']} interleaved rounds{state}")
+    else:
+        lines.append(f"  {amount}, {held}{'' if row['complete'] else ', INTERRUPTED'}")
     if (row["others"] or 0) > BUSY:
         lines.append(f"  NOT A QUIET MACHINE: other processes took {row['others']:.0%} of the cores during the turns")
     timed = {n: c for n, c in row["contestants"].items() if "median_s" in c}
-    ours = timed.get("fastbert", {}).get("median_s")
-    head = ["contestant", "median", "min", unit, "of peak", "error"]
+    first = next((name for name in OURS if name in timed), "")
+    ours = timed[first]["median_s"] if first else None
+    head = ["contestant", "median"]
+    fastest, tokens = (any(key in c for c in timed.values()) for key in ("min_s", "tokens_per_s"))
+    head += ["min"] * fastest + ["tokens/s", "MFU"] * tokens + [unit, "of peak", "error"]
     memory = any(c.get("memory") for c in timed.values())
     head += ["peak memory", "above start"] if memory else []
-    head += ["fastbert is"] if ours else []
+    head += [f"{first} is"] if ours else []
     body = []
     for name, item in sorted(timed.items(), key=lambda pair: -pair[1]["median_s"]):
         share = item["share_of_peak"]
-        cells = [name, milliseconds(item["median_s"]), milliseconds(item["min_s"]), f"{item['rate']:.1f}"]
-        cells += [f"{share:.0%}" if share is not None else "-", f"{item['error']:.0e}"]
+        cells = [name, milliseconds(item["median_s"])]
+        cells += [milliseconds(item["min_s"])] if fastest else []
+        if tokens:
+            cells += [f"{item['tokens_per_s']:.0f}", f"{item['mfu']:.0%}" if item["mfu"] is not None else "-"]
+        cells += [f"{item['rate']:.1f}", f"{share:.0%}" if share is not None else "-"]
+        cells.append(f"{item['error']:.0e}" if "error" in item else "-")
         if memory:
             used = item.get("memory")
             cells += [mebibytes(used["peak"]), mebibytes(used["peak"] - used["before"])] if used else ["-", "-"]
-        cells += [f"{item['median_s'] / ours:.2f}x" if name != "fastbert" else ""] if ours else []
+        cells += [f"{item['median_s'] / ours:.2f}x" if name != first else ""] if ours else []
         body.append(cells)
     if body:
-        lines += [f"  {line}" for line in _columns([head, *body])]
+        lines += [f"  {line}" for line in columns([head, *body])]
     for name, item in row["contestants"].items():
         if name not in timed:
             lines.append(f"  {name}: no speed, {item['status']}{': ' + item['reason'] if item['reason'] else ''}")
         elif item.get("details", {}).get("note"):
             lines.append(f"  {name}: {item['details']['note']}")
     return "\n".join(lines)
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """Draws the plot of a result, or says why it cannot be drawn."""
+    try:
+        from . import plots
+
+        plots.bars(content, path)
+    except ImportError as error:
+        print(f"no plot: {error} (pip install 'fastbert[bench]')", file=sys.stderr)
+    except OSError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    else:
+        print(f"plot:    {path}")
 
 
 def milliseconds(seconds: float) -> str:
@@ -96,10 +137,28 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:.0f} MiB"
 
 
-def _columns(rows: list[list[str]]) -> list[str]:
+def columns(rows: list[list[str]], left: int = 1) -> list[str]:
+    """Cells in columns, the first ``left`` of them flush left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def progress(what: str) -> Callable[[str], None]:
+    """One line on a terminal that is written over; a line a message elsewhere. An empty text clears it."""
+    terminal = sys.stderr.isatty()
+
+    def show(text: str) -> None:
+        if terminal:
+            line = f"{what}: {text}" if text else ""
+            sys.stderr.write("\r\033[K" + line[: shutil.get_terminal_size().columns - 1])
+        elif text:
+            sys.stderr.write(f"{what}: {text}\n")
+        sys.stderr.flush()
+
+    return show

@@ -32,22 +32,24 @@ class WorkerError(RuntimeError):
 
 
 class WorkerProcess:
-    """The parent's end of one ``worker`` process."""
+    """The parent's end of a process that runs ``module`` of this package, which serves as ``worker`` does."""
 
-    def __init__(self, threads: int, timeout: float = 900.0) -> None:
+    def __init__(self, threads: int, timeout: float = 900.0, module: str = "worker") -> None:
         self.timeout = timeout
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         env |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         # a session of its own: Ctrl-C reaches the parent only, which ends the round and writes what there is
         self.process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker"],
+            [sys.executable, "-m", f"{__package__}.{module}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             env=env,
             start_new_session=True,
         )
+        self.silent = False
+        """Whether an answer failed to come: there will be none any more."""
         self._unread = b""
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
@@ -69,9 +71,11 @@ class WorkerProcess:
         while b"\n" not in self._unread:
             ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))
             if not ready:
+                self.silent = True
                 raise WorkerError(f"no answer to '{do}' in {self.timeout:.0f} s")
             read = os.read(self.process.stdout.fileno(), 1 << 16)
             if not read:
+                self.silent = True
                 raise WorkerError(
                     f"the process ended with status {self.process.wait()} during '{do}'{self._last_words()}"
                 )
@@ -99,8 +103,8 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
             yield number, name
 
 
-def relative_error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest ``max|found - truth| / max|truth|`` over all tensors, and the tensor's name.
+def relative_errors(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> dict[str, float]:
+    """``max|found - truth| / max|truth|`` of each tensor.
 
     A tensor whose true values are all tiny (a key bias has gradient 0) is held to a thousandth of the largest tensor.
     NaN, a missing tensor or another shape is an infinite error.
@@ -108,15 +112,21 @@ def relative_error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor
     if not truth:
         raise ValueError("truth is empty")
     floor = 1e-3 * max(float(t.abs().max()) for t in truth.values() if t.numel())
-    worst, where = 0.0, next(iter(truth))
+    errors = {}
     for name, true in truth.items():
         mine = found.get(name)
-        if mine is None or mine.shape != true.shape:
-            return float("inf"), name
-        error = float((mine.double() - true.double()).abs().max()) / max(float(true.abs().max()), floor)
-        if not error <= worst:
-            worst, where = (error if error == error else float("inf")), name
-    return worst, where
+        errors[name] = float("inf")
+        if mine is not None and mine.shape == true.shape:
+            error = float((mine.double() - true.double()).abs().max()) / max(float(true.abs().max()), floor)
+            errors[name] = error if error == error else float("inf")
+    return errors
+
+
+def relative_error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest of the ``relative_errors``, and the name of the tensor."""
+    errors = relative_errors(found, truth)
+    where = max(errors, key=lambda name: errors[name])
+    return errors[where], where
 
 
 def run(

@@ -1,79 +1,75 @@
-"""Training contestants: sequence classification with dropout, forward + backward + AdamW step."""
+"""Training contestants: those of models.py, one step a call: forward, backward, AdamW's step, with dropout."""
 
 from typing import Any
 
 import torch
 
-from .contestants import TRUTH
-from .models import build_model, fastbert_details
-from .workloads import SEED, Workload
+from . import models
+from .workloads import SEED
 
 
-class HuggingFace:
-    """BertForSequenceClassification in training mode, one optimizer step a call, on the same batch."""
+class Training:
+    """Put in front of a contestant of models.py: a step of sequence classification on the same batch."""
 
-    def __init__(self, name: str, workload: Workload) -> None:
-        attention = "sdpa" if name.endswith("sdpa") else "eager"
-        dropout = workload.facts["dropout"]
-        self.inputs = dict(workload.inputs)
-        self.model = build_model(
-            "BertForSequenceClassification",
-            workload,
-            attention,
-            num_labels=workload.facts["num_labels"],
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-        ).train()
-        if name == TRUTH:
-            self.model.double()
-        self.call: Any = self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5)
+    workload: Any
+    inputs: dict[str, torch.Tensor]
+    model: Any
+    call: Any
+
+    cls_name = "BertForSequenceClassification"
+
+    def build(self, attention: str) -> torch.nn.Module:
+        facts = self.workload.facts
+        config = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), facts["dropout"])
+        config |= {name: facts[name] for name in ("num_labels",) if name in facts}
+        return models.build_model(self.cls_name, self.workload, attention, **config).train()
+
+    def prepare(self) -> None:
+        fused = next(self.model.parameters()).is_cuda
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5, fused=fused)
         torch.manual_seed(SEED)
 
-    def run(self) -> float:
-        loss = self.call(**self.inputs).loss
+    def loss(self, call: Any) -> torch.Tensor:
+        return call(**self.inputs).loss
+
+    def run(self) -> torch.Tensor:
+        loss = self.loss(self.call)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss
 
     def outputs(self) -> dict[str, torch.Tensor]:
         """Loss and every gradient with dropout off (masks differ between implementations), weights untouched.
 
-        Raises RuntimeError if, in training mode, two draws of dropout give the same loss: then none was applied.
+        Raises RuntimeError if, in training mode, two draws of dropout give the same hidden states: then none was
+        applied.
         """
         with torch.no_grad():
-            drawn = {self.model(**self.inputs).loss.item() for _ in range(2)}
-        if len(drawn) == 1:
-            raise RuntimeError("two training forwards gave the same loss: dropout was not applied")
+            first, second = (self.hidden() for _ in range(2))
+        if torch.equal(first, second):
+            raise RuntimeError("two training forwards gave the same hidden states: dropout was not applied")
         self.model.eval()
-        loss = self.model(**self.inputs).loss
+        loss = self.loss(self.model)
         loss.backward()
         found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss.detach(), **found}
 
-    def details(self) -> dict[str, Any]:
-        return {}
+    def hidden(self) -> torch.Tensor:
+        """The last hidden states, dropout applied."""
+        inputs = {name: value for name, value in self.inputs.items() if name != "labels"}
+        return self.model.base_model(**inputs).last_hidden_state
 
 
-class Compiled(HuggingFace):
-    """torch.compile of the sdpa model's forward and backward; the optimizer stays as it is. Compiling is not timed."""
-
-    def __init__(self, name: str, workload: Workload) -> None:
-        super().__init__("hf-sdpa", workload)
-        self.call = torch.compile(self.model, dynamic=False)
+class HuggingFace(Training, models.HuggingFace):
+    """transformers' model with eager or sdpa attention."""
 
 
-class FastBert(HuggingFace):
+class Compiled(Training, models.Compiled):
+    """torch.compile of the sdpa model."""
+
+
+class FastBert(Training, models.FastBert):
     """The same model after ``fastbert.optimize``, the same optimizer."""
-
-    def __init__(self, name: str, workload: Workload) -> None:
-        import fastbert
-
-        super().__init__("hf-sdpa", workload)
-        self.call = self.model = fastbert.optimize(self.model)
-
-    def details(self) -> dict[str, Any]:
-        return fastbert_details(self.model)

@@ -120,10 +120,10 @@ class Worker:
         return self.contestant.measure(seconds)
 
 
-def main() -> None:
+def serve(worker: Any) -> None:
+    """Answer every line of stdin with what the method it names gives."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    worker = Worker()
     for line in sys.stdin:
         command = json.loads(line)
         try:
@@ -136,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Worker())

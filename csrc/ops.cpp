@@ -1,4 +1,4 @@
-// The torch side of linear, ffn and attention: schemas, argument checks, allocation.
+// The torch side of linear, ffn, attention and the whole layer: schemas, argument checks, allocation.
 #include "runtime.h"
 #include "tensor.h"
 
@@ -103,22 +103,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_bwd(Tensor dy, Tensor x, Tensor p
   check(op, "pre", pre, type, {a.m, a.n1});
   Tensor dx = new_tensor({a.m, a.k}, type), dw1 = new_tensor({a.n1, a.k}, type), db1 = new_tensor({a.n1}, type),
          dw2 = new_tensor({a.n2, a.n1}, type);
-  Tensor workspace = new_tensor({2, a.m, a.n1}, ScalarType::Float);
+  Tensor dpre = new_tensor({a.m, a.n1}, ScalarType::Float);
   kernels().ffn_bwd(executor(), a.dtype, a.m, a.k, a.n1, a.n2, dy.const_data_ptr(), x.const_data_ptr(),
                     pre.const_data_ptr(), w1.const_data_ptr(), w2.const_data_ptr(), dx.mutable_data_ptr(),
                     dw1.mutable_data_ptr(), db1.mutable_data_ptr(), dw2.mutable_data_ptr(),
-                    static_cast<float*>(workspace.mutable_data_ptr()));
+                    static_cast<float*>(dpre.mutable_data_ptr()));
   return {dx, dw1, db1, dw2};
 }
 
-AttentionShape check_attention(const char* op, const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
-                               double scale, double dropout_p, const OptionalTensor& seed, const OptionalTensor& bias) {
-  check(op, "qkv", qkv, qkv.scalar_type(), {-1, 3, -1, -1});
-  AttentionShape a{};
-  a.total = qkv.size(0), a.heads = qkv.size(2), a.head_dim = qkv.size(3), a.max_seqlen = max_seqlen;
-  if (a.heads <= 0) fail(op, ": qkv has shape ", shape_text(qkv), "; it must have at least one head");
+// Takes a shape whose total, heads and head_dim are set; `tokens` names the tensor that has `total` of them.
+void check_sequences(const char* op, const char* tokens, const Tensor& cu_seqlens, int64_t max_seqlen,
+                     const OptionalTensor& bias, AttentionShape* shape) {
+  AttentionShape& a = *shape;
+  a.max_seqlen = max_seqlen;
   if (a.head_dim <= 0 || a.head_dim % 8 != 0)
-    fail(op, ": qkv has head_dim ", a.head_dim, "; it must be a positive multiple of 8");
+    fail(op, ": ", tokens, " has head_dim ", a.head_dim, "; it must be a positive multiple of 8");
   check(op, "cu_seqlens", cu_seqlens, ScalarType::Int, {-1});
   if (cu_seqlens.numel() < 1) fail(op, ": cu_seqlens is empty; it must hold batch + 1 offsets");
   a.batch = cu_seqlens.numel() - 1;
@@ -131,15 +130,24 @@ AttentionShape check_attention(const char* op, const Tensor& qkv, const Tensor& 
       fail(op, ": cu_seqlens holds a sequence of ", length, " tokens; max_seqlen is ", max_seqlen);
   }
   if (a.cu_seqlens[a.batch] != a.total)
-    fail(op, ": cu_seqlens ends with ", a.cu_seqlens[a.batch], "; qkv has ", a.total, " tokens");
-  a.scale = static_cast<float>(scale);
-  a.dropout_p = checked_dropout(op, dropout_p, seed);
-  a.seed = seed_value(dropout_p, seed);
+    fail(op, ": cu_seqlens ends with ", a.cu_seqlens[a.batch], "; ", tokens, " has ", a.total, " tokens");
   if (bias.has_value()) {
     check(op, "bias", *bias, ScalarType::Float, {-1, -1, -1, -1});
     check_bias(op, *bias, a.batch, a.heads, max_seqlen, a.bias_strides);
     a.bias = static_cast<const float*>(bias->const_data_ptr());
   }
+}
+
+AttentionShape check_attention(const char* op, const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
+                               double scale, double dropout_p, const OptionalTensor& seed, const OptionalTensor& bias) {
+  check(op, "qkv", qkv, qkv.scalar_type(), {-1, 3, -1, -1});
+  AttentionShape a{};
+  a.total = qkv.size(0), a.heads = qkv.size(2), a.head_dim = qkv.size(3);
+  if (a.heads <= 0) fail(op, ": qkv has shape ", shape_text(qkv), "; it must have at least one head");
+  check_sequences(op, "qkv", cu_seqlens, max_seqlen, bias, &a);
+  a.scale = static_cast<float>(scale);
+  a.dropout_p = checked_dropout(op, dropout_p, seed);
+  a.seed = seed_value(dropout_p, seed);
   return a;
 }
 
@@ -177,6 +185,50 @@ std::tuple<Tensor, Tensor> attention_bwd(Tensor dout, Tensor qkv, Tensor out, Te
   return {dqkv, dbias};
 }
 
+Tensor layer_fwd(Tensor x, Tensor cu_seqlens, int64_t max_seqlen, int64_t heads, double scale, OptionalTensor bias,
+                 TensorList weights, double eps1, double eps2) {
+  const char* op = "layer_fwd_cpu";
+  const DType dtype = float_dtype(op, "x", x);
+  const ScalarType type = x.scalar_type();
+  check(op, "x", x, type, {-1, -1});
+  if (weights.size() != 16)
+    fail(op, ": weights has ", weights.size(), " entries; it must have weight and bias of query, key, value, attention "
+         "output, first norm, up, down, second norm");
+  if (heads <= 0) fail(op, ": heads is ", heads, "; it must be positive");
+  LayerShape shape{};
+  shape.hidden = x.size(1), shape.eps1 = eps1, shape.eps2 = eps2;
+  if (shape.hidden == 0) fail(op, ": x has shape ", shape_text(x), "; its last dimension must not be 0");
+  const auto first_dimension = [&](const char* name, const Tensor& t) {
+    check(op, name, t, type, {-1, -1});
+    return t.size(0);
+  };
+  const int64_t hidden = shape.hidden, inner = first_dimension("query.weight", weights[0]);
+  if (inner % heads != 0) fail(op, ": query.weight has ", inner, " rows; it must be a multiple of heads = ", heads);
+  shape.intermediate = first_dimension("up.weight", weights[10]);
+  const auto data_of = [&](int i, const char* name, const std::vector<int64_t>& dimensions) {
+    check(op, name, weights[i], type, dimensions);
+    return weights[i].const_data_ptr();
+  };
+  LayerWeights w;
+  w.qkv[0] = data_of(0, "query.weight", {inner, hidden}), w.qkv_bias[0] = data_of(1, "query.bias", {inner});
+  w.qkv[1] = data_of(2, "key.weight", {inner, hidden}), w.qkv_bias[1] = data_of(3, "key.bias", {inner});
+  w.qkv[2] = data_of(4, "value.weight", {inner, hidden}), w.qkv_bias[2] = data_of(5, "value.bias", {inner});
+  w.out = data_of(6, "attention_out.weight", {hidden, inner}), w.out_bias = data_of(7, "attention_out.bias", {hidden});
+  w.norm1 = data_of(8, "attention_norm.weight", {hidden}), w.norm1_bias = data_of(9, "attention_norm.bias", {hidden});
+  w.up = data_of(10, "up.weight", {shape.intermediate, hidden});
+  w.up_bias = data_of(11, "up.bias", {shape.intermediate});
+  w.down = data_of(12, "down.weight", {hidden, shape.intermediate}), w.down_bias = data_of(13, "down.bias", {hidden});
+  w.norm2 = data_of(14, "norm.weight", {hidden}), w.norm2_bias = data_of(15, "norm.bias", {hidden});
+  AttentionShape& attention = shape.attention;
+  attention.total = x.size(0), attention.heads = heads, attention.head_dim = inner / heads;
+  attention.scale = static_cast<float>(scale);
+  check_sequences(op, "x", cu_seqlens, max_seqlen, bias, &attention);
+  Tensor y = new_tensor({attention.total, hidden}, type);
+  if (y.numel() > 0)
+    kernels().layer_fwd(executor(), dtype, shape, w, x.const_data_ptr(), y.mutable_data_ptr());
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
@@ -192,6 +244,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
   m.def(
       "attention_bwd_cpu(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, "
       "float scale, float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias) -> (Tensor, Tensor)");
+  m.def(
+      "layer_fwd_cpu(Tensor x, Tensor cu_seqlens, SymInt max_seqlen, int heads, float scale, Tensor? bias, "
+      "Tensor[] weights, float eps1, float eps2) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbert, CPU, m) {
@@ -201,6 +256,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastbert, CPU, m) {
   m.impl("ffn_bwd_cpu", TORCH_BOX(&ffn_bwd));
   m.impl("attention_fwd_cpu", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd_cpu", TORCH_BOX(&attention_bwd));
+  m.impl("layer_fwd_cpu", TORCH_BOX(&layer_fwd));
 }
 
 }  // namespace fastbert

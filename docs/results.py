@@ -26,7 +26,8 @@ def newest(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """The latest complete measurement of each row of the model and training tables, with the file that it is from."""
     found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    for content in sorted(contents, key=lambda c: c["time"]):
+    measured = [content for content in contents if "time" in content]  # what kernels compile to was not timed
+    for content in sorted(measured, key=lambda c: c["time"]):
         for row in content["rows"]:
             if row["kind"] != "op" and row["complete"] and "median_s" in row["contestants"].get("fastbert", {}):
                 found[row["row"]] = row, content

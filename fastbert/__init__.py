@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fastbert._version import __version__
 
 if TYPE_CHECKING:
+    from fastbert.packing import token_bound
     from fastbert.patch import disable, enable, enabled, optimize, restore
     from fastbert.reporting import report
 
@@ -34,9 +35,11 @@ _MODELS = (
 )
 
 _HOMES = dict.fromkeys(("disable", "enable", "enabled", "optimize", "restore"), "fastbert.patch")
-_HOMES |= {"report": "fastbert.reporting"} | dict.fromkeys(_MODELS, "fastbert.models")
+_HOMES |= {"report": "fastbert.reporting", "token_bound": "fastbert.packing"} | dict.fromkeys(
+    _MODELS, "fastbert.models"
+)
 
-__all__ = ["__version__", *_MODELS, "disable", "enable", "enabled", "optimize", "report", "restore"]
+__all__ = ["__version__", *_MODELS, "disable", "enable", "enabled", "optimize", "report", "restore", "token_bound"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command ``fastbert``: info, finetune, predict, bench."""
+"""The command ``fastbert``: info, tokenizer, prepare, pretrain, finetune, predict, bench."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ fastbert {__version__}: Hugging Face BERT, faster
 usage: fastbert COMMAND [flags]
 
   info      what is built, which device and instruction set, and which implementation each op would use
-  finetune  fine-tune a classifier or a regression on a CSV, TSV, JSONL or Parquet file
+  tokenizer learn a WordPiece vocabulary from text
+  prepare   make pretraining data from text
+  pretrain  train a BERT on prepared data, from scratch or from a checkpoint
+  finetune  fine-tune for classes, numbers, tags, answers, choices or embeddings on a file of rows
   predict   predict with a fine-tuned model over a file of any size
   bench     measure ops, models and training steps on this machine, against the alternatives
 
@@ -110,6 +113,8 @@ def information() -> dict[str, Any]:
 
 
 def _as_text(found: dict[str, Any]) -> str:
+    from . import dispatch
+
     lines = [f"fastbert {found['version']}", "", "build"]
     lines += [f"  {key:<14} {_value(value)}" for key, value in found["build"].items() if value not in (None, "")]
     lines += ["", "cpu", *(f"  {key:<14} {_value(value)}" for key, value in found["cpu"].items())]
@@ -120,6 +125,7 @@ def _as_text(found: dict[str, Any]) -> str:
         lines += ["", f"ops on {found['ops']['device']}, {dtype}"]
         for op, choice in found["ops"][dtype].items():
             lines.append(f"  {op:<12} {choice['backend'] or 'none'}")
+            lines += [f"    {line}" for line in dispatch.launches_as_text(choice)]
             lines += [f"    not {backend}: {reason}" for backend, reason in choice["rejected"].items()]
     return "\n".join(lines)
 
@@ -128,6 +134,24 @@ def _value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value)) or "none"
     return {True: "yes", False: "no", None: "none"}.get(value, str(value))
+
+
+def _tokenizer(argv: list[str]) -> int:
+    from .training.vocabulary import main as run
+
+    return run(argv)
+
+
+def _prepare(argv: list[str]) -> int:
+    from .training.prepare import main as run
+
+    return run(argv)
+
+
+def _pretrain(argv: list[str]) -> int:
+    from .training.pretrain import main as run
+
+    return run(argv)
 
 
 def _finetune(argv: list[str]) -> int:
@@ -149,8 +173,17 @@ def _bench(argv: list[str]) -> int:
     return run(argv) or 0
 
 
-_COMMANDS = {"info": _info, "finetune": _finetune, "predict": _predict, "bench": _bench}
+_COMMANDS = {
+    "info": _info,
+    "tokenizer": _tokenizer,
+    "prepare": _prepare,
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+    "predict": _predict,
+    "bench": _bench,
+}
 _EXTRAS = dict.fromkeys(("accelerate", "datasets", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib"), "train")
+_EXTRAS["sentence_transformers"] = "embeddings"
 
 
 if __name__ == "__main__":

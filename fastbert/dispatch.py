@@ -9,6 +9,7 @@ first. The first one that gives no reason against runs. FASTBERT_BACKEND, or an 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -28,7 +29,7 @@ class Implementation(NamedTuple):
 
     name: one of BACKENDS. run: takes the op's checked arguments.
     supports(device_type, dtype, requires) gives None, or the reason why it cannot run these.
-    off: why it runs only where it is forced, or None.
+    off: why it runs only where it is forced, until `preferred` has a measurement of it, or None.
     """
 
     name: str
@@ -39,6 +40,9 @@ class Implementation(NamedTuple):
 
 # A kernel that was compiled, and tested by running its source on the host, but that no GPU has run.
 NEVER_RUN = "off unless forced: no GPU has run this kernel yet"
+
+# What `fastbert bench gpu --preferred` measured: {"sm_90": {op: its backends, from fast to slow}}.
+PREFERRED = Path(__file__).with_name("preferred.json")
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -218,10 +222,38 @@ def _select(op: str, device_type: str, dtype: torch.dtype, requires: Any, backen
         if reason is not None:
             raise RuntimeError(f"{origin} forces {op}:{forced}, which cannot run: {reason}")
         return candidates[forced]
-    for implementation in candidates.values():
-        if implementation.off is None and implementation.supports(device_type, dtype, requires) is None:
+    for implementation in _ordered(op, device_type):
+        off = _off(op, implementation, device_type)
+        if off is None and implementation.supports(device_type, dtype, requires) is None:
             return implementation
     raise RuntimeError(f"{op}: no implementation runs on {device_type} in {dtype}")
+
+
+@functools.cache
+def _measured() -> dict[str, dict[str, list[str]]]:
+    table: dict[str, dict[str, list[str]]] = json.loads(PREFERRED.read_text(encoding="utf-8"))
+    return table
+
+
+def preferred(op: str, device_type: str) -> list[str]:
+    """The backends of an op that were measured on this kind of GPU, from fast to slow; [] if none was."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    return _measured().get(f"sm_{major}{minor}", {}).get(op, [])
+
+
+def _ordered(op: str, device_type: str) -> list[Implementation]:
+    """Those that were measured come in the order of their speed, where the first of them would be."""
+    found = _candidates(op)
+    measured = [name for name in preferred(op, device_type) if name in found]
+    order = iter(measured)
+    return [found[next(order)] if name in measured else implementation for name, implementation in found.items()]
+
+
+def _off(op: str, implementation: Implementation, device_type: str) -> str | None:
+    """Why an implementation runs only where it is forced, or None."""
+    return None if implementation.name in preferred(op, device_type) else implementation.off
 
 
 def _candidates(op: str) -> dict[str, Implementation]:
@@ -270,6 +302,21 @@ def parse(setting: str) -> tuple[str | None, dict[str, str]]:
     return everywhere, single
 
 
+def _launches(op: str, device: str | torch.device) -> dict[str, Any]:
+    from fastbert.kernels import configs  # type: ignore[import-not-found]
+
+    told = configs.describe(device)
+    return {"tables": told["tables"], "launched": {k: v for k, v in told["used"].items() if k.startswith(op)}}
+
+
+def launches_as_text(entry: dict[str, Any]) -> list[str]:
+    """What an entry of `describe` says of launch configurations, as lines."""
+    lines = [f"launch configurations from {', then '.join(entry['tables'])}"] if "tables" in entry else []
+    for name, config in entry.get("launched", {}).items():
+        lines.append(f"launched {name}: " + ", ".join(f"{key} {value}" for key, value in config.items()))
+    return lines
+
+
 def describe(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -279,28 +326,32 @@ def describe(
 ) -> dict[str, dict[str, Any]]:
     """What each op would run on this device in this dtype: {op: {"backend": name, "rejected": {backend: reason}}}.
 
+    Where the backend is triton also "tables", the files that launch configurations come from, the first of them going
+    before the next, and "launched": what this process has launched kernels of the op with.
     head_dim: the attention's head size, where it is known. Does not raise if a forced backend cannot run: then
     "backend" is None and "rejected" holds the reason. An invalid FASTBERT_BACKEND does raise ValueError.
     """
     device_type = _device_type(device)
     result: dict[str, dict[str, Any]] = {}
     for op in ops:
-        candidates = _candidates(op)
         requires = head_dim if op == "attention" else None
         forced, origin = _forced(op)
         chosen: str | None = None
         rejected: dict[str, str] = {}
-        for name, implementation in candidates.items():
+        for implementation in _ordered(op, device_type):
+            name = implementation.name
             reason = implementation.supports(device_type, dtype, requires)
             if reason is not None:
                 rejected[name] = reason
             elif forced is not None and name != forced:
                 rejected[name] = f"{origin} forces {forced}"
-            elif forced is None and implementation.off is not None:
-                rejected[name] = implementation.off
+            elif forced is None and (off := _off(op, implementation, device_type)) is not None:
+                rejected[name] = off
             elif chosen is not None:
                 rejected[name] = f"not needed, {chosen} comes first"
             else:
                 chosen = name
         result[op] = {"backend": chosen, "rejected": rejected}
+        if chosen == "triton":
+            result[op] |= _launches(op, device)
     return result

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
+from fastbert.ops.layer import layer as layer_op
 from fastbert.packing import PackedBatch
 
 
@@ -86,6 +87,11 @@ def layer(x: Tensor, batch: PackedBatch, weights: tuple[Tensor, ...], settings: 
     """
     wq, bq, wk, bk, wv, bv, wo, bo, g1, b1, w_up, b_up, w_down, b_down, g2, b2 = weights
     heads, scale, eps1, eps2, attention_dropout, hidden_dropout, ffn_dropout, deterministic = settings
+
+    if not (attention_dropout or hidden_dropout or ffn_dropout):
+        y = layer_op(x, batch.cu_seqlens, batch.max_seqlen, heads, scale, batch.bias, weights, eps1, eps2)
+        if y is not None:
+            return y
 
     qkv = ops.linear(x, (wq, wk, wv), (bq, bk, bv))
     qkv = qkv.view(x.shape[0], 3, heads, qkv.shape[1] // (3 * heads))

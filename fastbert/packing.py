@@ -1,25 +1,56 @@
 """From an attention mask to a packed batch and back.
 
 The encoder works on the real tokens alone: `pack` takes them out of [B, S, H] into [T, H], `cu_seqlens` says where each
-sequence starts, and `unpack` puts them back, with zeros where the mask is 0. Where tokens cannot be taken out (a 4-D
-mask, or a trace in which T must not depend on data) all B * S places are kept, and the mask becomes an additive bias.
+sequence starts, and `unpack` puts them back, with zeros where the mask is 0 (but for the first place of a row, which
+pooled outputs read). Where tokens cannot be taken out (a 4-D mask, or a trace or a CUDA graph, in which T must not
+depend on data) all B * S places are kept, and the mask becomes an additive bias; unless `token_bound` says how many
+tokens there are at most: then T is that bound, and the rows behind the last token are sequences of their own, which
+`unpack` leaves out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_bound: int | None = None  # process-wide: a checkpointed encoder is recomputed in a thread of autograd's own
+
+
+@contextlib.contextmanager
+def token_bound(tokens: int) -> Iterator[None]:
+    """Within this context, a batch with a mask is packed into exactly `tokens` rows, and nothing is read back for it.
+
+    tokens: at least the number of real tokens (ones in the mask) of each batch. With it the work has a size that is
+    known beforehand, so that a whole step can be captured in a CUDA graph or compiled, without computing the padding.
+    Rows to spare cost what tokens cost, and change no result. Question answering heads keep their padding, and 4-D
+    masks theirs, as ever. A first place that is masked gives zeros here, also to pooled outputs: pad on the right.
+
+    Applies to all threads. Raises ValueError if tokens is no positive integer; the forward raises ValueError if it
+    has no mask and more tokens. A mask with more is found on the device: RuntimeError on the CPU, on CUDA a
+    device-side assertion, after which the process has to end.
+    """
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"token_bound: tokens must be an integer of at least 1, got {tokens!r}")
+    global _bound
+    before, _bound = _bound, tokens
+    try:
+        yield
+    finally:
+        _bound = before
+
 
 class PackedBatch:
     """One batch as the encoder sees it.
 
     batch, seqlen: B and S of the padded tensors. cu_seqlens: int32 [sequences + 1]. max_seqlen: the longest sequence.
-    indices: int64 [T], the real tokens among the B * S places; None if all places are kept.
+    indices: int64 [T], the real tokens among the B * S places; None if all places are kept. Where T is a bound, the
+        rows without a token have B * S there, and cu_seqlens makes sequences of them behind the B real ones.
     bias: additive, [B|1, h|1, S|1, S], or None.
     mask: the 2-D bool mask [B, S], or None. source: the 4-D mask as it was given, or None.
     zero: whether `unpack` clears the masked places of a layout that keeps them.
@@ -38,6 +69,7 @@ class PackedBatch:
         source: Tensor | None = None,
         zero: bool = False,
         sequences: bool = False,
+        surplus: bool = False,
     ) -> None:
         self.batch = batch
         self.seqlen = seqlen
@@ -49,6 +81,7 @@ class PackedBatch:
         self.source = source
         self.zero = zero
         self._sequences = sequences
+        self._surplus = surplus
         self._stock: dict[bool, Tensor | None] = {}
 
     @classmethod
@@ -60,18 +93,45 @@ class PackedBatch:
     def from_mask(cls, attention_mask: Tensor, batch: int, seqlen: int) -> PackedBatch:
         """From a mask [B, S] of 0 and 1 (bool, integer or float), in any pattern.
 
+        The first place of a row that has tokens is kept even if it is masked (padding on the left): pooled outputs
+        read it. It sees the tokens, and a bias hides it from all, as in stock.
+
         Reads the lengths back from the device, once. Raises ValueError for another shape or other values.
         """
-        mask = checked_mask(attention_mask, batch, seqlen)
+        mask = kept = checked_mask(attention_mask, batch, seqlen)
         lengths = mask.sum(1, dtype=torch.int32)
-        on_host = lengths.tolist()
-        total = sum(on_host)
-        if total == batch * seqlen:
+        starts_masked = (lengths > 0) & ~mask[:, 0] if seqlen else lengths > 0
+        on_host, masked_starts = torch.stack((lengths, starts_masked)).tolist()
+        bias = None
+        if any(masked_starts):
+            kept = mask.clone()
+            kept[:, 0] |= starts_masked
+            lengths = lengths + starts_masked
+            on_host = [length + start for length, start in zip(on_host, masked_starts, strict=True)]
+            bias = torch.zeros(batch, 1, 1, max(on_host), device=mask.device)
+            bias[:, 0, 0, 0].masked_fill_(starts_masked, -torch.inf)
+        elif sum(on_host) == batch * seqlen:
             return cls.full(batch, seqlen, mask.device)
-        flat = mask.reshape(-1)
-        indices = flat.nonzero() if mask.device.type == "cpu" else torch.nonzero_static(flat, size=total)
+        flat = kept.reshape(-1)
+        indices = flat.nonzero() if mask.device.type == "cpu" else torch.nonzero_static(flat, size=sum(on_host))
         cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(batch, seqlen, cu_seqlens, max(on_host), indices=indices.view(-1), mask=mask)
+        return cls(batch, seqlen, cu_seqlens, max(on_host), indices=indices.view(-1), bias=bias, mask=mask)
+
+    @classmethod
+    def bounded(cls, attention_mask: Tensor, batch: int, seqlen: int, tokens: int) -> PackedBatch:
+        """From a mask [B, S] in any pattern, into `tokens` rows, and no host sync; see `token_bound`."""
+        _check_shape(attention_mask, batch, seqlen)
+        if batch * seqlen == 0:
+            return cls.full(batch, seqlen, attention_mask.device)
+        mask = attention_mask if attention_mask.dtype is torch.bool else attention_mask != 0
+        ends = mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        torch._assert_async(
+            ends[-1] <= tokens, f"attention_mask has more than {tokens} tokens, the bound set by fastbert.token_bound"
+        )
+        indices = torch.nonzero_static(mask.reshape(-1), size=tokens, fill_value=batch * seqlen).view(-1)
+        surplus = surplus_ends(ends[-1:], -(-tokens // seqlen), seqlen, tokens, mask.device)
+        cu_seqlens = torch.cat([ends.new_zeros(1), ends, surplus])
+        return cls(batch, seqlen, cu_seqlens, seqlen, indices=indices, mask=mask, surplus=True)
 
     @classmethod
     def padded(cls, attention_mask: Tensor, batch: int, seqlen: int, dtype: torch.dtype, *, zero: bool) -> PackedBatch:
@@ -113,7 +173,11 @@ class PackedBatch:
         max_length_q: int | None = None,
         max_length_k: int | None = None,
     ) -> PackedBatch:
-        """From input that comes packed as [1, T], the way transformers' flash attention takes it."""
+        """From input that comes packed as [1, T], the way transformers' flash attention takes it.
+
+        Checks the values, which a trace or the capture of a CUDA graph cannot: there max_length_q has to be right, and
+        is T if it is not given.
+        """
         cu_seqlens = cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
         assert cu_seqlens is not None
         name = "cu_seq_lens_q" if cu_seq_lens_q is not None else "cu_seq_lens_k"
@@ -124,7 +188,7 @@ class PackedBatch:
                 f"{name} must hold integers in 1 dimension, got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
             )
         longest = max_length_q if max_length_q is not None else max_length_k
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not capturing(cu_seqlens):
             ends = cu_seqlens.tolist()
             lengths = [end - start for start, end in itertools.pairwise(ends)]
             if not lengths or ends[0] != 0 or ends[-1] != seqlen or min(lengths) < 0:
@@ -137,18 +201,29 @@ class PackedBatch:
         cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
         return cls(1, seqlen, cu_seqlens, seqlen if longest is None else longest, sequences=True)
 
+    @property
+    def tokens(self) -> int:
+        """T, the number of rows that `pack` gives."""
+        return self.batch * self.seqlen if self.indices is None else self.indices.shape[0]
+
+    @property
+    def even_shape(self) -> tuple[int, int] | None:
+        """(B, S) if cu_seqlens follows from them, because every sequence has S tokens; else None."""
+        return (self.batch, self.seqlen) if self.indices is None and not self._sequences else None
+
     def pack(self, x: Tensor) -> Tensor:
         """[B, S, ...] -> [T, ...]: the real tokens, in order. A view if every place is kept."""
         x = x.reshape(self.batch * self.seqlen, *x.shape[2:])
-        return x if self.indices is None else _Gather.apply(x, self.indices)
+        return x if self.indices is None else _Gather.apply(x, self.indices, self._surplus)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [B, S, ...], zeros where the mask is 0."""
+        """[T, ...] -> [B, S, ...], zeros where the mask is 0, but for the first place of a row that has tokens."""
         if self.indices is not None:
-            x = _Scatter.apply(x, self.indices, self.batch * self.seqlen)
+            x = _Scatter.apply(x, self.indices, self.batch * self.seqlen, self._surplus)
         x = x.view(self.batch, self.seqlen, *x.shape[1:])
         if self.zero and self.mask is not None:
-            x = torch.where(self.mask.view(*self.mask.shape, *(1,) * (x.dim() - 2)), x, 0.0)
+            shown = torch.cat((self.mask.any(1, keepdim=True), self.mask[:, 1:]), 1)  # the first place: see from_mask
+            x = torch.where(shown.view(*shown.shape, *(1,) * (x.dim() - 2)), x, 0.0)
         return x
 
     def stock_mask(self, dtype: torch.dtype, *, as_bias: bool = False) -> Tensor | None:
@@ -188,14 +263,19 @@ def batch_of(
             raise ValueError("attention_mask must be None when cu_seq_lens_q is given")
         return PackedBatch.from_cu_seqlens(batch, seqlen, hidden_states.device, *(kwargs.get(name) for name in names))
     if attention_mask is None:
+        if _bound is not None and batch * seqlen > _bound:
+            raise ValueError(f"token_bound: tokens is {_bound}, but the batch has no mask and {batch * seqlen} tokens")
         return PackedBatch.full(batch, seqlen, hidden_states.device)
     made_here = getattr(attention_mask, "_fastbert_batch", None)
     if made_here is not None:
         return made_here
     if attention_mask.dim() == 4:
-        if not keep_padding and not unreadable(attention_mask) and (mask := _same_rows(attention_mask)) is not None:
+        readable = _bound is None and not unreadable(attention_mask)
+        if not keep_padding and readable and (mask := _same_rows(attention_mask)) is not None:
             return PackedBatch.from_mask(mask.expand(batch, seqlen), batch, seqlen)
         return PackedBatch.from_bias(attention_mask, batch, seqlen, hidden_states.dtype)
+    if _bound is not None and not keep_padding:
+        return PackedBatch.bounded(attention_mask, batch, seqlen, _bound)
     if keep_padding or unreadable(attention_mask):
         return PackedBatch.padded(attention_mask, batch, seqlen, hidden_states.dtype, zero=not keep_padding)
     return PackedBatch.from_mask(attention_mask, batch, seqlen)
@@ -210,8 +290,13 @@ def _same_rows(mask: Tensor) -> Tensor | None:
 
 
 def unreadable(mask: Tensor) -> bool:
-    """Whether the values of a mask cannot be read now: while tracing, on meta or fake tensors."""
-    return torch.compiler.is_compiling() or mask.is_meta or type(mask) is not Tensor
+    """Whether the values of a mask cannot be read now: while tracing or capturing, on meta or fake tensors."""
+    return torch.compiler.is_compiling() or mask.is_meta or type(mask) is not Tensor or capturing(mask)
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the stream that works on this tensor."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -239,32 +324,53 @@ def _check_shape(attention_mask: Tensor, batch: int, seqlen: int) -> None:
         )
 
 
+def surplus_ends(last: Tensor | int, count: int, longest: int, total: int, device: torch.device) -> Tensor:
+    """`count` further entries of cu_seqlens, so that the rows behind the last token belong to sequences, too: int32.
+
+    last: where the tokens end. longest: of a sequence. total: where the rows end. Attention writes only the rows of
+    sequences, and whatever else lay in memory could be NaN, which a product with a gradient of zero keeps.
+    """
+    steps = torch.arange(1, count + 1, dtype=torch.int32, device=device)
+    return (steps * longest + last).clamp_(max=total)
+
+
 def _even(batch: int, seqlen: int, device: torch.device) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of x [N, ...] by index; the indices differ, so backward is a plain write instead of a sum."""
+    """Rows of x [N, ...] by index; the indices differ, so backward is a plain write instead of a sum.
+
+    surplus: some indices are N; they give rows of zeros.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, indices: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, indices: Tensor, surplus: bool) -> Tensor:
         ctx.save_for_backward(indices)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, indices)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Scatter.apply(grad, ctx.saved_tensors[0], ctx.rows), None
-
-
-class _Scatter(torch.autograd.Function):
-    """Rows of x [T, ...] written to places of a zero tensor [N, ...]; the inverse of _Gather."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, indices: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(indices)
-        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, indices, x)
+        ctx.rows, ctx.surplus = x.shape[0], surplus
+        if not surplus:
+            return x.index_select(0, indices)
+        none = (indices == ctx.rows).view(-1, *(1,) * (x.dim() - 1))
+        return x.index_select(0, indices.clamp(max=ctx.rows - 1)).masked_fill_(none, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Gather.apply(grad, ctx.saved_tensors[0]), None, None
+        return _Scatter.apply(grad, ctx.saved_tensors[0], ctx.rows, ctx.surplus), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """Rows of x [T, ...] written to places of a zero tensor [N, ...]; the inverse of _Gather.
+
+    surplus: some indices are N; their rows are left out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor, rows: int, surplus: bool) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.surplus = surplus
+        places = x.new_zeros(rows + surplus, *x.shape[1:]).index_copy_(0, indices, x)
+        return places[:rows] if surplus else places
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Gather.apply(grad, ctx.saved_tensors[0], ctx.surplus), None, None, None

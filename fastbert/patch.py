@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from transformers.modeling_utils import PreTrainedModel
 
 import fastbert.implementation  # noqa: F401  (registers the attention implementation)
-from fastbert import encoder
+from fastbert import encoder, graphs
 from fastbert.guards import (
     IMPLEMENTATION,
     PACKABLE,
@@ -101,20 +101,21 @@ calls = {"fast": 0, "stock": 0}  # layer calls in this process, without those tr
 
 
 class State:
-    """What fastbert keeps on a swapped module. Copies and pickles start afresh, apart from the configuration."""
+    """What fastbert keeps on a swapped module. Copies and pickles start afresh, apart from what was asked for."""
 
-    __slots__ = ("config", "fast", "implementation", "reason", "resolved", "stock")
+    __slots__ = ("config", "fast", "graphs", "implementation", "reason", "resolved", "stock")
 
-    def __init__(self, config: Any = None, implementation: str | None = None) -> None:
+    def __init__(self, config: Any = None, implementation: str | None = None, graphs_held: int = 0) -> None:
         self.config = config
         self.implementation = implementation  # of the configuration before optimize; on an encoder
         self.resolved: Any = None  # the parts as last found: a guards.Resolved
+        self.graphs = graphs.EncoderGraphs(graphs_held) if graphs_held else None  # of an encoder
         self.fast = 0
         self.stock = 0
         self.reason: str | None = None  # why the last call was stock; None if it was fast, or if there was none
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return State, (self.config, self.implementation)
+        return State, (self.config, self.implementation, 0 if self.graphs is None else self.graphs.limit)
 
     def count(self, reason: str | None) -> None:
         self.reason = reason
@@ -193,9 +194,10 @@ class FastLayer(Fast):
                 reason = "a cache or cross-attention is in use"
             if reason is not None:
                 return reason, None, None
-        return self._parts_reason(hidden_states)
+        return self.ready_parts(hidden_states)
 
-    def _parts_reason(self, hidden_states: Tensor | None) -> tuple[Any, Any, Any]:
+    def ready_parts(self, hidden_states: Tensor | None) -> tuple[Any, Any, Any]:
+        """(why the layer's parts cannot take these states, or None; the weights; the settings)."""
         resolved = self.resolve()
         if resolved.reason is not None:
             return resolved.reason, None, None
@@ -210,7 +212,7 @@ class FastLayer(Fast):
         config = self._fastbert.config
         if config is not None and config._attn_implementation not in PACKABLE:
             return f"the attention implementation was set to {config._attn_implementation!r}"
-        return self._parts_reason(None)[0]
+        return self.ready_parts(None)[0]
 
     def resolve(self) -> ResolvedLayer:
         """The layer's parts, looked up anew only if something changed."""
@@ -244,7 +246,7 @@ class FastEncoder(Fast):
             )
         crossing = {"encoder_hidden_states": encoder_hidden_states, "past_key_values": past_key_values}
         batch = encoder_batch(self, hidden_states, attention_mask, kwargs, crossing)
-        if batch is None or all_stock(self.layer):
+        if batch is None or all_stock(self):
             crossing["encoder_attention_mask"] = encoder_attention_mask
             return cleared(
                 super().forward(hidden_states, attention_mask, **crossing, use_cache=use_cache, **kwargs), batch
@@ -263,7 +265,7 @@ class FastDistilBertEncoder(Fast):
         if not isinstance(self, FastDistilBertEncoder):
             return restored_forward(self, hidden_states, attention_mask, **kwargs)
         batch = encoder_batch(self, hidden_states, attention_mask, kwargs, {})
-        if batch is None or all_stock(self.layer):
+        if batch is None or all_stock(self):
             return cleared(super().forward(hidden_states, attention_mask, **kwargs), batch)
         return BaseModelOutput(last_hidden_state=encode(self, hidden_states, batch, **kwargs))
 
@@ -273,7 +275,10 @@ def encoder_batch(
 ) -> PackedBatch | None:
     """The packed batch of an encoder's call, or None if the stock forward has to run it."""
     keep_padding = kwargs.pop(KEEP_PADDING, False)
-    if call_reason(module._fastbert.config, kwargs | crossing) is not None:
+    reason = call_reason(module._fastbert.config, kwargs | crossing)
+    if reason is not None:
+        if module._fastbert.graphs is not None:
+            module._fastbert.graphs.reason = reason
         return None
     batch = batch_of(hidden_states, attention_mask, kwargs, keep_padding=keep_padding)
     return batch if isinstance(batch, PackedBatch) else None
@@ -286,20 +291,26 @@ def cleared(outputs: Any, batch: PackedBatch | None) -> Any:
     return outputs
 
 
-def all_stock(layers: nn.ModuleList) -> bool:
-    """Whether no layer could use packed tokens, so that packing them would be for nothing."""
+def all_stock(module: Any) -> bool:
+    """Whether no layer of an encoder could use packed tokens, so that packing them would be for nothing."""
     if torch.compiler.is_compiling():
         return False
-    for layer in layers:
+    for layer in module.layer:
         if isinstance(layer, FastLayer):
             state = layer._fastbert
             if (state.fast and state.reason is None) or layer.static_reason() is None:
                 return False
+    if module._fastbert.graphs is not None:
+        module._fastbert.graphs.reason = "no layer takes the fast path"
     return True
 
 
 def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, **kwargs: Any) -> Tensor:
     """All layers of an encoder. args, kwargs: what the stock encoder hands its layers besides states and mask."""
+    if module._fastbert.graphs is not None and not torch.compiler.is_compiling():
+        y = replay(module.layer, module._fastbert.graphs, hidden_states, batch)
+        if y is not None:
+            return y
     watched = captured("hidden_states")
     return encoder.encode(
         module.layer,
@@ -310,6 +321,21 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
         *args,
         **kwargs,
     )
+
+
+def replay(
+    layers: nn.ModuleList, held: graphs.EncoderGraphs, hidden_states: Tensor, batch: PackedBatch
+) -> Tensor | None:
+    """All layers of an encoder by a CUDA graph, or None, with the reason in `held`, if none may serve this call."""
+    for layer in layers:
+        if not isinstance(layer, FastLayer) or "stock" not in vars(type(layer)):  # or of a class on top of ours
+            held.reason = f"a layer is a {type(layer).__qualname__} of {type(layer).__module__}"
+            return None
+    y = held.encode(layers, hidden_states, batch)
+    if y is not None:
+        for layer in layers:
+            layer._fastbert.count(None)
+    return y
 
 
 def takes_packed(layer: nn.Module, batch: PackedBatch) -> bool:
@@ -408,23 +434,51 @@ copyreg.pickle(FastMeta, lambda cls: (_class_of, (cls.stock,)))
 # --- optimize and restore ------------------------------------------------------------------------------------
 
 
-def optimize(model: Model) -> Model:
+def optimize(model: Model, *, cuda_graphs: bool | int = False) -> Model:
     """Make every BERT inside `model` a fast one, in place.
 
     model: a transformers model of a family of `FAMILIES`, or any nn.Module that holds some (a sentence-transformers
     SentenceTransformer or CrossEncoder, a PEFT model, your own). Weights, keys and outputs stay what they are. Calling
     it again does no harm; `restore` undoes it.
 
-    Returns the model. Raises TypeError if it is no nn.Module, ValueError if there is nothing in it to optimize.
+    cuda_graphs: run the layers by CUDA graphs where no gradient is recorded, which makes small batches faster. A graph
+    serves batches of about one size (`graphs.Bucket`) and is recorded at the first of them; each encoder holds 32 of
+    them, or as many as are given here, and drops the one that was not used for longest. `report` says whether the last
+    call used one, and if not, why. The last call of `optimize` decides. See docs/cuda_graphs.md.
+
+    Returns the model. Raises TypeError if it is no nn.Module, ValueError if there is nothing in it to optimize, if
+    cuda_graphs is neither a bool nor at least 1, or if it asks for graphs of an encoder that is not on a CUDA device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: model must be a torch.nn.Module, got {type(model).__qualname__}")
+    if not isinstance(cuda_graphs, int) or cuda_graphs < (not isinstance(cuda_graphs, bool)):
+        raise ValueError(
+            "optimize: cuda_graphs must be True, False, or the number of graphs to hold, at least 1; "
+            f"got {cuda_graphs!r}"
+        )
+    encoders = [module for module in model.modules() if role_of(module) == "encoder"]
+    if cuda_graphs:
+        devices = {str(parameter.device) for module in encoders for parameter in module.parameters()}
+        if not encoders or not all(device.startswith("cuda") for device in devices):
+            what = f"its weights are on {', '.join(sorted(devices))}" if encoders else "there is no encoder in it"
+            raise ValueError(
+                f"optimize: cuda_graphs={cuda_graphs} needs a model whose encoder is on a CUDA device, but {what}; "
+                "optimize(model.cuda(), cuda_graphs=True) moves it first"
+            )
     if not swap(model):
         raise ValueError(
             f"optimize: nothing to optimize in model, a {type(model).__qualname__} of {type(model).__module__}; "
             f"allowed are models of the families {', '.join(FAMILIES)}, and modules that hold one"
         )
+    limit = graphs.DEFAULT_LIMIT if cuda_graphs is True else int(cuda_graphs)
+    for module in encoders:
+        module._fastbert.graphs = graphs.EncoderGraphs(limit) if limit else None
     return model
+
+
+def role_of(module: nn.Module) -> str | None:
+    """What a stock or swapped module is in its family: "layer", "encoder", "embeddings", a head's name, or None."""
+    return ROLES.get((type(module).__module__, type(module).__name__), (None,))[0]
 
 
 def swap(model: nn.Module, *, replace: tuple[str | None, ...] | None = None) -> bool:
@@ -435,7 +489,7 @@ def swap(model: nn.Module, *, replace: tuple[str | None, ...] | None = None) -> 
     found = False
     for module in model.modules():
         if not isinstance(module, Fast):
-            role = ROLES.get((type(module).__module__, type(module).__name__), (None,))[0]
+            role = role_of(module)
             cls = None if role in (None, "Model", "LMHeadModel") else fast_class(type(module))
             if cls is None:
                 continue

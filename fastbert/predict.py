@@ -1,4 +1,4 @@
-"""``fastbert predict``: a trained classifier over a file of any size.
+"""``fastbert predict``: a fine-tuned model over a file of any size.
 
 Rows are read in windows; a window is tokenised, sorted by length into batches of a token budget, and written in input
 order to a part file, which takes the output's name at the end. A journal next to it says what is complete, so that a
@@ -11,22 +11,20 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from .training.data import BadRowError, TextColumns, choose_text_columns, tokenize
+from .predictors import Predictor, predictor_for
+from .training.data import BadRowError
 from .training.errors import CommandError, first_line, is_disk_full
 from .training.loading import (
     check_vocabulary,
-    load_classifier,
     load_config,
+    load_model,
     load_tokenizer,
     quiet_transformers,
     sequence_limit,
@@ -35,19 +33,21 @@ from .training.output import Output, open_output, output_format
 from .training.rows import Position, Row, RowFile, open_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 BAD_ROWS_STATUS = 3  # the exit status of a run that is complete but for rows that it could not predict
 SHOWN = 20  # bad rows printed in full
+_NEEDED = ["--model_name_or_path", "", "--input", "", "--output", ""]  # flags without a default
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``fastbert predict``."""
     parser = argparse.ArgumentParser(
         prog="fastbert predict",
-        description="Predict with a fine-tuned classifier over a CSV, TSV, JSONL or Parquet file. The output keeps the "
-        "input's columns and order and adds predicted_label and score (or predicted_value), and error.",
+        description="Predict with a fine-tuned model over a CSV, TSV, JSONL, Parquet or CoNLL file, or SQuAD's JSON. "
+        "The output keeps the input's columns and order and adds what fits the model, and error: predicted_label and "
+        "score (or predicted_value); predicted_tags and scores, a tag a word; predicted_answer, predicted_start and "
+        "score; predicted_choice and score.",
         epilog=f"Exit status: 0 all rows predicted, {BAD_ROWS_STATUS} done but for rows with an error, 1 failed, "
         "2 wrong flags, 130 interrupted.",
         allow_abbrev=False,
@@ -56,11 +56,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_name_or_path", required=True, metavar="DIR", help="folder that fastbert finetune or HF Trainer wrote")
     add("--input", required=True, metavar="FILE", help="file or saved dataset folder; - for JSONL from standard input")
     add(
-        "--output", required=True, metavar="FILE", help=".csv, .tsv, .jsonl or .parquet; - for JSONL on standard output"
+        "--output",
+        required=True,
+        metavar="FILE",
+        help=".csv, .tsv, .jsonl or .parquet; .conll for tags (a word a line, the predicted tag last); - for JSONL on "
+        "standard output",
     )
     add("--text_column_name", nargs="+", metavar="NAME", help="column with the text; several are joined")
     add("--text_column_delimiter", default=" ", metavar="X", help="joins several text columns (default: a space)")
     add("--text_pair_column_name", metavar="NAME", help="column with the second sentence of a pair")
+    add("--choice_column_names", nargs="+", metavar="NAME", help="multiple choice: as in finetune")
+    add("--question_column_name", default="question", metavar="NAME", help="question answering: the question")
+    add("--context_column_name", default="context", metavar="NAME", help="question answering: the text to search")
+    add("--doc_stride", type=_positive, metavar="N", help="tokens that two windows of a long text share")
+    add("--n_best_size", type=_positive, default=20, metavar="N", help="question answering: as in finetune")
+    add("--max_answer_length", type=_positive, default=30, metavar="N", help="question answering: tokens (default: 30)")
+    add("--version_2_with_negative", action="store_true", help="question answering: there may be no answer")
+    add("--null_score_diff_threshold", type=float, default=0.0, metavar="X", help="question answering: as in finetune")
     add("--max_seq_length", type=_positive, metavar="N", help="longer texts are cut (default: what the model allows)")
     add("--max_tokens_per_batch", type=_positive, default=8192, metavar="N", help="tokens in a batch (default: 8192)")
     add("--window_rows", type=_positive, default=4096, metavar="N", help="rows in memory at a time (default: 4096)")
@@ -95,105 +107,15 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-@dataclass
-class Head:
-    """What the model's outputs mean, and the columns that they fill."""
-
-    kind: str
-    names: list[str]
-    all_scores: bool
-    threshold: float
-    prefix: str
-
-    @classmethod
-    def of(cls, config: Any, flags: argparse.Namespace) -> Head:
-        kind = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
-        names = [str(config.id2label[i]) for i in range(config.num_labels)]
-        return cls(kind, names, flags.all_scores, flags.threshold, flags.column_prefix)
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the added columns but ``error``."""
-        if self.kind == REGRESSION:
-            single = len(self.names) == 1
-            found = ["predicted_value"] if single else [f"predicted_value_{name}" for name in self.names]
-        else:
-            found = ["predicted_label"] if self.kind == MULTI else ["predicted_label", "score"]
-            if self.all_scores or self.kind == MULTI:
-                found += [f"score_{name}" for name in self.names]
-        return [self.prefix + name for name in found]
-
-    @property
-    def error_column(self) -> str:
-        return self.prefix + "error"
-
-    def values(self, logits: np.ndarray) -> list[Any]:
-        """The values of :attr:`columns` for one row's logits [labels]."""
-        if self.kind == REGRESSION:
-            return [float(f"{x:.7g}") for x in logits]
-        if self.kind == MULTI:
-            scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
-            chosen = [name for name, score in zip(self.names, scores, strict=True) if score > self.threshold]
-            return [chosen, *(round(float(score), 6) for score in scores)]
-        exponents = np.exp(logits.astype(np.float64) - logits.max())
-        scores = exponents / exponents.sum()
-        best = int(scores.argmax())
-        every = [round(float(score), 6) for score in scores] if self.all_scores else []
-        return [self.names[best], round(float(scores[best]), 6), *every]
-
-
-def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices sorted by length, in batches whose padded size is at most ``budget`` tokens (or one row)."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-@dataclass
-class Predictor:
-    """A model with its tokenizer, from texts to logits."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    budget: int
-    tokens: int = 0
-    truncated: int = 0
-
-    @torch.inference_mode()
-    def logits(self, texts: list[str], pairs: list[str] | None) -> np.ndarray:
-        """Logits [len(texts), labels] in float32, in the order of the texts."""
-        encoded, cut = tokenize(self.tokenizer, texts, pairs, self.max_length)
-        self.truncated += cut
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        self.tokens += sum(lengths)
-        result = np.full((len(texts), int(self.model.config.num_labels or 1)), np.nan, dtype=np.float32)
-        for batch in batches(lengths, self.budget):
-            inputs = self.tokenizer.pad(
-                {name: [values[i] for i in batch] for name, values in encoded.items()}, return_tensors="pt"
-            )
-            logits = self.model(**inputs.to(self.model.device)).logits
-            result[batch] = logits.float().cpu().numpy().reshape(len(batch), -1)
-        return result
-
-
 def predict_window(
-    rows: list[Row], text: TextColumns, predictor: Predictor, head: Head
+    rows: list[Row], predictor: Predictor, added: list[str]
 ) -> list[tuple[dict[str, Any], list[Any] | None, str | None]]:
     """(original values, prediction or None, error or None) of each row, in order."""
     found: list[tuple[dict[str, Any], list[Any] | None, str | None]] = []
     places: list[int] = []
-    texts: list[str] = []
-    pairs: list[str] = []
-    added = {*head.columns, head.error_column}
+    items: list[Any] = []
     for row in rows:
-        if clash := added & row.values.keys():
+        if clash := set(added) & row.values.keys():
             raise CommandError(
                 f"--input has a column {min(clash)!r} already (line {row.line}); "
                 "rename the added ones with --column_prefix"
@@ -201,57 +123,54 @@ def predict_window(
         error = row.error
         if error is None:
             try:
-                first, second = text.of(row.values)
+                items.append(predictor.parse(row.values))
+                places.append(len(found))
             except BadRowError as problem:
                 error = str(problem)
-            else:
-                places.append(len(found))
-                texts.append(first)
-                pairs.append(second or "")
         found.append((row.values, None, error))
-    if texts:
-        logits = predictor.logits(texts, pairs if text.pair else None)
-        for place, values in zip(places, logits, strict=True):
-            if np.isfinite(values).all():
-                found[place] = (found[place][0], head.values(values), None)
-            else:
-                found[place] = (found[place][0], None, "the model gave NaN or infinite numbers")
+    for place, prediction in zip(places, predictor.predict(items) if items else [], strict=True):
+        if isinstance(prediction, str):
+            found[place] = (found[place][0], None, prediction)
+        else:
+            found[place] = (found[place][0], prediction, None)
     return found
 
 
 def main(argv: list[str]) -> int:
     """Run ``fastbert predict``; returns the exit status. Raises CommandError for what the user can mend."""
-    flags = build_parser().parse_args(argv)
+    parser = build_parser()
+    flags = parser.parse_args(argv)
     quiet_transformers()
     rows = open_rows(flags.input, "--input")
-    text = _text_columns(rows, flags)
     config = load_config(flags.model_name_or_path)
-    head = Head.of(config, flags)
+    predictor = predictor_for(config, flags, vars(parser.parse_args(_NEEDED)))
+    predictor.choose_columns(rows)
+    added = [flags.column_prefix + name for name in (*predictor.columns, "error")]
     output = open_output(
         flags.output,
-        _own_columns(rows, head, flags),
-        [*head.columns, head.error_column],
+        _own_columns(rows, added, flags),
+        added,
         rows.schema,
-        flags.label_delimiter,
+        predictor.delimiter or flags.label_delimiter,
     )
-    start = output.begin(_fingerprint(flags, text), resume=flags.resume, overwrite=flags.overwrite)
+    start = output.begin(_fingerprint(flags, predictor), resume=flags.resume, overwrite=flags.overwrite)
     if start is None:
         print(f"{flags.output} is complete already", file=sys.stderr)
         return 0
 
-    tokenizer = load_tokenizer(flags.model_name_or_path)
+    tokenizer = load_tokenizer(flags.model_name_or_path, **predictor.tokenizer_options())
     max_length = sequence_limit(config, tokenizer, flags.max_seq_length)
-    model = load_classifier(flags.model_name_or_path, config, trained=True)
+    model = load_model(predictor.head, flags.model_name_or_path, config, trained=predictor.what)
     check_vocabulary(tokenizer, model, flags.model_name_or_path)
     model = _place(model.eval(), flags.device)
     if flags.optimize:
         from fastbert import optimize
 
         optimize(model)
-    predictor = Predictor(model, tokenizer, max_length, flags.max_tokens_per_batch)
+    predictor.attach(model, tokenizer, max_length)
     output.open()
     try:
-        return _run(rows, start, text, predictor, head, output, flags)
+        return _run(rows, start, predictor, added, output, flags)
     except KeyboardInterrupt:
         output.close()
         print(f"\nstopped: {output.describe()}", file=sys.stderr)
@@ -275,9 +194,8 @@ def main(argv: list[str]) -> int:
 def _run(
     rows: RowFile,
     start: Position,
-    text: TextColumns,
     predictor: Predictor,
-    head: Head,
+    added: list[str],
     output: Output,
     flags: argparse.Namespace,
 ) -> int:
@@ -292,7 +210,7 @@ def _run(
         disable=flags.quiet,
     ) as bar:
         while window := list(islice(reader, flags.window_rows)):
-            results = predict_window(window, text, predictor, head)
+            results = predict_window(window, predictor, added)
             bad = 0
             lines = []
             for row, (values, prediction, error) in zip(window, results, strict=True):
@@ -326,16 +244,7 @@ def _run(
     return BAD_ROWS_STATUS if output.bad_rows else 0
 
 
-def _text_columns(rows: RowFile, flags: argparse.Namespace) -> TextColumns:
-    names = flags.text_column_name
-    if str(rows.path) == "-":
-        if not names:
-            raise CommandError("--text_column_name is needed with --input -")
-        return TextColumns(tuple(names), flags.text_column_delimiter, flags.text_pair_column_name)
-    return choose_text_columns(rows, names, flags.text_column_delimiter, flags.text_pair_column_name)
-
-
-def _own_columns(rows: RowFile, head: Head, flags: argparse.Namespace) -> list[str]:
+def _own_columns(rows: RowFile, added: list[str], flags: argparse.Namespace) -> list[str]:
     """The input's columns; from JSONL to JSONL none need be known."""
     known = rows.columns
     if known is None:
@@ -347,7 +256,7 @@ def _own_columns(rows: RowFile, head: Head, flags: argparse.Namespace) -> list[s
         for row in rows.rows():
             names.update(dict.fromkeys(row.values))
         known = list(names)
-    for name in [*head.columns, head.error_column]:
+    for name in added:
         if name in known:
             raise CommandError(
                 f"--input {rows.path} has a column {name!r} already; rename the added ones with --column_prefix"
@@ -355,21 +264,21 @@ def _own_columns(rows: RowFile, head: Head, flags: argparse.Namespace) -> list[s
     return known
 
 
-def _fingerprint(flags: argparse.Namespace, text: TextColumns) -> dict[str, Any]:
+def _fingerprint(flags: argparse.Namespace, predictor: Predictor) -> dict[str, Any]:
     """What a resumed run must agree with for its bytes to be those of an uninterrupted one."""
 
     def identity(path: Path) -> list[int] | None:
         return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
 
-    same = ("max_seq_length", "max_tokens_per_batch", "window_rows", "all_scores", "threshold", "label_delimiter")
+    same = ("max_seq_length", "max_tokens_per_batch", "window_rows", "column_prefix", "optimize")
     return {
         "--model_name_or_path": [
             os.path.abspath(flags.model_name_or_path),
             identity(Path(flags.model_name_or_path) / "model.safetensors"),
         ],
         "--input": [os.path.abspath(flags.input), identity(Path(flags.input))],
-        "text columns": [list(text.names), text.delimiter, text.pair],
-        **{f"--{name}": getattr(flags, name) for name in (*same, "column_prefix", "optimize")},
+        "columns": predictor.reads(),
+        **{f"--{name}": getattr(flags, name) for name in (*same, *sorted(predictor.flags))},
     }
 
 

@@ -17,17 +17,28 @@ class Report:
     layers: [{"name", "path": "fast" | "stock", "reason"}], one entry a transformer layer; reason is None if fast.
     ops: {op: {"backend", "rejected": {backend: reason}}}, for the device and dtype of the model's weights.
     calls: {"fast", "stock"}, the layer calls since `optimize`, without those inside torch.compile.
+    cuda_graphs: [{"name", "reason", "held", "limit", "captured", "replayed", "dropped"}], one entry an encoder that was
+        to use them; reason: why its last call did not, or None.
     """
 
-    def __init__(self, layers: list[dict[str, Any]], ops: dict[str, Any], others: list[dict[str, Any]], count: Any):
+    def __init__(
+        self,
+        layers: list[dict[str, Any]],
+        ops: dict[str, Any],
+        others: list[dict[str, Any]],
+        cuda_graphs: list[dict[str, Any]],
+        count: Any,
+    ):
         self.layers = layers
         self.ops = ops
         self.others = others
+        self.cuda_graphs = cuda_graphs
         self.calls = count
 
     def as_dict(self) -> dict[str, Any]:
-        """{"layers": [...], "ops": {...}}: only what JSON can hold."""
-        return {"layers": [dict(layer) for layer in self.layers], "ops": copy.deepcopy(self.ops)}
+        """{"layers": [...], "ops": {...}}, and "cuda_graphs" where they were asked for: only what JSON can hold."""
+        told: dict[str, Any] = {"layers": self.layers, "ops": self.ops}
+        return copy.deepcopy(told | ({"cuda_graphs": self.cuda_graphs} if self.cuda_graphs else {}))
 
     def __str__(self) -> str:
         fast = sum(layer["path"] == "fast" for layer in self.layers)
@@ -35,8 +46,15 @@ class Report:
         lines[0] += f", {self.calls['stock']} stock"
         for entry in (*self.layers, *self.others):
             lines.append(f"  {entry['name']}: {entry['path']}" + (f", {entry['reason']}" if entry["reason"] else ""))
+        for graphs in self.cuda_graphs:
+            lines.append(
+                f"{graphs['name']}: {graphs['replayed']} calls by CUDA graphs, {graphs['captured']} captured, "
+            )
+            lines[-1] += f"{graphs['held']} of {graphs['limit']} held, {graphs['dropped']} dropped to make room"
+            lines += [f"  not the last call: {graphs['reason']}"] if graphs["reason"] else []
         for op, run in self.ops.items():
             lines.append(f"{op}: {run['backend'] or 'nothing can run'}")
+            lines += [f"  {line}" for line in dispatch.launches_as_text(run)]
             lines += [f"  not {backend}: {reason}" for backend, reason in run["rejected"].items()]
         return "\n".join(lines)
 
@@ -53,12 +71,15 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__qualname__}")
     layers: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
+    cuda_graphs: list[dict[str, Any]] = []
     count = {"fast": 0, "stock": 0}
     head_dim, like = None, None
     for name, module in model.named_modules():
-        role = patch.ROLES.get((type(module).__module__, type(module).__name__), (None,))[0]
+        role = patch.role_of(module)
         if isinstance(module, patch.FastLayer):
             role = "layer"  # whatever the name of a class on top of ours
+        if role == "encoder" and isinstance(module, patch.Fast) and module._fastbert.graphs is not None:
+            cuda_graphs.append({"name": name, **module._fastbert.graphs.as_dict()})
         if role not in ("layer", "embeddings"):
             continue
         if not isinstance(module, patch.Fast):
@@ -79,4 +100,4 @@ def report(model: nn.Module) -> Report:
             head_dim = head_dim or getattr(module.resolve(), "head_dim", None)
     like = like if like is not None else next(model.parameters(), None)
     device, dtype = ("cpu", torch.float32) if like is None else (like.device, like.dtype)
-    return Report(layers, dispatch.describe(device, dtype, head_dim=head_dim), others, count)
+    return Report(layers, dispatch.describe(device, dtype, head_dim=head_dim), others, cuda_graphs, count)

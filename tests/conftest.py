@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -34,3 +39,63 @@ def minilm() -> Path:
     fetch = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fetch)
     return fetch.minilm(fetch.default_cache())
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill processes with all that they started, sessions of their own (torchrun's workers) included."""
+    alive = [psutil.Process(process.pid) for process in processes if process.poll() is None]
+    family = [member for process in alive for member in [process, *process.children(recursive=True)]]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    for process in processes:
+        process.wait()
+    psutil.wait_procs(family, timeout=10)
+
+
+@pytest.fixture(scope="session")
+def run_commands() -> Callable[..., list[str]]:
+    """Run commands at the same time, one thread each, and return what each has written (stdout and stderr).
+
+    The test fails with their outputs, and nothing stays behind, if one of them fails or they take more than
+    ``seconds``. Outputs go to files: a pipe would be held open by a grandchild.
+    """
+
+    def run(commands: Sequence[Sequence[str]], seconds: float = 120, status: int = 0, **variables: str) -> list[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+        files = [tempfile.TemporaryFile() for _ in commands]  # noqa: SIM115 - read after the processes have ended
+        processes: list[subprocess.Popen[bytes]] = []
+        deadline = time.monotonic() + seconds
+        try:
+            for command, file in zip(commands, files, strict=True):
+                processes.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
+                    )
+                )
+            # One that fails ends the wait: the others would only wait for it.
+            while any(p.poll() is None for p in processes) and not any(
+                p.poll() not in (None, status) for p in processes
+            ):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.02)
+            codes = [process.poll() for process in processes]
+        finally:
+            _end(processes)
+        outputs = []
+        for file in files:
+            with file:
+                file.seek(0)
+                outputs.append(file.read().decode(errors="replace"))
+        for command, code, output in zip(commands, codes, outputs, strict=True):
+            if code not in (None, status):
+                pytest.fail(f"{' '.join(command)}: status {code}, should be {status}\n{output}")
+        if None in codes:
+            shown = "\n".join(f"{' '.join(c)}:\n{text}" for c, text in zip(commands, outputs, strict=True))
+            pytest.fail(f"not finished after {seconds:g} s\n{shown}")
+        return outputs
+
+    return run

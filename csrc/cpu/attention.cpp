@@ -210,17 +210,21 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
         if (dropout.active)
           dropout.factors(factors, k, n, static_cast<uint32_t>(head.first + q + r), static_cast<uint32_t>(head.h),
                           kStreamAttention);
-        vf part = {};
+        vf part = {}, whole = {};
         for (int64_t j = 0; j < n; j += VLEN) {
           const vf p = exp(load(s + j) - base);
           const vf f = dropout.active ? load(factors + j) : splat(1.0f);
           const vf dp_dropped = load(g + j) * f;
+          whole += p;
           part += p * dp_dropped;
           store(s + j, p);
           store(g + j, dp_dropped);
         }
-        // sum_j P_ij dP_ij = sum_d dO_id O_id. The first is the more exact one, but needs all keys at hand.
-        float delta = sum(part);
+        // sum_j P_ij dP_ij = sum_d dO_id O_id. The first is the more exact one, but needs all keys at hand. With them, P
+        // is normalised anew: the log-sum-exp of large scores has lost digits that P - delta would miss where P is near 1.
+        const float mass = sum(whole);
+        const float normal = block < length || mass == 0.0f ? 1.0f : 1.0f / mass;
+        float delta = sum(part) * normal;
         if (block < length) {
           const T* o = out + place + (q + r) * width;
           vf dot = {};
@@ -229,10 +233,10 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
         }
         float* db = dbias == nullptr ? nullptr : dbias + head.bias_offset(q + r) + k;
         for (int64_t j = 0; j < n; j += VLEN) {
-          const vf p = load(s + j);
+          const vf p = load(s + j) * normal;
           const vf ds = p * (load(g + j) - delta);
           store(g + j, ds);
-          if (dropout.active) store(s + j, p * load(factors + j));
+          store(s + j, dropout.active ? p * load(factors + j) : p);
           if (db != nullptr) store_n(db + j, load_n(db + j, n - j) + ds, n - j);
         }
       }

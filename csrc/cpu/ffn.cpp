@@ -5,12 +5,12 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// Up to this many tokens the weights are read in place, and both products are formed transposed.
-constexpr int64_t kFewTokens = 4 * NR;
 // A task of fewer rows would read the weights too often.
 constexpr int64_t kFusedRows = 4 * MR;
+// Tokens whose activation is in memory at a time where x is packed.
+constexpr int64_t kSlabTokens = 1536;
 
-// What leaves the first product of few tokens: rows are units, columns tokens. The activation goes straight into the
+// What leaves the first product where x is packed: rows are units, columns tokens. The activation goes straight into the
 // panels that the second product reads.
 template <class T>
 struct GeluToPanels {
@@ -34,7 +34,7 @@ struct GeluToPanels {
   }
 };
 
-// What leaves the first product of many tokens: rows are tokens.
+// What leaves it where the weights are: rows are tokens.
 template <class T>
 struct GeluRows {
   float* out;  // row 0 is token `first`
@@ -58,14 +58,20 @@ struct GeluRows {
 template <class T>
 void ffn_fwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* x,
                 const void* w1, const T* b1, const void* w2, T* y, T* pre) {
-  if (m <= kFewTokens) {
-    const PackedB tokens = pack(executor, single({x, 1, k, dtype}, m), k, kScratchPackB);
-    PackedB hidden = tokens;
-    hidden.depth = n1;
-    float* panels = static_cast<float*>(scratch(kScratchPackB2, hidden.panels() * n1 * NR * 4));
-    hidden.data = panels;
-    gemm(executor, single({w1, k, 1, dtype}, n1), tokens, nullptr, GeluToPanels<T>{panels, n1, b1, pre});
-    gemm(executor, single({w2, n1, 1, dtype}, n2), hidden, nullptr, StoreTransposed<T>{y, n2, nullptr});
+  if (packs_x(m, n1)) {  // both products are formed transposed, and nothing but x is packed
+    const int64_t slabs = ceil_div(m, kSlabTokens), slab = ceil_div(ceil_div(m, slabs), NR) * NR;
+    for (int64_t first = 0; first < m; first += slab) {
+      const int64_t count = smaller(slab, m - first);
+      const char* from = static_cast<const char*>(x) + first * k * static_cast<int64_t>(sizeof(T));
+      const PackedB tokens = pack(executor, single({from, 1, k, dtype}, count), k, kScratchPackB);
+      PackedB hidden = tokens;
+      hidden.depth = n1;
+      float* panels = static_cast<float*>(scratch(kScratchPackB2, hidden.panels() * n1 * NR * 4));
+      hidden.data = panels;
+      T* slab_pre = pre == nullptr ? nullptr : pre + first * n1;
+      gemm(executor, single({w1, k, 1, dtype}, n1), tokens, nullptr, GeluToPanels<T>{panels, n1, b1, slab_pre});
+      gemm(executor, single({w2, n1, 1, dtype}, n2), hidden, nullptr, StoreTransposed<T>{y + first * n2, n2, nullptr});
+    }
     return;
   }
   const PackedB up = pack(executor, single({w1, 1, k, dtype}, n1), k, kScratchPackB);
@@ -109,22 +115,25 @@ void ffn_fwd(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_
   }
 }
 
-// d pre = d hidden * gelu'(pre), and hidden = gelu(pre) for the gradient of the second weight.
+// d pre = d hidden * gelu'(pre), and hidden = gelu(pre) in the panels that the gradient of the second weight reads.
 template <class T>
 struct GeluGradient {
   const T* pre;
-  float *dpre, *hidden;
-  int64_t n1;
+  float* dpre;
+  float* panels;  // as PackedB of hidden, depth m
+  int64_t m, n1;
 
   void operator()(const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
+    const int64_t width = panel_width(cols);
+    float* out = panels + j * m + i * width;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (i + r) * n1 + j;
-      for (int64_t c = 0; c < cols; c += VLEN) {
-        const int64_t n = smaller(cols - c, VLEN);
+      for (int64_t c = 0; c < width; c += VLEN) {
+        const int64_t n = smaller(larger(cols - c, 0), VLEN);
         const vf x = load_n(pre + at + c, n);
         const NormalCdf normal = normal_cdf(x);
         store_n(dpre + at + c, load(tile + r * ld + c) * (normal.cdf + x * normal.density), n);
-        store_n(hidden + at + c, x * normal.cdf, n);
+        store(out + r * width + c, x * normal.cdf);
       }
     }
   }
@@ -133,11 +142,12 @@ struct GeluGradient {
 template <class T>
 void ffn_bwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* dy,
                 const void* x, const T* pre, const void* w1, const void* w2, T* dx, T* dw1, T* db1, T* dw2,
-                float* workspace) {
-  float *dpre = workspace, *hidden = workspace + m * n1;
+                float* dpre) {
   const PackedB down = pack_rows(executor, single({w2, n1, 1, dtype}, n2), n1, kScratchPackB);
-  gemm(executor, single({dy, n2, 1, dtype}, m), down, nullptr, GeluGradient<T>{pre, dpre, hidden, n1});
-  weight_gradient<T>(executor, m, n2, n1, {dy, n2, 1, dtype}, {hidden, n1, 1, DType::kFloat32}, dw2, nullptr);
+  float* panels = static_cast<float*>(scratch(kScratchPackB2, panel_count(n1) * m * NR * 4));
+  const PackedB hidden{panels, m, 1, {0, panel_count(n1)}, {0}, {n1}};
+  gemm(executor, single({dy, n2, 1, dtype}, m), down, nullptr, GeluGradient<T>{pre, dpre, panels, m, n1});
+  weight_gradient<T>(executor, n2, {dy, n2, 1, dtype}, hidden, dw2, nullptr);
   weight_gradient<T>(executor, m, n1, k, {dpre, n1, 1, DType::kFloat32}, {x, k, 1, dtype}, dw1, db1);
   const PackedB up = pack_rows(executor, single({w1, k, 1, dtype}, n1), k, kScratchPackB);
   gemm(executor, single({dpre, n1, 1, DType::kFloat32}, m), up, nullptr, StoreRows<T>{dx, k, nullptr});
@@ -145,13 +155,13 @@ void ffn_bwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, int
 
 void ffn_bwd(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* dy,
              const void* x, const void* pre, const void* w1, const void* w2, void* dx, void* dw1, void* db1, void* dw2,
-             float* workspace) {
+             float* dpre) {
   if (dtype == DType::kFloat32) {
     ffn_bwd_as(executor, dtype, m, k, n1, n2, dy, x, static_cast<const float*>(pre), w1, w2, static_cast<float*>(dx),
-               static_cast<float*>(dw1), static_cast<float*>(db1), static_cast<float*>(dw2), workspace);
+               static_cast<float*>(dw1), static_cast<float*>(db1), static_cast<float*>(dw2), dpre);
   } else {
     ffn_bwd_as(executor, dtype, m, k, n1, n2, dy, x, static_cast<const bf16*>(pre), w1, w2, static_cast<bf16*>(dx),
-               static_cast<bf16*>(dw1), static_cast<bf16*>(db1), static_cast<bf16*>(dw2), workspace);
+               static_cast<bf16*>(dw1), static_cast<bf16*>(db1), static_cast<bf16*>(dw2), dpre);
   }
 }
 

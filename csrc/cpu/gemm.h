@@ -20,10 +20,11 @@ constexpr int NR = 2 * VLEN;
 constexpr int64_t KC = 384;            // a KC x NR piece of a panel stays near L1
 constexpr int64_t kTaskRows = 96;      // and kTaskRows x K of A in L2
 constexpr int64_t kTaskBytes = 256 << 10;
-constexpr int64_t kDotChain = 128;        // products added up before they join the others
+constexpr int64_t kDotChain = 128;     // products added up before they join the others
 constexpr int kMaxStack = 4;
 constexpr int kAhead = 4;              // lines of B fetched ahead for each line of A
 constexpr int64_t kLine = 16;          // floats in a line of cache
+constexpr int64_t kPageFloats = 1024;  // lines of A this far apart share one set of L1, which is too small for a strip
 
 // (row in strip, row whose pointer is kept, rows from it): few pointers, the rest is address arithmetic.
 #define FASTBERT_STRIP(X) \
@@ -107,6 +108,10 @@ FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a,
     kernel(depth, ar, stride, panel, panel + depth * width + r / MR * kAhead * depth, c + r * ldc, ldc, add);
   }
 }
+
+// Whether x [m, k] rather than weights [n, k] is packed for their product: the smaller one, as what is packed passes
+// through the caches once per task, while what is read in place comes from memory once. A few rows always.
+FASTBERT_INLINE bool packs_x(int64_t m, int64_t n) { return m <= n || m <= 4 * NR; }
 
 // ---- packing ---------------------------------------------------------------------------------------------------
 
@@ -276,9 +281,9 @@ void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& 
                    int64_t panel_end, float* sums, const Epilogue& epilogue) {
   const int64_t depth = b.depth;
   const bool columns = a.col_stride != 1 || sums != nullptr;
-  const bool in_place = !columns && a.dtype == DType::kFloat32;
+  const bool in_place = !columns && a.dtype == DType::kFloat32 && (a.row_stride % kPageFloats != 0 || rows == 1);
   // Either A's lines stay in cache while every panel passes (one tile at a time), or, where they are too long or have
-  // to be converted first, the results of many panels do while A passes once.
+  // to be copied first (converted, or moved apart), the results of many panels do while A passes once.
   const bool stay = in_place && rows * depth * 4 <= kTaskBytes;
   const int64_t tile_panels = stay ? 1 : larger(1, smaller(panel_end - panel_begin, 2 * kTaskBytes / (rows * NR * 4)));
   float* tiles = static_cast<float*>(scratch(kScratchTile, tile_panels * rows * NR * 4));
@@ -419,14 +424,19 @@ struct StoreTransposed {
   }
 };
 
-// dw [n, k] = dy [m, n]^T x [m, k], db [n] (or null) = column sums of dy. sums: n floats, or null with db.
+// dw [n, k] = dy [m, n]^T x, db [n] (or null) = column sums of dy. x [m, k] is packed.
+template <class T>
+void weight_gradient(const Executor& executor, int64_t n, const Matrix& dy, const PackedB& x, T* dw, T* db) {
+  float* sums = db == nullptr ? nullptr : static_cast<float*>(scratch(kScratchSums, n * 4));
+  const Stack rows = single({dy.data, dy.col_stride, dy.row_stride, dy.dtype}, n);
+  gemm(executor, rows, x, sums, StoreRows<T>{dw, x.extent[0], nullptr});
+  for (int64_t i = 0; db != nullptr && i < n; ++i) from_float(sums[i], db + i);
+}
+
 template <class T>
 void weight_gradient(const Executor& executor, int64_t m, int64_t n, int64_t k, const Matrix& dy, const Matrix& x,
                      T* dw, T* db) {
-  const PackedB packed = pack(executor, single(x, k), m, kScratchPackB);
-  float* sums = db == nullptr ? nullptr : static_cast<float*>(scratch(kScratchSums, n * 4));
-  gemm(executor, single({dy.data, dy.col_stride, dy.row_stride, dy.dtype}, n), packed, sums, StoreRows<T>{dw, k, nullptr});
-  for (int64_t i = 0; db != nullptr && i < n; ++i) from_float(sums[i], db + i);
+  weight_gradient(executor, n, dy, pack(executor, single(x, k), m, kScratchPackB), dw, db);
 }
 
 }  // namespace FASTBERT_ISA

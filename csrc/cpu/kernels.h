@@ -16,7 +16,7 @@ struct Executor {
 
 // Memory of the calling thread that lives until its next request for the same slot; 64-byte aligned.
 enum ScratchSlot { kScratchPackA, kScratchPackB, kScratchPackB2, kScratchTile, kScratchRows, kScratchSums, kScratchLogits,
-                   kScratchSlots };
+                   kScratchLayer, kScratchSlots };
 void* scratch(ScratchSlot slot, int64_t bytes);
 
 // Element (i, j) at data + i * row_stride + j * col_stride, counted in elements.
@@ -49,6 +49,23 @@ struct RowsShape {
   uint64_t seed;
 };
 
+// A transformer layer without dropout: the attention's shape, and what the rest needs. Widths in elements.
+struct LayerShape {
+  AttentionShape attention;
+  int64_t hidden, intermediate;
+  double eps1, eps2;
+};
+
+// Its parameters.
+struct LayerWeights {
+  const void *qkv[3], *qkv_bias[3];  // [heads * head_dim, hidden]
+  const void *out, *out_bias;        // [hidden, heads * head_dim]
+  const void *norm1, *norm1_bias;
+  const void *up, *up_bias;          // [intermediate, hidden]
+  const void *down, *down_bias;      // [hidden, intermediate]
+  const void *norm2, *norm2_bias;
+};
+
 struct MlmLossShape {
   int64_t rows, columns, vocabulary, ignore_index;
   double label_smoothing;
@@ -75,7 +92,7 @@ struct Kernels {
                   const void* b1, const void* w2, void* y, void* pre);
   void (*ffn_bwd)(const Executor&, DType, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* dy, const void* x,
                   const void* pre, const void* w1, const void* w2, void* dx, void* dw1, void* db1, void* dw2,
-                  float* workspace);  // 2 m n1 floats
+                  float* dpre);  // dpre: room for m n1 floats
 
   // qkv [total, 3, heads, head_dim] -> out [total, heads * head_dim], lse [heads, total]
   void (*attention_fwd)(const Executor&, DType, const AttentionShape&, const void* qkv, void* out, float* lse);
@@ -107,6 +124,9 @@ struct Kernels {
   // bf16 and there is more than one chunk.
   double (*mlm_loss)(const Executor&, DType, const MlmLossShape&, const void* h, const int64_t* labels,
                      const void* weight, const void* bias, void* dh, void* dweight, void* dbias, float* dweight_sums);
+
+  // y [total, hidden] = the layer's output for x [total, hidden]: what the single kernels give, digit for digit.
+  void (*layer_fwd)(const Executor&, DType, const LayerShape&, const LayerWeights&, const void* x, void* y);
 };
 
 }  // namespace fastbert

@@ -6,9 +6,6 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// Up to this many rows of x the weights are read in place and x is packed.
-constexpr int64_t kFewRows = 4 * NR;
-
 template <class T>
 const T* bias_of(const void* const* bias, int i) {
   return bias == nullptr ? nullptr : static_cast<const T*>(bias[i]);
@@ -28,7 +25,7 @@ void linear_fwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, 
     const T* b = bias_of<T>(bias, i);
     return b == nullptr ? nullptr : b - before;
   };
-  if (m <= kFewRows) {
+  if (packs_x(m, total)) {
     for (int i = 0; i < count; ++i) weights.part[i] = {weight[i], k, 1, dtype};
     const PackedB packed = pack(executor, single({x, 1, k, dtype}, m), k, kScratchPackB);
     gemm(executor, weights, packed, nullptr,

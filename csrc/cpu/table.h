@@ -12,7 +12,7 @@ void linear_bwd(const Executor&, DType, int64_t m, int64_t k, const void* dy, co
 void ffn_fwd(const Executor&, DType, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* x, const void* w1,
              const void* b1, const void* w2, void* y, void* pre);
 void ffn_bwd(const Executor&, DType, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* dy, const void* x,
-             const void* pre, const void* w1, const void* w2, void* dx, void* dw1, void* db1, void* dw2, float* workspace);
+             const void* pre, const void* w1, const void* w2, void* dx, void* dw1, void* db1, void* dw2, float* dpre);
 void attention_fwd(const Executor&, DType, const AttentionShape&, const void* qkv, void* out, float* lse);
 void attention_bwd(const Executor&, DType, const AttentionShape&, const void* dout, const void* qkv, const void* out,
                    const float* lse, void* dqkv, float* dbias);
@@ -28,6 +28,7 @@ void embedding_bwd(const Executor&, DType, const RowsShape&, const void* dy, con
                    void* const* dtables, void* dweight, void* dbias, float* workspace);
 double mlm_loss(const Executor&, DType, const MlmLossShape&, const void* h, const int64_t* labels, const void* weight,
                 const void* bias, void* dh, void* dweight, void* dbias, float* dweight_sums);
+void layer_fwd(const Executor&, DType, const LayerShape&, const LayerWeights&, const void* x, void* y);
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert

@@ -22,6 +22,17 @@ def linear_ref(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
+def linear_cuda(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """One product with the weights side by side. They are put together at each call, so that no copy can be stale.
+
+    Query, key and value of BERT-large are 6 MiB in bfloat16, some microseconds to copy, where the reference copies the
+    output of every token. The backward is one product for dx and one for all weights, through PyTorch's own autograd.
+    """
+    if len(weights) == 1:
+        return F.linear(x, weights[0], biases[0] if biases else None)
+    return F.linear(x, torch.cat(list(weights)), torch.cat(list(biases)) if biases else None)
+
+
 def linear(
     x: Tensor,
     weight: Tensor | Sequence[Tensor],
@@ -98,6 +109,10 @@ def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | 
     return dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
 
 
+def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return None if device_type == "cuda" else f"needs a tensor on cuda, this one is on {device_type}"
+
+
 def _forward_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return x.new_empty(x.size(0), sum(weight.size(0) for weight in weights))
 
@@ -147,6 +162,7 @@ implementations = dispatch.register(
     "linear",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
+        dispatch.Implementation("cuda", linear_cuda, _supports_cuda),
         dispatch.Implementation("reference", linear_ref, dispatch.always),
     ),
 )

@@ -11,6 +11,13 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .errors import CommandError, first_line
 
+TASK_NAMES = (
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "multiple_choice",
+    "sentence_embeddings",
+)
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 # TrainingArguments has more than a hundred flags; --help shows these, --help_all every one.
@@ -58,9 +65,21 @@ class DataArguments:
 
     _argument_group_name = "data"
 
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to train. Default: told from the training file where its form or columns leave no doubt "
+            "(CoNLL; context, question, answers; sent1, sent2, ending0, …; anchor, positive), else "
+            "sequence_classification.",
+            "choices": list(TASK_NAMES),
+        },
+    )
     train_file: str | None = field(
         default=None,
-        metadata={"help": "Training data: .csv, .tsv, .jsonl, .parquet, or a folder saved by datasets' save_to_disk."},
+        metadata={
+            "help": "Training data: .csv, .tsv, .jsonl, .parquet, .conll (tokens with tags), .json in SQuAD's form, "
+            "or a folder saved by datasets' save_to_disk."
+        },
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "Validation data. Without it a seeded part of the training data is held out."}
@@ -71,19 +90,26 @@ class DataArguments:
         metadata={
             "aliases": ["--text_column_names"],
             "help": "Column with the text; several columns are joined by --text_column_delimiter. "
-            "Default: 'text' or 'sentence', whichever the file has.",
+            "Default: 'text' or 'sentence', whichever the file has. Token classification: the list of words (default: "
+            "'tokens' or 'words'). Multiple choice: what comes before each choice (default: 'sent1'). Sentence "
+            "embeddings: the two or three texts of a row (default: anchor, positive and, if there, negative).",
         },
     )
     text_column_delimiter: str = field(default=" ", metadata={"help": "Joins several text columns."})
     text_pair_column_name: str | None = field(
-        default=None, metadata={"help": "Column with the second sentence of a pair."}
+        default=None,
+        metadata={
+            "help": "Column with the second sentence of a pair. Multiple choice: what begins each choice "
+            "(default: 'sent2')."
+        },
     )
     label_column_name: list[str] | None = field(
         default=None,
         metadata={
             "aliases": ["--label_column_names"],
             "help": "Column with the label (default: 'label'). Several columns: one 0/1 column per label "
-            "(multi-label), or one number each (regression).",
+            "(multi-label), or one number each (regression). Token classification: the list of tags (default: 'tags' "
+            "or 'ner_tags'). Sentence embeddings: how alike the texts of a pair are, -1 to 1.",
         },
     )
     label_delimiter: str = field(
@@ -95,7 +121,46 @@ class DataArguments:
     )
     do_regression: bool = field(default=False, metadata={"help": "Same as --problem_type regression."})
     max_seq_length: int | None = field(
-        default=None, metadata={"help": "Longer texts are cut to this many tokens. Default: what the model allows."}
+        default=None,
+        metadata={
+            "help": "Longer texts are cut to this many tokens (sequences, choices) or read in overlapping windows of "
+            "them (words, questions). Default: what the model allows."
+        },
+    )
+    doc_stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that two windows of a long text share (token classification, question answering). Default: "
+            "128, or a quarter of the window where that is less."
+        },
+    )
+    label_all_tokens: bool = field(
+        default=False, metadata={"help": "Token classification: train on every piece of a word, not only on the first."}
+    )
+    question_column_name: str = field(default="question", metadata={"help": "Question answering: the question."})
+    context_column_name: str = field(default="context", metadata={"help": "Question answering: the text to search."})
+    answer_column_name: str = field(
+        default="answers",
+        metadata={"help": "Question answering: the answers, lists of text and answer_start under these names."},
+    )
+    version_2_with_negative: bool = field(
+        default=False, metadata={"help": "Question answering: some questions have no answer."}
+    )
+    null_score_diff_threshold: float = field(
+        default=0.0,
+        metadata={
+            "help": "Question answering: no answer is given where its score is above the best answer's by more than "
+            "this."
+        },
+    )
+    n_best_size: int = field(default=20, metadata={"help": "Question answering: starts and ends to consider."})
+    max_answer_length: int = field(default=30, metadata={"help": "Question answering: most tokens of an answer."})
+    choice_column_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Multiple choice: a column for each choice, or one with a list of them. Default: ending0, "
+            "ending1, …"
+        },
     )
     validation_split_percentage: float = field(
         default=10.0, metadata={"help": "Share of the training data held out when there is no validation data."}
@@ -122,7 +187,14 @@ class DataArguments:
                 "--validation_split_percentage must be at least 0 and below 100, "
                 f"got {self.validation_split_percentage}"
             )
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+        for name in (
+            "max_train_samples",
+            "max_eval_samples",
+            "max_predict_samples",
+            "doc_stride",
+            "n_best_size",
+            "max_answer_length",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
@@ -182,8 +254,8 @@ class FinetuneArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default=None,
         metadata={
-            "help": "What the best checkpoint is best at. Default: accuracy (single-label), f1_micro (multi-label), "
-            "rmse (regression)."
+            "help": "What the best checkpoint is best at. Default: accuracy (single-label, multiple choice), "
+            "f1_micro (multi-label), rmse (regression), f1 (entities, answers), spearman or accuracy (embeddings)."
         },
     )
     logging_steps: float = field(
@@ -291,7 +363,8 @@ def build_parser(everything: bool = False) -> ArgumentParser:
         prog="fastbert finetune",
         usage="fastbert finetune --model_name_or_path MODEL --train_file FILE --output_dir DIR [flags]\n"
         "       fastbert finetune FLAGS.json",
-        description="Fine-tune a BERT for classification (single-label, multi-label), regression or sentence pairs.",
+        description="Fine-tune a BERT: sequence classification (single-label, multi-label, regression, pairs), token "
+        "classification, question answering, multiple choice, sentence embeddings.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )

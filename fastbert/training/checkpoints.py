@@ -82,7 +82,9 @@ def checkpoint_problem(folder: str | os.PathLike[str], *, resumable: bool = True
         return "config.json is missing or truncated"
     if resumable:
         rng_states = sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
-        for path in [folder / "optimizer.pt", folder / "scheduler.pt", *rng_states]:
+        # accelerate gathers a sharded optimizer (FSDP) into a file of another name.
+        optimizer = folder / ("optimizer.bin" if (folder / "optimizer.bin").exists() else "optimizer.pt")
+        for path in [optimizer, folder / "scheduler.pt", *rng_states]:
             if problem := _torch_file_problem(path):
                 return problem
     return None

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from .errors import CommandError
-from .rows import Row, RowFile, open_rows
+from .rows import RowFile, open_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 WINDOW = 2048  # rows tokenised at a time
 SHOWN = 10  # bad rows printed in full
+Item = TypeVar("Item")
 
 
 class BadRowError(ValueError):
@@ -42,18 +44,19 @@ class TextColumns:
 
     def of(self, values: dict[str, Any]) -> tuple[str, str | None]:
         """The text, and the second sentence or None, of one row. Raises BadRowError if either is missing or empty."""
-        text = self.delimiter.join(_as_text(values, name) for name in self.names)
+        text = self.delimiter.join(as_text(values, name) for name in self.names)
         if not text.strip():
             raise BadRowError(f"no text in {' + '.join(map(repr, self.names))}")
         if self.pair is None:
             return text, None
-        pair = _as_text(values, self.pair)
+        pair = as_text(values, self.pair)
         if not pair.strip():
             raise BadRowError(f"no text in {self.pair!r}")
         return text, pair
 
 
-def _as_text(values: dict[str, Any], name: str) -> str:
+def as_text(values: dict[str, Any], name: str) -> str:
+    """The text in column ``name``, "" where it is empty. Raises BadRowError where there is no text."""
     if name not in values:
         raise BadRowError(f"no field {name!r}")
     value = values[name]
@@ -61,7 +64,11 @@ def _as_text(values: dict[str, Any], name: str) -> str:
         return ""
     if isinstance(value, (list, dict, bool)):
         raise BadRowError(f"{name!r} is not a text but a {type(value).__name__}")
-    text = str(value)
+    return checked_text(str(value), name)
+
+
+def checked_text(text: str, name: str) -> str:
+    """``text`` itself. Raises BadRowError, naming the column, if it is nothing that a tokenizer takes."""
     # JSON can hold half of a surrogate pair, which no UTF-8 has and the tokenizer cannot take.
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise BadRowError(f"{name!r} has a lone surrogate character")
@@ -133,44 +140,60 @@ def tokenize(
 
 @dataclass
 class Split:
-    """One tokenised file. ``labels`` are raw until :class:`Labels` encodes them."""
+    """One file, ready for the trainer.
+
+    ``features`` has one row for each thing that the model is called with, in the order of the file: a row of the file,
+    or a window of a long one.
+    """
 
     source: str
-    tokens: pa.Table
-    labels: list[Any]
-    lines: list[int]
+    lines: list[int]  # of the rows of the file
+    features: pa.Table
     bad: list[tuple[int, str]] = field(default_factory=list)
-    truncated: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # further counts for the report
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def take(self, indices: Sequence[int]) -> Split:
-        """The rows at ``indices``, in that order."""
-        return Split(
-            self.source,
-            self.tokens.take(list(indices)),
-            [self.labels[i] for i in indices],
-            [self.lines[i] for i in indices],
+        """The rows of the file at ``indices``, in that order, with their features."""
+        return replace(
+            self,
+            lines=[self.lines[i] for i in indices],
+            features=self.features.take(list(indices)),
+            bad=[],
+            counts={},
         )
 
-    def dataset(self, encoded: list[Any], regression_or_multi: bool) -> Dataset:
-        """A ``datasets.Dataset`` with the tokens and the encoded labels."""
+    def lengths(self) -> list[int]:
+        """Tokens of each feature; of all choices together where it has several."""
         import pyarrow as pa
+
+        column = self.features["input_ids"].combine_chunks()
+        if pa.types.is_list(column.type.value_type):
+            return [sum(map(len, choices)) for choices in column.to_pylist()]
+        return column.value_lengths().to_pylist()
+
+    def dataset(self) -> Dataset:
+        """What the trainer iterates over."""
         from datasets import Dataset
 
-        if regression_or_multi:
-            kind = pa.list_(pa.float32()) if encoded and isinstance(encoded[0], list) else pa.float32()
-        else:
-            kind = pa.int64()
-        return Dataset(self.tokens.append_column("labels", pa.array(encoded, type=kind)))
+        return Dataset(self.features)
 
     def digest(self) -> str:
-        """A checksum of the tokens and labels."""
-        found = hashlib.blake2b(repr(self.labels).encode("utf-8", errors="backslashreplace"), digest_size=8)
-        for name in self.tokens.column_names:
-            column = self.tokens.column(name).combine_chunks().flatten()
-            found.update(column.to_numpy(zero_copy_only=False))
+        """A checksum of the features."""
+        import pyarrow as pa
+
+        found = hashlib.blake2b(digest_size=8)
+        for name in self.features.column_names:
+            column = self.features.column(name).combine_chunks()
+            while pa.types.is_list(column.type):
+                column = column.flatten()
+            found.update(name.encode())
+            if pa.types.is_string(column.type):
+                found.update(repr(column.to_pylist()).encode("utf-8", errors="backslashreplace"))
+            else:
+                found.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).tobytes())
         return found.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -180,95 +203,90 @@ class Split:
             "rows": len(self),
             "bad_rows": len(self.bad),
             "bad_row_lines": [line for line, _ in self.bad[:1000]],
-            "truncated_texts": self.truncated,
+            **self.counts,
         }
 
 
-def read_split(
-    rows: RowFile,
-    argument: str,
-    text: TextColumns,
-    label_columns: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    max_rows: int | None = None,
-    on_bad_row: str = "error",
-    empty_label: bool = False,
-    quiet: bool = False,
-) -> Split:
-    """Read and tokenise a file.
+@dataclass
+class Reader(Generic[Item]):
+    """Reads a file in windows of parsed rows, and reports the rows that cannot be used.
 
-    An empty label cell is a missing label, or, with ``empty_label`` (multi-label), a row to which none applies. Rows
-    that cannot be read or have no text or label are reported on stderr by line; with ``on_bad_row="error"`` they end
-    the run. Raises CommandError then, and where no row is left.
+    ``parse`` makes an item of a row's values, or raises BadRowError. Rows that cannot be read or parsed are named on
+    stderr by line; with ``on_bad_row="error"`` they end the run with CommandError, and so does a file without a row.
     """
+
+    rows: RowFile
+    argument: str
+    parse: Callable[[dict[str, Any]], Item]
+    max_rows: int | None = None
+    on_bad_row: str = "error"
+    quiet: bool = False
+    lines: list[int] = field(default_factory=list)  # of the good rows so far
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def source(self) -> str:
+        return str(self.rows.path)
+
+    def windows(self) -> Iterator[list[Item]]:
+        """The items of the file, at most WINDOW at a time."""
+        window: list[Item] = []
+        title = f"reading {self.rows.path.name}"
+        with tqdm(
+            total=self.rows.size, unit=self.rows.unit, unit_scale=True, desc=title, disable=self.quiet, leave=False
+        ) as bar:
+            for row in islice(self.rows.rows(), self.max_rows):
+                try:
+                    if row.error:
+                        raise BadRowError(row.error)
+                    window.append(self.parse(row.values))
+                except BadRowError as problem:
+                    self.bad.append((row.line, str(problem)))
+                    continue
+                self.lines.append(row.line)
+                if len(window) == WINDOW:
+                    yield window
+                    window = []
+                    bar.update(row.end.offset - bar.n)
+            if window:
+                yield window
+        self._report()
+        if not self.lines:
+            raise CommandError(f"{self.argument} {self.source}: no usable row")
+
+    def _report(self) -> None:
+        if not self.bad:
+            return
+        for line, problem in self.bad[:SHOWN]:
+            print(f"{self.source}:{line}: {problem}", file=sys.stderr)
+        if len(self.bad) > SHOWN:
+            print(f"{self.source}: … and {len(self.bad) - SHOWN} more", file=sys.stderr)
+        count = f"{len(self.bad)} bad row{'s' if len(self.bad) > 1 else ''} (of {len(self.bad) + len(self.lines)})"
+        if self.on_bad_row == "error":
+            line, problem = self.bad[0]
+            raise CommandError(
+                f"{self.argument} {self.source}: {count}, the first at line {line}: {problem}; "
+                "mend them, or leave them out with --on_bad_row skip"
+            )
+        print(f"{self.source}: {count} left out", file=sys.stderr)
+
+
+def token_table(encoded: dict[str, list[Any]]) -> pa.Table:
+    """An Arrow table of token ids and what goes with them: lists of numbers, or of lists of numbers."""
     import pyarrow as pa
 
-    tables: list[pa.Table] = []
-    split = Split(str(rows.path), pa.table({}), [], [])
-    window: list[tuple[str, str | None]] = []
+    def kind(values: list[Any]) -> pa.DataType:
+        nested = bool(values) and bool(values[0]) and isinstance(values[0][0], list)
+        return pa.list_(pa.list_(pa.int32())) if nested else pa.list_(pa.int32())
 
-    def flush() -> None:
-        if window:
-            pairs = [pair or "" for _, pair in window] if text.pair else None
-            encoded, cut = tokenize(tokenizer, [first for first, _ in window], pairs, max_length)
-            tables.append(
-                pa.table({name: pa.array(value, type=pa.list_(pa.int32())) for name, value in encoded.items()})
-            )
-            split.truncated += cut
-            window.clear()
-
-    title = f"reading {rows.path.name}"
-    with tqdm(total=rows.size, unit=rows.unit, unit_scale=True, desc=title, disable=quiet, leave=False) as bar:
-        for row in _limited(rows.rows(), max_rows):
-            try:
-                if row.error:
-                    raise BadRowError(row.error)
-                texts = text.of(row.values)
-                label = _raw_label(row.values, label_columns, empty_label)
-            except BadRowError as problem:
-                split.bad.append((row.line, str(problem)))
-                continue
-            window.append(texts)
-            split.labels.append(label)
-            split.lines.append(row.line)
-            if len(window) == WINDOW:
-                flush()
-                bar.update(row.end.offset - bar.n)
-        flush()
-    _report_bad_rows(split, argument, on_bad_row)
-    if not split.lines:
-        raise CommandError(f"{argument} {rows.path}: no usable row")
-    split.tokens = pa.concat_tables(tables)
-    return split
+    return pa.table({name: pa.array(values, type=kind(values)) for name, values in encoded.items()})
 
 
-def _limited(rows: Iterator[Row], limit: int | None) -> Iterator[Row]:
-    for index, row in enumerate(rows):
-        if limit is not None and index >= limit:
-            return
-        yield row
+def raw_label(values: dict[str, Any], columns: Sequence[str], empty_label: bool = False) -> Any:
+    """The label of a row: a value, or a list of values where several columns hold it.
 
-
-def _report_bad_rows(split: Split, argument: str, on_bad_row: str) -> None:
-    if not split.bad:
-        return
-    for line, problem in split.bad[:SHOWN]:
-        print(f"{split.source}:{line}: {problem}", file=sys.stderr)
-    if len(split.bad) > SHOWN:
-        print(f"{split.source}: … and {len(split.bad) - SHOWN} more", file=sys.stderr)
-    count = f"{len(split.bad)} bad row{'s' if len(split.bad) > 1 else ''} (of {len(split.bad) + len(split)})"
-    if on_bad_row == "error":
-        raise CommandError(
-            f"{argument} {split.source}: {count}, the first at line {split.bad[0][0]}: {split.bad[0][1]}; "
-            "mend them, or leave them out with --on_bad_row skip"
-        )
-    print(f"{split.source}: {count} left out", file=sys.stderr)
-
-
-def _raw_label(values: dict[str, Any], columns: Sequence[str], empty_label: bool) -> Any:
-    """The label of a row: a value, or a list of values where several columns hold it."""
+    An empty cell is a missing label (BadRowError), or, with ``empty_label`` (multi-label), a row to which none applies.
+    """
     found = []
     for name in columns:
         value = values.get(name)
@@ -284,21 +302,38 @@ def label_counts(labels: list[Any]) -> Counter[Any]:
     return Counter(tuple(label) if isinstance(label, list) else label for label in labels)
 
 
-def hold_out(labels: list[Any], share: float, seed: int, stratify: bool) -> tuple[list[int], list[int]]:
-    """Seeded split into (training, validation) row indices; ``stratify`` keeps each label's share, where possible."""
+def hold_out(
+    count: int,
+    share: float,
+    seed: int,
+    *,
+    strata: Sequence[Any] | None = None,
+    groups: Sequence[Hashable] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Seeded split of ``count`` rows into (training, validation) indices.
+
+    ``strata`` (a label a row) keep their shares where possible; rows of the same of ``groups`` stay together.
+    """
     from sklearn.model_selection import train_test_split
 
-    indices = np.arange(len(labels))
-    held_out = max(1, round(share * len(labels)))
-    if len(labels) < 2:
+    if groups is not None:
+        members: dict[Hashable, list[int]] = {}
+        for index, group in enumerate(groups):
+            members.setdefault(group, []).append(index)
+        if len(members) > 1:
+            parts = hold_out(len(members), share, seed)
+            rows = list(members.values())
+            train, validation = (sorted(index for part in parts[side] for index in rows[part]) for side in (0, 1))
+            return train, validation
+    if count < 2:
         raise CommandError("--train_file: one row is too few to hold out a part for validation; give --validation_file")
-    if stratify:
-        counts = label_counts(labels)
-        stratify = min(counts.values()) >= 2 and held_out >= len(counts) and len(labels) - held_out >= len(counts)
-    train, validation = train_test_split(
-        indices, test_size=held_out, random_state=seed, stratify=labels if stratify else None
-    )
-    return sorted(train.tolist()), sorted(validation.tolist())
+    held_out = max(1, round(share * count))
+    if strata is not None:
+        counts = label_counts(list(strata))
+        if min(counts.values()) < 2 or held_out < len(counts) or count - held_out < len(counts):
+            strata = None
+    kept, held = train_test_split(np.arange(count), test_size=held_out, random_state=seed, stratify=strata)
+    return sorted(kept.tolist()), sorted(held.tolist())
 
 
 def open_split(path: str, argument: str, split: str | None = None) -> RowFile:

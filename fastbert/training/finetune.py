@@ -6,50 +6,36 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, ProgressCallback, set_seed
+from transformers import ProgressCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from .arguments import DataArguments, FinetuneArguments, ModelArguments, Parsed
 from .checkpoints import checkpoint_problem, checkpoints, last_complete
-from .data import (
-    Split,
-    check_columns,
-    choose_text_columns,
-    hold_out,
-    known_columns,
-    open_split,
-    read_split,
-    split_names,
-)
+from .data import open_split
 from .errors import CommandError, first_line, is_disk_full
-from .labels import METRICS, MULTI, REGRESSION, SINGLE, Labels, find_labels, metrics_for, per_label
-from .loading import check_vocabulary, load_classifier, load_config, load_tokenizer, quiet_transformers, sequence_limit
+from .loading import check_vocabulary, load_config, load_tokenizer, quiet_transformers, sequence_limit
 from .report import CURVES, REPORT, history, plot, versions, write_json
 from .rows import RowFile, splits_of
+from .task import Task, say
+from .tasks import choose_task
 from .trainer import (
     EvaluationLineCallback,
-    FinetuneTrainer,
     LossProgressCallback,
     NanCallback,
     PatienceCallback,
     ReplayCallback,
+    Resumable,
     StopOnSignal,
     saved_patience,
 )
 
 RUN = "run.json"  # marks a folder as one of ours, and says what a resumed run must agree with
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(parsed: Parsed, argv: list[str]) -> int:
@@ -67,7 +53,7 @@ def main(parsed: Parsed, argv: list[str]) -> int:
             "free some space and go on with --resume_from_checkpoint true"
         ) from error
     except KeyboardInterrupt:
-        _say(f"\nstopped. Go on from the last complete checkpoint with: {_resume_command(args)}")
+        say(f"\nstopped. Go on from the last complete checkpoint with: {_resume_command(args)}")
         return 130
 
 
@@ -85,20 +71,24 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     tokenizer_name = model_args.tokenizer_name or model_args.model_name_or_path
 
     config = load_config(model_args.model_name_or_path, **hub)
+    files = _open_files(data_args, args)
+    kind = choose_task(data_args, files["train"][0])
     tokenizer = load_tokenizer(
-        tokenizer_name, "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path", **hub
+        tokenizer_name,
+        "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path",
+        **kind.tokenizer_options(config),
+        **hub,
     )
     max_length = sequence_limit(config, tokenizer, data_args.max_seq_length)
-    files = _open_files(data_args, args)
+    task = kind(data_args, args, tokenizer, max_length)
     checkpoint = _prepare_output(output, args)
     if args.distributed_state is not None:
         args.distributed_state.wait_for_everyone()  # else one process could find what another has written
 
-    splits, labels, encoded = _read(files, data_args, args, tokenizer, max_length)
-    _check_metric(args, labels)
+    splits = task.read(files)
+    _check_metric(args, task)
     run = {
-        "labels": labels.names,
-        "problem_type": labels.kind,
+        **task.identity(),
         "seed": args.seed,
         "rows": {name: len(split) for name, split in splits.items() if name != "test"},
         "data": {name: split.digest() for name, split in splits.items() if name != "test"},
@@ -107,18 +97,9 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     _check_same_run(output, run, checkpoint)
 
     set_seed(args.seed)
-    config.problem_type = cast(Any, labels.kind)
-    config.num_labels = labels.num_labels
-    config.id2label = dict(enumerate(labels.names))
-    config.label2id = {name: i for i, name in enumerate(labels.names)}
-    model = load_classifier(
-        model_args.model_name_or_path,
-        config,
-        trained=False,
-        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-        **hub,
-    )
-    check_vocabulary(tokenizer, model, tokenizer_name)
+    task.configure(config)
+    model = task.load(model_args, config, **hub)
+    check_vocabulary(tokenizer, task.encoder(model), tokenizer_name)
     if data_args.max_seq_length is not None:
         tokenizer.model_max_length = max_length
     if model_args.optimize:
@@ -129,32 +110,20 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RUN, run)
 
-    datasets = {name: split.dataset(encoded[name], labels.kind != SINGLE) for name, split in splits.items()}
-    lengths = splits["train"].tokens["input_ids"].combine_chunks().value_lengths().to_pylist()
     # With --enable_jit_checkpoint transformers handles SIGTERM itself.
     stop = StopOnSignal((signal.SIGINT,)) if args.enable_jit_checkpoint else StopOnSignal()
     replay = ReplayCallback()
     callbacks: list[Any] = [replay, NanCallback(), stop]
     if args.early_stopping_patience is not None:
         callbacks.append(PatienceCallback(args.early_stopping_patience, args.early_stopping_threshold))
-    trainer = FinetuneTrainer(
-        model=model,
-        args=args,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("validation"),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=metrics_for(labels),
-        callbacks=callbacks,
-        train_lengths=lengths,
-    )
+    trainer = task.trainer(model, callbacks)
     replay.trainer = trainer
-    metric = (args.metric_for_best_model or next(iter(METRICS[labels.kind]))).removeprefix("eval_")
+    metric = (args.metric_for_best_model or next(iter(task.metrics))).removeprefix("eval_")
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossProgressCallback())
     trainer.add_callback(EvaluationLineCallback(metric))
-    _say(_headline(model, labels, splits, max_length, model_args.optimize))
+    say(_headline(model, task, max_length, model_args.optimize))
 
     prepared = time.perf_counter()
     stopped = _train(trainer, args, checkpoint, stop)
@@ -164,11 +133,9 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
 
     best = _best(trainer, args)
     test = per_class = None
-    if "test" in datasets:
-        predicted = trainer.predict(datasets["test"], metric_key_prefix="test")
-        test = {key.removeprefix("test_"): value for key, value in (predicted.metrics or {}).items()}
-        logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-        per_class = per_label(labels, np.asarray(logits), np.asarray(predicted.label_ids))
+    if (found := trainer.test()) is not None:
+        test = found[0]
+        per_class = task.details("test", *found[1:])
     tested = time.perf_counter()
     if not trainer.is_world_process_zero():
         return 0
@@ -184,7 +151,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
             "max_seq_length": max_length,
             "optimize": model_args.optimize,
         },
-        "task": {"problem_type": labels.kind, "labels": labels.names},
+        "task": task.describe(),
         "data": {name: split.summary() for name, split in splits.items()},
         "history": curves,
         "best": best,
@@ -206,11 +173,11 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     }
     write_json(output / REPORT, report)
     plot(output / CURVES, curves, metric, Path(data_args.train_file).stem)
-    _say(f"model, {REPORT} and {CURVES} are in {output}")
+    say(f"model, {REPORT} and {CURVES} are in {output}")
     if best and best["value"] is not None:
         print(f"validation {best['metric']} {best['value']:.4f} (epoch {best['epoch']:.3g})")
     if test:
-        shown = [name for name in METRICS[labels.kind] if name in test]
+        shown = [name for name in task.metrics if name in test]
         print("test " + "  ".join(f"{name} {test[name]:.4f}" for name in shown))
     return 0
 
@@ -235,87 +202,18 @@ def _open_files(data_args: DataArguments, args: FinetuneArguments) -> dict[str, 
     return files
 
 
-def _read(
-    files: dict[str, tuple[RowFile, str]],
-    data_args: DataArguments,
-    args: FinetuneArguments,
-    tokenizer: Any,
-    max_length: int,
-) -> tuple[dict[str, Split], Labels, dict[str, list[Any]]]:
-    """Read and encode every file; hold out a part of the training data if there is no validation file."""
-    train_rows = files["train"][0]
-    columns = split_names(data_args.label_column_name or ["label"], known_columns(train_rows))
-    check_columns(columns, train_rows, "--label_column_name")
-    text = choose_text_columns(
-        train_rows,
-        data_args.text_column_name,
-        data_args.text_column_delimiter,
-        data_args.text_pair_column_name,
-        columns,
-    )
-    splits: dict[str, Split] = {}
-    labels: Labels | None = None
-    encoded: dict[str, list[Any]] = {}
-    limits = {
-        "train": data_args.max_train_samples,
-        "validation": data_args.max_eval_samples,
-        "test": data_args.max_predict_samples,
-    }
-    for name, (rows, argument) in files.items():
-        if name != "train":
-            check_columns(columns, rows, f"--label_column_name, for {argument}")
-            check_columns(text.all, rows, f"--text_column_name, for {argument}")
-        kind = labels.kind if labels else data_args.problem_type
-        split = read_split(
-            rows,
-            argument,
-            text,
-            columns,
-            tokenizer,
-            max_length,
-            max_rows=limits[name],
-            on_bad_row=data_args.on_bad_row,
-            empty_label=kind == MULTI,
-            quiet=bool(args.disable_tqdm),
-        )
-        if labels is None:
-            known = rows.label_names.get(columns[0]) if len(columns) == 1 else None
-            labels = find_labels(split.labels, columns, data_args.problem_type, data_args.label_delimiter, known)
-        encoded[name] = labels.encode(split.labels, split.lines, split.source, argument)
-        splits[name] = split
-    assert labels is not None
-    if args.eval_strategy != "no" and "validation" not in splits:
-        share = data_args.validation_split_percentage / 100
-        if share == 0:
-            raise CommandError("no --validation_file and --validation_split_percentage 0: give --eval_strategy no too")
-        whole = splits["train"]
-        kept, held = hold_out(encoded["train"], share, args.seed, labels.kind == SINGLE)
-        _say(
-            f"no validation file: {len(held)} of {len(whole)} training rows are held out for it "
-            f"(--validation_split_percentage {data_args.validation_split_percentage:g}, --seed {args.seed})"
-        )
-        parts = {"train": whole.take(kept), "validation": whole.take(held)}
-        parts["train"].bad, parts["train"].truncated = whole.bad, whole.truncated
-        encoded |= {"train": [encoded["train"][i] for i in kept], "validation": [encoded["train"][i] for i in held]}
-        splits |= parts
-    for name, split in splits.items():
-        if split.truncated:
-            _say(f"{name}: {split.truncated} texts are longer than {max_length} tokens and were cut (--max_seq_length)")
-    return splits, labels, encoded
-
-
-def _check_metric(args: FinetuneArguments, labels: Labels) -> None:
+def _check_metric(args: FinetuneArguments, task: Task) -> None:
     """Fill in, or check, what the best checkpoint is best at."""
-    known = METRICS[labels.kind]
-    if args.label_smoothing_factor and labels.kind != SINGLE:
-        raise CommandError(f"--label_smoothing_factor: only for {SINGLE}, this is {labels.kind}")
+    known, what = task.metrics, task.describe().get("problem_type", task.name)
+    if args.label_smoothing_factor and not task.label_smoothing:
+        raise CommandError(f"--label_smoothing_factor: only for classes, this is {what}")
     if args.metric_for_best_model is None:
         return
     if args.default_metric:
         args.metric_for_best_model = next(iter(known))
     name = args.metric_for_best_model.removeprefix("eval_")
     if name not in known:
-        raise CommandError(f"--metric_for_best_model {name}: {labels.kind} has {', '.join(known)}")
+        raise CommandError(f"--metric_for_best_model {name}: {what} has {', '.join(known)}")
     if args.default_direction:
         args.greater_is_better = known[name]
 
@@ -336,7 +234,7 @@ def _prepare_output(output: Path, args: FinetuneArguments) -> Path | None:
         if content and not ours:
             raise CommandError(f"--output_dir {output}: holds no run to resume (but {content[0]!r})")
         found = last_complete(output, resumable=resumable, remove=args.process_index == 0)
-        _say(f"resuming from {found}" if found else f"no complete checkpoint in {output} yet: starting anew")
+        say(f"resuming from {found}" if found else f"no complete checkpoint in {output} yet: starting anew")
         return found
     if not content:
         return None
@@ -378,19 +276,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "…"
 
 
-def _headline(model: Any, labels: Labels, splits: dict[str, Split], max_length: int, optimized: bool) -> str:
-    sizes = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
-    what = f"{labels.num_labels} target(s)" if labels.kind == REGRESSION else f"{labels.num_labels} labels"
+def _headline(model: Any, task: Task, max_length: int, optimized: bool) -> str:
+    sizes = ", ".join(f"{len(split)} {name}" for name, split in task.splits.items())
     how = "fastbert" if optimized else "stock Hugging Face"
     return (
-        f"{labels.kind.replace('_', ' ')}, {what}; rows: {sizes}; up to {max_length} tokens; "
+        f"{task.headline()}; rows: {sizes}; up to {max_length} tokens; "
         f"{type(model).__name__} on {model.device}, {torch.get_num_threads()} threads, {how}"
     )
 
 
-def _train(
-    trainer: FinetuneTrainer, args: FinetuneArguments, checkpoint: Path | None, stop: StopOnSignal
-) -> int | None:
+def _train(trainer: Resumable, args: FinetuneArguments, checkpoint: Path | None, stop: StopOnSignal) -> int | None:
     """Train; returns an exit status if the run was stopped by a signal, else None."""
     if not args.do_train:
         if checkpoint is not None:
@@ -405,12 +300,12 @@ def _train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.caught is not None and trainer.state.global_step < trainer.state.max_steps:
         steps = f"{trainer.state.global_step} of {trainer.state.max_steps}"
-        _say(f"stopped at step {steps}. Go on with: {_resume_command(args)}")
+        say(f"stopped at step {steps}. Go on with: {_resume_command(args)}")
         return 128 + stop.caught
     return None
 
 
-def _best(trainer: FinetuneTrainer, args: FinetuneArguments) -> dict[str, Any] | None:
+def _best(trainer: Resumable, args: FinetuneArguments) -> dict[str, Any] | None:
     state = trainer.state
     if state.best_metric is None:
         return None
@@ -424,7 +319,7 @@ def _best(trainer: FinetuneTrainer, args: FinetuneArguments) -> dict[str, Any] |
     }
 
 
-def _save_model(trainer: FinetuneTrainer, output: Path) -> None:
+def _save_model(trainer: Resumable, output: Path) -> None:
     """Write the final model next to its place, then move it there file by file."""
     partial = output / ".model.part"
     shutil.rmtree(partial, ignore_errors=True)
@@ -433,6 +328,8 @@ def _save_model(trainer: FinetuneTrainer, output: Path) -> None:
         # It unpickles only where fastbert is installed; report.json has the same flags.
         (partial / "training_args.bin").unlink(missing_ok=True)
         for path in sorted(partial.iterdir()):
+            if path.is_dir():  # a module of a SentenceTransformer; a folder that is there cannot be replaced
+                shutil.rmtree(output / path.name, ignore_errors=True)
             os.replace(path, output / path.name)
     except Exception as error:
         if not is_disk_full(error):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from .errors import CommandError
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction
+    from transformers import PreTrainedConfig
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 _TRUE, _FALSE = {"1", "1.0", "true", "True"}, {"0", "0.0", "false", "False"}
@@ -32,6 +32,31 @@ METRICS: dict[str, dict[str, bool]] = {
         "loss": False,
     },
 }
+
+
+@dataclass
+class UnknownLabels:
+    """Collects labels that the training data does not have, for one error about all of them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, line: int) -> None:
+        self.counts[name] += 1
+        self.first.setdefault(name, line)
+
+    def check(self, known: Sequence[str], source: str, argument: str, what: str = "labels", unit: str = "row") -> None:
+        """Raise CommandError if any was added."""
+        if not self.counts:
+            return
+        listed = ", ".join(
+            f"{name!r} ({count} {unit}{'s' if count > 1 else ''}, first at line {self.first[name]})"
+            for name, count in self.counts.most_common(20)
+        )
+        raise CommandError(
+            f"{argument} {source}: {what} that the training data does not have: {listed}"
+            f"{' …' if len(self.counts) > 20 else ''}. The training data has: {_shortened(known)}"
+        )
 
 
 @dataclass
@@ -54,12 +79,17 @@ class Labels:
     def num_labels(self) -> int:
         return len(self.names)
 
+    def name_outputs(self, config: PreTrainedConfig) -> None:
+        """Give a model's outputs their number and names."""
+        config.num_labels = self.num_labels
+        config.id2label = dict(enumerate(self.names))
+        config.label2id = dict(self.index)
+
     def encode(self, labels: list[Any], lines: list[int], source: str, argument: str) -> list[Any]:
         """Class numbers, 0/1 vectors or floats. Raises CommandError for labels that the training data does not have."""
         if self.kind == REGRESSION:
             return [self._numbers(label, line, source, argument) for label, line in zip(labels, lines, strict=True)]
-        unknown: Counter[str] = Counter()
-        first: dict[str, int] = {}
+        unknown = UnknownLabels()
         encoded: list[Any] = []
         for label, line in zip(labels, lines, strict=True):
             if self.kind == SINGLE:
@@ -71,22 +101,13 @@ class Labels:
                 names = split_labels(label, self.delimiter)
             for name in names:
                 if name not in self.index:
-                    unknown[name] += 1
-                    first.setdefault(name, line)
-            if not unknown:
+                    unknown.add(name, line)
+            if not unknown.counts:
                 numbers = {self.index[name] for name in names}
                 encoded.append(
                     numbers.pop() if self.kind == SINGLE else [float(i in numbers) for i in range(self.num_labels)]
                 )
-        if unknown:
-            listed = ", ".join(
-                f"{name!r} ({count} row{'s' if count > 1 else ''}, first at line {first[name]})"
-                for name, count in unknown.most_common(20)
-            )
-            raise CommandError(
-                f"{argument} {source}: labels that the training data does not have: {listed}"
-                f"{' …' if len(unknown) > 20 else ''}. The training data has: {_shortened(self.names)}"
-            )
+        unknown.check(self.names, source, argument)
         return encoded
 
     def _numbers(self, label: Any, line: int, source: str, argument: str) -> float | list[float]:
@@ -105,6 +126,12 @@ def label_name(label: Any) -> str:
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     return str(label).strip() if isinstance(label, str) else str(label)
+
+
+def sorted_names(names: set[str]) -> list[str]:
+    """Names of classes in order; whole numbers as numbers."""
+    whole = all(name.lstrip("-").isdigit() for name in names)
+    return sorted(names, key=int) if whole else sorted(names)
 
 
 def split_labels(label: Any, delimiter: str) -> list[str]:
@@ -161,8 +188,7 @@ def find_labels(
         found: set[str] = set()
         for label in labels:
             found.update([label_name(label)] if kind == SINGLE else split_labels(label, delimiter))
-        whole = all(name.lstrip("-").isdigit() for name in found)
-        names = sorted(found, key=int) if whole else sorted(found)
+        names = sorted_names(found)
     if kind == SINGLE and len(names) < 2:
         raise CommandError(f"--label_column_name {columns[0]}: the training data has only one label, {names[0]!r}")
     if kind == MULTI and not names:
@@ -182,16 +208,6 @@ def _kind_of(labels: list[Any], columns: Sequence[str], named: bool) -> str:
     if all(number is not None for number in numbers) and any(not number.is_integer() for number in numbers):  # type: ignore[union-attr]
         return REGRESSION
     return SINGLE
-
-
-def metrics_for(labels: Labels) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The ``compute_metrics`` of HF Trainer for a task; its keys are those of :data:`METRICS`."""
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        return compute_metrics(labels.kind, np.asarray(logits), np.asarray(prediction.label_ids))
-
-    return compute
 
 
 def compute_metrics(kind: str, logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -216,18 +232,19 @@ def compute_metrics(kind: str, logits: np.ndarray, truth: np.ndarray) -> dict[st
     mse = float(mean_squared_error(truth, guess))
     scores = {"rmse": mse**0.5, "mse": mse, "mae": float(mean_absolute_error(truth, guess))}
     scores["r2"] = float(r2_score(truth, guess)) if len(truth) > 1 else math.nan
-    scores["pearson"] = _correlation(truth, guess)
-    scores["spearman"] = _correlation(_ranks(truth), _ranks(guess))
+    scores["pearson"] = correlation(truth, guess)
+    scores["spearman"] = correlation(ranks(truth), ranks(guess))
     return scores
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks along the first axis, ties averaged."""
     from scipy.stats import rankdata  # type: ignore[import-untyped]
 
     return rankdata(values, axis=0)
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson's correlation, averaged over columns; NaN where a column is constant."""
     with np.errstate(invalid="ignore", divide="ignore"):
         a, b = a - a.mean(0), b - b.mean(0)

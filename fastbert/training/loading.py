@@ -1,4 +1,4 @@
-"""Load a tokenizer and a sequence classifier, with the errors a user can act on."""
+"""Load a tokenizer and a model with a head, with the errors a user can act on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pickle
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from .errors import CommandError, first_line
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, pickle.UnpicklingError)
+_HEADS = (
+    "classifier",
+    "score",
+    "qa_outputs",
+    "pre_classifier",
+    "sequence_summary",
+)  # weights that fine-tuning begins with
 # These families number positions from padding_idx + 1, so that many of their position embeddings are never used.
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "mpnet", "longformer"}
 
@@ -46,10 +54,10 @@ def load_config(name: str, **hub: Any) -> PreTrainedConfig:
         raise CommandError(f"--model_name_or_path {name}: cannot load config.json: {first_line(error)}") from error
 
 
-def load_tokenizer(name: str, argument: str = "--model_name_or_path", **hub: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, argument: str = "--model_name_or_path", **options: Any) -> PreTrainedTokenizerBase:
     """The model's fast tokenizer. Raises CommandError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
     except _LOAD_ERRORS as error:
         raise CommandError(f"{argument} {name}: cannot load a tokenizer: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -59,16 +67,23 @@ def load_tokenizer(name: str, argument: str = "--model_name_or_path", **hub: Any
     return tokenizer
 
 
-def load_classifier(
-    name: str, config: PreTrainedConfig, *, trained: bool, ignore_mismatched_sizes: bool = False, **hub: Any
+def load_model(
+    head: str,
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    trained: str | None = None,
+    ignore_mismatched_sizes: bool = False,
+    **hub: Any,
 ) -> PreTrainedModel:
-    """A sequence classifier in float32.
+    """A model in float32; ``head`` is the Auto class, such as AutoModelForSequenceClassification.
 
-    ``trained`` insists that every weight is in the checkpoint; otherwise the head may be new (it is drawn from torch's
-    generator). Raises CommandError for a corrupt checkpoint, one of another shape, NaN or infinite weights.
+    ``trained`` (what such a model is called) insists that every weight is in the checkpoint; otherwise the head may be
+    new (it is drawn from torch's generator). Raises CommandError for a corrupt checkpoint, one of another shape, NaN or
+    infinite weights.
     """
     try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        model, loaded = getattr(transformers, head).from_pretrained(
             name,
             config=config,
             dtype=torch.float32,
@@ -84,10 +99,10 @@ def load_classifier(
     missing = sorted(loaded["missing_keys"])
     if missing and trained:
         raise CommandError(
-            f"--model_name_or_path {name}: not a trained classifier: the checkpoint lacks {', '.join(missing[:4])}"
+            f"--model_name_or_path {name}: not a trained {trained}: the checkpoint lacks {', '.join(missing[:4])}"
             f"{' …' if len(missing) > 4 else ''}; fine-tune it first"
         )
-    encoder_missing = [key for key in missing if not key.startswith(("classifier", "score")) and ".pooler." not in key]
+    encoder_missing = [key for key in missing if not key.startswith(_HEADS) and ".pooler." not in key]
     if encoder_missing and not trained:
         raise CommandError(
             f"--model_name_or_path {name}: the checkpoint lacks encoder weights: {', '.join(encoder_missing[:4])}"

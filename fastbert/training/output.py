@@ -23,7 +23,7 @@ Line = tuple[dict[str, Any], list[Any] | None, str | None]  # original values, p
 
 
 def output_format(path: str) -> str:
-    """``csv``, ``tsv``, ``jsonl`` or ``parquet``; standard output and devices take JSONL."""
+    """``csv``, ``tsv``, ``jsonl``, ``parquet`` or ``conll``; standard output and devices take JSONL."""
     if path == "-" or _is_device(Path(path)):
         return "jsonl"
     return format_of(path, "--output")
@@ -49,6 +49,12 @@ def open_output(path: str, own: list[str], added: list[str], schema: pa.Schema |
         return StreamOutput(Path(path), own, added, schema, label_delimiter, kind)
     if kind == "parquet":
         return ParquetOutput(Path(path), own, added, schema, label_delimiter, kind)
+    if kind == "conll":
+        if not added[0].endswith("predicted_tags"):
+            raise CommandError(
+                f"--output {path}: .conll is for models that tag words; allowed are .csv, .tsv, .jsonl, .parquet"
+            )
+        return ConllOutput(Path(path), own, added, schema, label_delimiter, kind)
     return TextOutput(Path(path), own, added, schema, label_delimiter, kind)
 
 
@@ -193,7 +199,7 @@ class TextOutput(Output):
     def _open(self, fresh: bool) -> None:
         if fresh:
             self.file = open(self.part, "wb", buffering=0)  # noqa: SIM115 - stays open over many windows
-            if self.kind != "jsonl":
+            if self.kind in ("csv", "tsv"):
                 self._put(self._table([self.own + self.added]))
             return
         self.file = open(self.part, "r+b", buffering=0)  # noqa: SIM115
@@ -257,10 +263,33 @@ def _cell(value: Any, delimiter: str | None) -> Any:
     if value is None:
         return ""
     if isinstance(value, list) and delimiter is not None:
-        return delimiter.join(value)
+        return delimiter.join("" if item is None else str(item) for item in value)
     if isinstance(value, (list, dict)):
         return json.dumps(value, ensure_ascii=False, default=str)
     return value
+
+
+class ConllOutput(TextOutput):
+    """CoNLL: a word a line with the input's columns and the predicted tag, a blank line behind each sentence.
+
+    A sentence that could not be tagged keeps its place as one line, ``-ERROR-`` and what was wrong.
+    """
+
+    def text(self, lines: list[Line]) -> str:
+        return "".join(f"{self._sentence(line)}\n\n" for line in lines)
+
+    def _sentence(self, line: Line) -> str:
+        values, prediction, error = line
+        if prediction is None:
+            return f"-ERROR-\t{(error or '').replace(chr(9), ' ').replace(chr(10), ' ')}"
+        tags: list[str] = prediction[0]
+        columns = []
+        for name in self.own:
+            value = values.get(name)
+            cells = value.split() if isinstance(value, str) else value
+            if isinstance(cells, list) and len(cells) == len(tags):
+                columns.append([str(cell) for cell in cells])
+        return "\n".join("\t".join(cells) for cells in zip(*columns, tags, strict=True))
 
 
 class StreamOutput(TextOutput):

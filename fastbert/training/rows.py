@@ -33,8 +33,11 @@ FORMATS = {
     ".json": "jsonl",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
 }
-FORMATS_TEXT = ".csv, .tsv, .jsonl or .parquet"
+FORMATS_TEXT = ".csv, .tsv, .jsonl, .parquet or .conll"
 
 csv.field_size_limit(2**31 - 1)
 
@@ -74,7 +77,7 @@ class RowFile:
 
 
 def format_of(path: str | os.PathLike[str], argument: str) -> str:
-    """``csv``, ``tsv``, ``jsonl`` or ``parquet`` by the file's ending. Raises CommandError for another ending."""
+    """``csv``, ``tsv``, ``jsonl``, ``parquet`` or ``conll`` by the file's ending. Raises CommandError for another."""
     ending = Path(path).suffix.lower()
     if ending not in FORMATS:
         raise CommandError(f"{argument} {path}: unknown file ending {ending!r}; allowed are {FORMATS_TEXT}")
@@ -107,7 +110,16 @@ def open_rows(path: str | os.PathLike[str], argument: str, split: str | None = N
         return _open_parquet(path, argument)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in head:
         raise CommandError(f"{argument} {path}: not UTF-8 text (it contains zero bytes); convert it to UTF-8")
+    if kind == "conll":
+        from .conll import open_conll
+
+        return open_conll(path, argument, size)
     if kind == "jsonl":
+        if path.suffix.lower() == ".json" and path.is_file():
+            from .squad import open_squad
+
+            if (questions := open_squad(path, argument)) is not None:
+                return questions
         if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
             raise CommandError(f"{argument} {path}: a JSON array; write one JSON object a line instead (JSONL)")
         return _JsonLinesFile(path, size=size)
@@ -116,7 +128,7 @@ def open_rows(path: str | os.PathLike[str], argument: str, split: str | None = N
     return reader
 
 
-def _decode(raw: bytes) -> tuple[str, str | None]:
+def decode(raw: bytes) -> tuple[str, str | None]:
     """Text of a line without its line break, and what is wrong with it."""
     raw = raw.removesuffix(b"\n").removesuffix(b"\r")
     try:
@@ -125,7 +137,7 @@ def _decode(raw: bytes) -> tuple[str, str | None]:
         return raw.decode("utf-8", errors="replace"), f"invalid UTF-8 at byte {error.start + 1} of the line"
 
 
-class _Lines:
+class TextLines:
     """Lines of a binary file with a push-back, tracking line number and byte offset."""
 
     def __init__(self, file: BinaryIO, start: Position) -> None:
@@ -159,7 +171,7 @@ class _DelimitedFile(RowFile):
 
     def read_header(self, argument: str) -> None:
         with open(self.path, "rb") as file:
-            lines = _Lines(file, Position())
+            lines = TextLines(file, Position())
             fields, error = self._record(lines)
             while fields == [""]:
                 fields, error = self._record(lines)
@@ -178,7 +190,7 @@ class _DelimitedFile(RowFile):
         with open(self.path, "rb") as file:
             begin = start if start is not None and start.offset else self.body
             file.seek(begin.offset)
-            lines = _Lines(file, begin)
+            lines = TextLines(file, begin)
             blank: list[Row] = []
             while True:
                 line = lines.position.line + 1
@@ -197,12 +209,12 @@ class _DelimitedFile(RowFile):
                     error = f"{len(fields)} fields where the header has {width}"
                 yield Row(line, {} if error else dict(zip(self.columns, fields, strict=True)), end, error)
 
-    def _record(self, lines: _Lines) -> tuple[list[str] | None, str | None]:
+    def _record(self, lines: TextLines) -> tuple[list[str] | None, str | None]:
         """Fields of the next record and what is wrong with it; (None, None) at the end of the file."""
         raw = lines.next()
         if not raw:
             return None, None
-        text, error = _decode(raw)
+        text, error = decode(raw)
         if error or '"' not in text:
             return text.split(self.delimiter), error
         taken: list[bytes] = []
@@ -221,7 +233,7 @@ class _DelimitedFile(RowFile):
                     lines.push_back(taken + ([more] if more else []))
                     return [], "a quote is opened and never closed"
                 taken.append(more)
-                addition, error = _decode(more)
+                addition, error = decode(more)
                 text += "\n" + addition
                 if error:
                     lines.push_back(taken)
@@ -244,9 +256,9 @@ class _JsonLinesFile(RowFile):
             yield from self._read(file, begin)
 
     def _read(self, file: BinaryIO, begin: Position) -> Iterator[Row]:
-        lines = _Lines(file, begin)
+        lines = TextLines(file, begin)
         while raw := lines.next():
-            text, error = _decode(raw.removeprefix(b"\xef\xbb\xbf") if lines.position.line == 1 else raw)
+            text, error = decode(raw.removeprefix(b"\xef\xbb\xbf") if lines.position.line == 1 else raw)
             if not text.strip():
                 continue
             values: Any = {}

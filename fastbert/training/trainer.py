@@ -9,10 +9,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -21,6 +22,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .checkpoints import checkpoints
 from .errors import CommandError, first_line, is_disk_full
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
@@ -39,16 +43,20 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-class FinetuneTrainer(Trainer):
-    """Trainer for sequence classifiers; ``train_lengths`` are the token counts of the training rows."""
+class Resumable(Trainer):
+    """Trainer whose checkpoints are whole or not there, and whose order of the data a resumed run repeats.
+
+    ``train_lengths`` are the token counts of the training features.
+    """
 
     def __init__(self, *args: Any, train_lengths: list[int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.train_lengths = train_lengths
-        self.train_sampler: EpochLengthGroupedSampler | None = None
-        # BERT's classification heads swallow num_items_in_batch unused: with it, accumulation would add up the mean
-        # losses of the micro-batches instead of averaging them.
-        self.model_accepts_loss_kwargs = False
+        self.train_sampler: Any = None  # has set_epoch, and an order that depends on seed and epoch only
+
+    def test(self) -> tuple[dict[str, float], Any, Any] | None:
+        """Metrics, predictions and labels of the test data; None if there is none."""
+        raise NotImplementedError
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -78,10 +86,49 @@ class FinetuneTrainer(Trainer):
             ) from error
 
 
+class FinetuneTrainer(Resumable):
+    """The trainer of all tasks that have labels.
+
+    ``metrics_of(split, prediction)`` are a split's metrics; with ``in_order`` it gets predictions in the order of the
+    features, otherwise in the one that has least padding.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        metrics_of: Callable[[str, EvalPrediction], dict[str, float]],
+        in_order: bool = False,
+        test_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, compute_metrics=partial(metrics_of, "validation"), **kwargs)
+        self.metrics_of = metrics_of
+        self.in_order = in_order
+        self.test_dataset = test_dataset
+        # BERT's classification heads swallow num_items_in_batch unused: with it, accumulation would add up the mean
+        # losses of the micro-batches instead of averaging them.
+        self.model_accepts_loss_kwargs = False
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        return (
+            torch.utils.data.SequentialSampler(eval_dataset)
+            if self.in_order
+            else super()._get_eval_sampler(eval_dataset)
+        )
+
+    def test(self) -> tuple[dict[str, float], Any, Any] | None:
+        if self.test_dataset is None:
+            return None
+        self.compute_metrics = partial(self.metrics_of, "test")
+        found = self.predict(self.test_dataset, metric_key_prefix="test")
+        metrics = {key.removeprefix("test_"): value for key, value in (found.metrics or {}).items()}
+        return metrics, found.predictions, found.label_ids
+
+
 class ReplayCallback(TrainerCallback):
     """Tells the sampler its epoch, also where the trainer starts in the middle of one; finds the best checkpoint."""
 
-    trainer: FinetuneTrainer
+    trainer: Resumable
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A folder that was moved, or named in another way, since the checkpoint was written.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastbert.cli import main
 
@@ -122,6 +123,15 @@ class Kit:
             time.sleep(0.002)
         process.send_signal(number)
         return process.communicate(timeout=120)[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes that `Kit.start` makes: runs that are compared to the bit take the same number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -16,16 +16,19 @@ from fastbert.cli import main
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("info", "finetune", "predict", "bench"):
+    for command in ("info", "tokenizer", "prepare", "pretrain", "finetune", "predict", "bench"):
         assert command in shown
     assert main([]) == 2
     assert main(["--version"]) == 0
     assert fastbert.__version__ in capsys.readouterr().out
     assert main(["train"]) == 2
-    assert "unknown command 'train'; allowed are info, finetune, predict, bench" in capsys.readouterr().err
+    assert (
+        "unknown command 'train'; allowed are info, tokenizer, prepare, pretrain, finetune, predict, bench"
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("command", ["info", "finetune", "predict", "bench"])
+@pytest.mark.parametrize("command", ["info", "tokenizer", "prepare", "pretrain", "finetune", "predict", "bench"])
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

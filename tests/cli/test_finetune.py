@@ -25,7 +25,11 @@ def test_formats(kit: Any, base_model: Path, tmp_path: Path, ending: str) -> Non
     test = kit.write_rows(tmp_path / f"test{ending}", kit.examples(30, seed=1))
     assert main(kit.finetune_flags(base_model, train, tmp_path / "out", test_file=test) + SHORT) == 0
     found = report(tmp_path / "out")
-    assert found["task"] == {"problem_type": "single_label_classification", "labels": ["animal", "food", "space"]}
+    assert found["task"] == {
+        "name": "sequence_classification",
+        "problem_type": "single_label_classification",
+        "labels": ["animal", "food", "space"],
+    }
     assert {name: split["rows"] for name, split in found["data"].items()} == {"train": 54, "validation": 6, "test": 30}
 
 
@@ -96,6 +100,7 @@ def test_multi_label_in_columns(kit: Any, base_model: Path, tmp_path: Path) -> N
     flags = kit.finetune_flags(base_model, train, tmp_path / "out", label_column_name="animal,food")
     assert main(flags + SHORT) == 0
     assert report(tmp_path / "out")["task"] == {
+        "name": "sequence_classification",
         "problem_type": "multi_label_classification",
         "labels": ["animal", "food"],
     }

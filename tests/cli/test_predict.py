@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from fastbert.cli import main
-from fastbert.predict import batches
+from fastbert.predictors import batches
 
 
 def read(path: Path) -> list[dict[str, Any]]:

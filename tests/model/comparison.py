@@ -178,7 +178,7 @@ def check_model(
         y = model(**batch)[0][keep]
         if upstream is None:
             assert all_fast(model) == fast, str(fastbert.report(model))
-            upstream = torch.randn(y.shape)
+            upstream = torch.randn(y.shape, device=y.device)
         parameters = list(model.parameters())
         gradients = torch.autograd.grad(y, parameters, upstream.to(y.dtype), allow_unused=True)
         results.append((y, gradients))

@@ -47,6 +47,28 @@ def test_masked_places_are_zero() -> None:
     assert (y[real(batch)] != 0).any()
 
 
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForPreTraining"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_pooled_outputs_of_left_padding(head: str, compiled: bool) -> None:
+    """They read the first place, though it is masked: stock computes it, and so do we, gradients included."""
+    stock = build(head=head)
+    batch = inputs("left")
+    results = []
+    for model in contestants(stock):
+        call = model
+        if compiled and not results:
+            torch.compiler.reset()
+            call = torch.compile(model, fullgraph=True, backend="eager")
+        outputs = call(**batch)
+        pooled = outputs["pooler_output" if head == "Model" else list(outputs)[-1]]
+        gradients = torch.autograd.grad(pooled.square().sum(), list(model.parameters()), allow_unused=True)
+        if not results and not compiled:
+            assert all_fast(model), str(fastbert.report(model))
+        results.append((pooled, gradients))
+    judge("pooled", *(pooled for pooled, _ in results))
+    judge_gradients([name for name, _ in stock.named_parameters()], *(gradients for _, gradients in results))
+
+
 def test_sequences_of_one_token_and_one_sequence() -> None:
     check_model(build(), inputs("none", batch=3, seqlen=1))
     check_model(build(), inputs("none", batch=1, seqlen=17))

@@ -26,16 +26,29 @@ def test_full_batch_is_a_view() -> None:
 
 
 def test_what_a_mask_becomes() -> None:
-    batch = packed([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]])
+    batch = packed([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
     assert batch.indices is not None
-    assert batch.indices.tolist() == [0, 2, 3, 9]
-    assert batch.cu_seqlens.tolist() == [0, 3, 3, 4]
+    assert batch.indices.tolist() == [0, 2, 3, 8, 9]
+    assert batch.cu_seqlens.tolist() == [0, 3, 3, 5]
     assert batch.cu_seqlens.dtype is torch.int32
     assert batch.max_seqlen == 3
+    assert batch.bias is None
     x = torch.arange(1.0, 25.0).view(3, 4, 2)
-    assert batch.pack(x)[:, 0].tolist() == [1, 5, 7, 19]
+    assert batch.pack(x)[:, 0].tolist() == [1, 5, 7, 17, 19]
     y = batch.unpack(batch.pack(x))
-    assert torch.equal(y, x * torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]])[..., None])
+    assert torch.equal(y, x * torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])[..., None])
+
+
+def test_a_masked_first_place_is_kept_and_hidden() -> None:
+    batch = packed([[1, 1, 1], [0, 0, 1], [0, 0, 0]])
+    assert batch.indices is not None
+    assert batch.indices.tolist() == [0, 1, 2, 3, 5]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 5]
+    assert batch.bias is not None
+    assert batch.bias.tolist() == [[[[0, 0, 0]]], [[[-torch.inf, 0, 0]]], [[[0, 0, 0]]]]
+    assert batch.stock_mask(torch.float32)[1, 0, 0].tolist() == [False, False, True]
+    x = torch.ones(3, 3, 1)
+    assert batch.unpack(batch.pack(x))[..., 0].tolist() == [[1, 1, 1], [1, 0, 1], [0, 0, 0]]
 
 
 @settings(deadline=None, max_examples=50)
@@ -45,6 +58,7 @@ def test_pack_and_unpack_invert_each_other(data: st.DataObject) -> None:
     flags = data.draw(st.lists(st.booleans(), min_size=batch_size * seqlen, max_size=batch_size * seqlen))
     mask = torch.tensor(flags).view(batch_size, seqlen)
     batch = PackedBatch.from_mask(mask, batch_size, seqlen)
+    mask[:, 0] |= mask.any(1)  # what is kept of any mask
     x = torch.randn(batch_size, seqlen, 3)
     assert torch.equal(batch.pack(x), x[mask])
     assert torch.equal(batch.unpack(x[mask]), x * mask[..., None])
@@ -52,7 +66,7 @@ def test_pack_and_unpack_invert_each_other(data: st.DataObject) -> None:
 
 
 def test_gradients() -> None:
-    batch = packed([[1, 0, 1], [0, 1, 1]])
+    batch = packed([[1, 0, 1], [1, 1, 0]])
     x = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
     t = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(batch.pack, x)

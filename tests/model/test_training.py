@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import psutil
 import pytest
 import torch
-import torch.multiprocessing as mp
 import transformers
 from comparison import all_fast, build, inputs, judge_gradients, real
 from torch import nn
@@ -291,59 +291,34 @@ def test_mlm_loss_counts_as_the_op_says() -> None:
     torch.testing.assert_close(model(**batch).loss, loss)
 
 
-def _train(rank: int, folder: str, state: dict[str, torch.Tensor], config: Any, batch: dict[str, torch.Tensor]) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = fastbert.BertForMaskedLM(config)
-    model.load_state_dict(state)
-    parallel = nn.parallel.DistributedDataParallel(model.train())
-    rows = slice(2 * rank, 2 * rank + 2)
-    parallel(**{name: value[rows] for name, value in batch.items()}).loss.backward()
-    assert all_fast(model)
-    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def _shard(rank: int, folder: str, state: dict[str, torch.Tensor], config: Any, batch: dict[str, torch.Tensor]) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    model = fastbert.BertModel(config)
-    model.load_state_dict(state)
-    for layer in model.train().encoder.layer:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model(**batch)[0][real(batch)].square().sum().backward()
-    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
-    assert all_fast(model), str(fastbert.report(model))
-    if rank == 0:
-        torch.save(gradients, f"{folder}/gradients.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_sharded_over_two_processes(tmp_path: Path) -> None:
-    stock = build(train=True)
-    batch = inputs("holes")
-    stock(**batch)[0][real(batch)].square().sum().backward()
-    arguments = (str(tmp_path), stock.state_dict(), stock.config, batch)
-    mp.start_processes(_shard, args=arguments, nprocs=2, start_method="fork")
-    for name, gradient in torch.load(tmp_path / "gradients.pt").items():
-        expected = stock.get_parameter(name).grad
-        torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4, msg=name)
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    stock = build(head="ForMaskedLM", train=True)
-    batch = mlm_batch()
-    losses = [stock(**{name: value[rows] for name, value in batch.items()}).loss for rows in (slice(0, 2), slice(2, 4))]
-    (sum(losses) / 2).backward()
-    arguments = (str(tmp_path), stock.state_dict(), stock.config, batch)
-    mp.start_processes(_train, args=arguments, nprocs=2, start_method="fork")
+def test_two_processes(tmp_path: Path, run_commands: Any) -> None:
+    """DDP and FSDP2 (layer by layer) have the gradients of one process."""
+    replicated, batch = build(head="ForMaskedLM", train=True), mlm_batch()
+    sharded, holes = build(train=True), inputs("holes")
+    given = {
+        kind: {"config": stock.config, "state": stock.state_dict(), "batch": rows}
+        for kind, stock, rows in (("ddp", replicated, batch), ("fsdp", sharded, holes))
+    }
+    torch.save(given, tmp_path / "given.pt")
+    worker = str(Path(__file__).with_name("parallel_worker.py"))
+    run_commands([[sys.executable, worker, str(rank), str(tmp_path)] for rank in (0, 1)])
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, parameter in stock.named_parameters():
-        assert torch.equal(one[name], other[name])
-        torch.testing.assert_close(one[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+    halves = ({name: value[rows] for name, value in batch.items()} for rows in (slice(0, 2), slice(2, 4)))
+    (sum(replicated(**half).loss for half in halves) / 2).backward()
+    sharded(**holes)[0][real(holes)].square().sum().backward()
+    for kind, stock, tolerance in (("ddp", replicated, 1e-5), ("fsdp", sharded, 1e-4)):
+        expected = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
+        assert one[kind].keys() == other[kind].keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert torch.equal(one[kind][name], other[kind][name])
+            torch.testing.assert_close(one[kind][name], gradient, atol=tolerance, rtol=1e-4, msg=f"{kind} {name}")
+
+
+def test_a_hanging_command_is_ended_with_its_children(run_commands: Any) -> None:
+    """What keeps the test above from holding up the suite."""
+    child = "import time; print('waiting', flush=True); time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    with pytest.raises(pytest.fail.Exception, match="not finished after 3 s.*\n(.|\n)*waiting"):
+        run_commands([[sys.executable, "-c", parent]], seconds=3)
+    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import accuracy
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from torch import Tensor
 
 from fastbert import dispatch, ops
@@ -212,6 +211,15 @@ def test_attention_large_scores(backend: str) -> None:
     tensors = tensors_for((33,), 2, 32, None, torch.float32, backend)
     tensors["qkv"] = tensors["qkv"] * 40
     accuracy.check_backward(ours(backend, (33,)), eager((33,)), reference((33,)), tensors)
+
+
+def test_attention_bwd_sharp_softmax() -> None:
+    """Where one key has nearly all the weight, P - sum(P) is what is left of digits that a log-sum-exp has lost."""
+    accuracy.require("attention", "cpu", torch.float32, 32)
+    lengths = (5, 2, 9) * 20
+    tensors = tensors_for(lengths, 2, 32, None, torch.float32)
+    tensors["qkv"] = tensors["qkv"] * 4
+    accuracy.check_backward(ours("cpu", lengths), eager(lengths), reference(lengths), tensors)
 
 
 @backends

@@ -6,12 +6,11 @@ import accuracy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.ops.linear import linear_ref
+from fastbert.ops.linear import linear_cuda, linear_ref
 
 # rows, in features, out features of each weight, whether there are biases
 CASES = [
@@ -68,11 +67,11 @@ def reference(x: Tensor, **rest: Tensor) -> Tensor:
     return linear_ref(x, *lists(rest))
 
 
-table = accuracy.table(
-    "linear",
-    CASES,
-    ids=lambda case: f"{case[0]}x{case[1]}-{'+'.join(map(str, case[2]))}{'-bias' if case[3] else ''}",
-)
+def name_of(case: tuple) -> str:
+    return f"{case[0]}x{case[1]}-{'+'.join(map(str, case[2]))}{'-bias' if case[3] else ''}"
+
+
+table = accuracy.table("linear", CASES, ids=name_of)
 typed = accuracy.typed("linear")
 backends = accuracy.backends("linear")
 
@@ -87,6 +86,17 @@ def test_linear_fwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
 def test_linear_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     accuracy.require("linear", backend, dtype)
     accuracy.check_backward(ours(backend), eager, reference, tensors_for(*case, dtype))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
+def test_linear_cuda_formula(dtype: torch.dtype, case: tuple) -> None:
+    """The CUDA backend is plain PyTorch, whose numbers can be judged anywhere."""
+
+    def cuda(x: Tensor, **rest: Tensor) -> Tensor:
+        return linear_cuda(x, *lists(rest))
+
+    accuracy.check_backward(cuda, eager, reference, tensors_for(*case, dtype))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

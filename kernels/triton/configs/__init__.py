@@ -6,17 +6,24 @@ or in a user's first step:
     {"attention_fwd": {"d64-long": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, ...}, ...}
 
 The inner key is the shape class, which each kernel's file names from the sizes at hand.
+
+`fastbert bench tune` measures a table for one card, in a file of the user's ($FASTBERT_CONFIGS or
+~/.cache/fastbert/configs). What is in it goes before the table of the architecture.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from fastbert._version import __version__
 
 ARCHITECTURES = (80, 90, 100)  # compute capabilities, times ten, that have a table
 
@@ -51,6 +58,65 @@ def table(arch: int) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(Path(__file__).with_name(f"sm_{arch}.json").read_text(encoding="utf-8"))
 
 
+def user_file(device_name: str) -> Path:
+    """Where the measured table of a card is, if there is one."""
+    folder = os.environ.get("FASTBERT_CONFIGS")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbert" / "configs"
+    return (Path(folder) if folder else home) / f"{re.sub('[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+
+
+def read_user_file(path: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """The table that `fastbert bench tune` wrote, {} if there is none or another version of fastbert wrote it.
+
+    Raises ValueError if the file is not such a table.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kernels, version = content["kernels"], content["fastbert"]
+        for kernel, classes in kernels.items():
+            for shape_class, config in classes.items():
+                if not config or not all(type(value) is int and value > 0 for value in config.values()):
+                    raise ValueError(f"{kernel}, {shape_class}: {config} is no launch configuration")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        advice = "delete it, or let `fastbert bench tune` write it again"
+        raise ValueError(f"{path} holds no table of launch configurations ({error}); {advice}") from None
+    return kernels if version == __version__ else {}
+
+
+@functools.cache
+def tuned(arch: int) -> dict[str, dict[str, dict[str, int]]]:
+    """The measured table of the current card, {} if there is none or the card is not of this architecture."""
+    if not torch.cuda.is_available() or architecture(torch.device("cuda")) != arch:
+        return {}
+    return read_user_file(user_file(torch.cuda.get_device_name()))
+
+
+@functools.cache
 def choose(kernel: str, shape_class: str, arch: int) -> dict[str, int]:
     """The configuration to launch with, as keyword arguments of the kernel."""
-    return table(arch)[kernel][shape_class]
+    shipped = table(arch)[kernel][shape_class]
+    config = tuned(arch).get(kernel, {}).get(shape_class, shipped)
+    if config.keys() != shipped.keys():
+        raise ValueError(
+            f"the measured table gives {kernel}, {shape_class} the arguments {', '.join(config)}, "
+            f"it takes {', '.join(shipped)}: let `fastbert bench tune` write it again"
+        )
+    used[kernel, shape_class] = config
+    return config
+
+
+used: dict[tuple[str, str], dict[str, int]] = {}
+"""What this process has launched kernels with, by kernel and shape class."""
+
+
+def describe(device: str | torch.device) -> dict[str, Any]:
+    """{"tables": the files that serve a device, the first that has a kernel wins; "used": what was launched so far}."""
+    device = torch.device(device)
+    arch = architecture(device)
+    files = [f"sm_{arch}.json of fastbert {__version__}"]
+    if tuned(arch):
+        files.insert(0, str(user_file(torch.cuda.get_device_name())))
+    launched = {f"{kernel} {shape_class}": dict(config) for (kernel, shape_class), config in sorted(used.items())}
+    return {"tables": files, "used": launched}

@@ -1,0 +1,189 @@
+"""The rows of the GPU table: models and single operations in bfloat16, who takes part in each, and in which order.
+
+A row is a `Workload` like those of the CPU table. The order is that of importance: what the time does not suffice for
+is at the end, and so are the contestants that need minutes to compile.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import ops
+from .contestants import Entry
+from .workloads import SEED, Workload, model_workload
+
+FACTS = {"device": "cuda", "dtype": "bfloat16"}
+TOKENS = 16384
+"""Places in a batch, padding included: enough to fill any GPU."""
+VOCABULARY = 30522
+SIZES: dict[str, dict[str, int]] = {
+    "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+
+SDPA = {name: f"hf-sdpa-{name}" for name in ("flash", "cudnn", "efficient", "math")}
+INFERENCE = {
+    "fastbert": Entry(".gpu_models:FastBert"),
+    "fastbert-cuda": Entry(".gpu_models:FastBertCuda"),
+    **{name: Entry(".gpu_models:Sdpa") for name in SDPA.values()},
+    "hf-eager": Entry(".gpu_models:HuggingFace"),
+    "varlen": Entry(".gpu_models:Varlen"),
+    "flash-attn": Entry(".gpu_models:FlashAttention", ("flash_attn",)),
+    "hf-compile": Entry(".gpu_models:Compiled", optional=True),
+}
+LATENCY = {"fastbert-graphs": Entry(".gpu_models:FastBertGraphs"), **INFERENCE}
+TRAINING = {
+    **{
+        name: Entry(item.target.replace(":", ":Training"), item.needs, item.optional)
+        for name, item in INFERENCE.items()
+    },
+    "hf-sdpa-sparse-head": Entry(".gpu_models:TrainingSparseHead"),
+}
+OPS = {
+    "triton": Entry(".gpu_ops:Triton"),
+    "cuda": Entry(".gpu_ops:Cuda"),
+    "pytorch": Entry(".gpu_ops:Torch"),
+}
+ATTENTION = {
+    "triton": Entry(".gpu_ops:Triton"),
+    "cuda": Entry(".gpu_ops:Cuda"),
+    **{name.replace("hf-", ""): Entry(".gpu_ops:Sdpa") for name in SDPA.values()},
+    "varlen": Entry(".gpu_ops:Varlen"),
+    "flash-attn": Entry(".gpu_ops:FlashAttention", ("flash_attn",)),
+}
+FFN = {**OPS, "bare-gemm": Entry(".gpu_ops:BareGemm")}
+"""bare-gemm is the measure of the others, not one of them: the two matrix products and nothing else."""
+
+CUDA = ("attention", "ffn", "layernorm")
+"""The ops that have a CUDA C++ kernel."""
+
+YARDSTICKS = ("bare-gemm",)
+
+
+def entries(workload: Workload) -> dict[str, Entry]:
+    """Who takes part in a row."""
+    if workload.kind != "op":
+        if workload.facts.get("latency"):
+            return LATENCY
+        return TRAINING if workload.kind == "training" else INFERENCE
+    op = workload.facts["op"]
+    table = {"attention": ATTENTION, "ffn": FFN}.get(op, OPS)
+    return {name: item for name, item in table.items() if name != "cuda" or op in CUDA}
+
+
+def plain(workload: Workload) -> Entry:
+    """Whose error the others' is held against, and who computes the truth."""
+    return OPS["pytorch"] if workload.kind == "op" else entries(workload)["hf-eager"]
+
+
+def half_full(count: int, width: int) -> list[int]:
+    """``count`` lengths from 1 to ``width``, evenly spread: half of the places are real tokens."""
+    if count == 1:
+        return [width]
+    return [1 + round(i * (width - 1) / (count - 1)) for i in range(count)]
+
+
+def model_row(
+    name: str,
+    size: str,
+    batch: int,
+    width: int,
+    *,
+    ragged: bool = False,
+    training: bool = False,
+    config: dict[str, int] | None = None,
+    **more: Any,
+) -> Workload:
+    """BERT with random weights on random tokens. Training has labels at 15 % of the real tokens and dropout 0.1."""
+    config = config or SIZES[size]
+    generator = torch.Generator().manual_seed(SEED)
+    vocabulary = config.get("vocab_size", VOCABULARY)
+    inputs = {"input_ids": torch.randint(min(1000, vocabulary // 2), vocabulary, (batch, width), generator=generator)}
+    real = torch.ones(batch, width, dtype=torch.bool)
+    if ragged:
+        real = torch.arange(width) < torch.tensor(half_full(batch, width))[:, None]
+        inputs["attention_mask"] = real.long()
+    facts = FACTS | more
+    if training:
+        labelled = real & (torch.rand(batch, width, generator=generator) < ops.LABELLED)
+        labelled[0, 0] = True
+        inputs["labels"] = inputs["input_ids"].masked_fill(~labelled, -100)
+        facts |= {"dropout": ops.DROPOUT, "optimizer": "torch.optim.AdamW(fused=True)"}
+    what = "training, dropout 0.1, MLM loss" if training else "inference"
+    title = f"BERT-{size}, {batch} x {width}, {'half full' if ragged else 'full'}, {what}"
+    return model_workload(name, title, {"config": config}, config, inputs, training, facts)
+
+
+def op_row(op: str, direction: str, label: str, shape: dict[str, Any], **more: Any) -> Workload:
+    return ops.workload(op, direction, label, shape, **{**FACTS, "dropout": 0.0, **more})
+
+
+def attention_shape(lengths: list[int], heads: int = 16, head_dim: int = 64) -> dict[str, Any]:
+    return {"hidden": heads * head_dim, "intermediate": 0, "heads": heads, "vocab": 0, "lengths": lengths}
+
+
+def rows() -> dict[str, Callable[[], Workload]]:
+    """Every row, the important first: name -> what makes its workload."""
+    return dict(_rows())
+
+
+def plan(wanted: Sequence[str]) -> list[tuple[str, bool]]:
+    """In which order to measure these rows: (row, False), and (row, True) for its contestants that are slow to start,
+    after the models of 512 tokens and the single operations, before the rest."""
+    slow = [name for name in wanted if name.startswith(("inference", "training"))]
+    rest = [name for name in slow if name.endswith(("-128]", "-128-ragged]"))]
+    order = [(name, False) for name in wanted if name not in rest]
+    order += [(name, True) for name in slow if "[base" in name and name not in rest]
+    order += [(name, False) for name in rest]
+    return order + [(name, True) for name in slow if (name, True) not in order]
+
+
+def _rows() -> Iterator[tuple[str, Callable[[], Workload]]]:
+    yield from _model_rows("base", 512)
+    yield "inference[base-1x128]", partial(model_row, "inference[base-1x128]", "base", 1, 128, latency=True)
+    yield from _model_rows("large", 512)
+    yield from _attention_rows()
+    yield from _other_rows()
+    yield from _model_rows("base", 128)
+    yield from _model_rows("large", 128)
+
+
+def _model_rows(size: str, width: int) -> Iterator[tuple[str, Callable[[], Workload]]]:
+    for training in (False, True):
+        for ragged in (False, True):
+            kind = "training" if training else "inference"
+            name = f"{kind}[{size}-{width}{'-ragged' if ragged else ''}]"
+            yield name, partial(model_row, name, size, TOKENS // width, width, ragged=ragged, training=training)
+
+
+def _attention_rows() -> Iterator[tuple[str, Callable[[], Workload]]]:
+    def row(label: str, direction: str, shape: dict[str, Any], **more: Any) -> tuple[str, Callable[[], Workload]]:
+        return f"attention_{direction}[{label}]", partial(op_row, "attention", direction, label, shape, **more)
+
+    full = {f"d64-{s}": attention_shape([s] * (TOKENS // s)) for s in (512, 1024, 2048, 4096, 128, 64)}
+    ragged = {f"d64-{s}-ragged": attention_shape(half_full(TOKENS // s, s)) for s in (512, 128)}
+    for direction in ("fwd", "fwd_bwd"):
+        for label, shape in (full | ragged).items():
+            yield row(label, direction, shape)
+    for label in ("d64-512", "d64-128", "d64-512-ragged"):
+        yield row(f"{label}-dropout", "fwd_bwd", (full | ragged)[label], dropout=ops.DROPOUT)
+    yield row("d64-512-deterministic", "fwd_bwd", full["d64-512"], deterministic=True)
+    for head_dim in (32, 128):
+        shape = attention_shape([512] * (TOKENS // 512), 1024 // head_dim, head_dim)
+        for direction in ("fwd", "fwd_bwd"):
+            yield row(f"d{head_dim}-512", direction, shape)
+
+
+def _other_rows() -> Iterator[tuple[str, Callable[[], Workload]]]:
+    shape = {"hidden": 1024, "intermediate": 4096, "heads": 16, "vocab": VOCABULARY, "lengths": [512] * (TOKENS // 512)}
+    base = {**shape, "hidden": 768, "intermediate": 3072, "heads": 12}
+    for op in ("layernorm", "ffn", "embedding", "mlm_loss"):
+        for label, at in (("large", shape), ("base", base)):
+            for direction in ("fwd", "fwd_bwd"):
+                if op == "mlm_loss" and direction == "fwd":
+                    continue
+                dropout = ops.DROPOUT if ops.OPS[op].drops and direction == "fwd_bwd" else 0.0
+                name = f"{op}_{direction}[{label}]"
+                yield name, partial(op_row, op, direction, label, at, dropout=dropout)

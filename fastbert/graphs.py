@@ -1,0 +1,287 @@
+"""CUDA graphs for inference: the layers of an encoder replayed by one launch.
+
+A small batch's kernels run for less time than it takes to launch them one by one. A CUDA graph launches them all at
+once, but for fixed sizes and addresses only. So a batch is packed into static buffers of the next larger size, its
+`Bucket`: the rows to spare are sequences of their own, and change nothing. One graph a bucket is recorded at the
+bucket's first batch and kept; the one that was not used for longest goes when there are too many.
+
+The graphs read the weights where the modules keep them, so that an optimizer's step or `weight.data.mul_()` is seen by
+the next replay. Weights that moved (another Parameter, another device or dtype), or anything else that a graph took for
+granted, are looked for at each call, and then all graphs are recorded anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert import encoder
+from fastbert.guards import captured, foreign_hook
+from fastbert.packing import PackedBatch, capturing, surplus_ends
+
+DEFAULT_LIMIT = 32  # graphs held by an encoder under cuda_graphs=True
+
+_dtype = operator.attrgetter("dtype")
+
+
+class Bucket(NamedTuple):
+    """The sizes that a graph is recorded for, and whether it adds a bias to the keys."""
+
+    tokens: int
+    sequences: int
+    max_seqlen: int
+    biased: bool
+
+    @classmethod
+    def of(cls, tokens: int, sequences: int, max_seqlen: int, biased: bool = False) -> Bucket:
+        """The smallest bucket that holds a batch, with the sequences that its rows to spare make.
+
+        tokens: to a multiple of 16 and of an eighth of the power of two below: at most 12.5 % to spare from 128 tokens
+        on. sequences: of a quarter. max_seqlen: to a power of two, at least 16.
+        """
+        longest = max(16, _geometric(max_seqlen, 1))
+        rows = max(16, -(-_geometric(tokens, 8) // 16) * 16)
+        return cls(rows, _geometric(sequences - (tokens - rows) // longest, 4), longest, biased)
+
+
+def _geometric(number: int, steps: int) -> int:
+    """`number` rounded up to one of the `steps` equal parts between two powers of two."""
+    if number <= 1:
+        return 1
+    step = max(1, (1 << ((number - 1).bit_length() - 1)) // steps)
+    return -(-number // step) * step
+
+
+Recording = tuple[Callable[[], None], Tensor]
+
+
+class CudaRecorder:
+    """Records what a function launches as a CUDA graph. The graphs of one recorder share their memory."""
+
+    device_type = "cuda"
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None  # the last one that used the static buffers
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """For work on the static buffers: on their device, after whatever used them last, on any stream."""
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+            yield
+
+    def finish(self) -> None:
+        """Wait until no graph is running, so that some can be dropped."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def warm_up(self, function: Callable[[], Tensor]) -> None:
+        """Run what will be recorded until it does only what can be: no compiling, no first call of a library."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def record(self, function: Callable[[], Tensor], *, first: bool) -> Recording:
+        """(replay, the tensor that `function` gives, which each replay writes anew).
+
+        first: whether there is no graph yet to share memory with.
+        """
+        if first:  # a pool does not outlive its last graph
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            y = function()
+        return graph.replay, y
+
+
+class _Buffers:
+    """The static input of one bucket.
+
+    x: [tokens, H]. cu_seqlens: int32 [sequences + 1]. bias: float32 [sequences, 1, 1, max_seqlen], or None.
+    """
+
+    def __init__(self, bucket: Bucket, like: Tensor) -> None:
+        self.bucket = bucket
+        tokens, sequences, longest, biased = bucket
+        self.x = like.new_zeros(tokens, like.shape[-1])
+        self.cu_seqlens = torch.zeros(sequences + 1, dtype=torch.int32, device=like.device)
+        self.bias = torch.zeros(sequences, 1, 1, longest, device=like.device) if biased else None
+        self.batch = PackedBatch(1, tokens, self.cu_seqlens, longest, bias=self.bias)
+        self.shape: tuple[int, int] | None = None  # of the last batch, if it had no padding: then cu_seqlens is right
+
+    def load(self, hidden_states: Tensor, batch: PackedBatch) -> None:
+        """Copy a batch in. Rows behind its tokens keep what they had: no token sees them."""
+        self.x[: batch.tokens].copy_(batch.pack(hidden_states))
+        if self.bias is not None and batch.bias is not None:
+            self.bias[: len(batch.cu_seqlens) - 1, ..., : batch.bias.shape[-1]].copy_(batch.bias)
+        shape = batch.even_shape
+        if shape is not None and shape == self.shape:
+            return
+        self.shape = shape
+        ends = batch.cu_seqlens
+        self.cu_seqlens[: len(ends)].copy_(ends)
+        spare = self.cu_seqlens[len(ends) :]
+        if len(spare):
+            rows, longest = self.bucket.tokens, self.bucket.max_seqlen
+            spare.copy_(surplus_ends(batch.tokens, len(spare), longest, rows, spare.device))
+
+
+class _Graph(NamedTuple):
+    """What was recorded for a bucket: replay makes y [tokens, H] of what lies in the buffers."""
+
+    buffers: _Buffers
+    replay: Callable[[], None]
+    y: Tensor
+
+
+class EncoderGraphs:
+    """The CUDA graphs of one encoder.
+
+    limit: how many are held. recorder: records and replays them. reason: why the last call was run without, or None.
+    captured, replayed, dropped: how many graphs were recorded, how many calls they served, how many had to make room.
+    """
+
+    def __init__(self, limit: int, recorder: Any = None) -> None:
+        self.limit = limit
+        self.recorder = CudaRecorder() if recorder is None else recorder
+        self.reason: str | None = None
+        self.captured = self.replayed = self.dropped = 0
+        self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
+        self._state: tuple[Any, ...] | None = None
+        self._broken: str | None = None
+        self._lock = threading.Lock()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `report` shows."""
+        told = {name: getattr(self, name) for name in ("reason", "limit", "captured", "replayed", "dropped")}
+        return told | {"held": len(self._graphs)}
+
+    def encode(self, layers: Sequence[Any], hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
+        """hidden_states [B, S, H] through all layers -> [B, S, H], or None if no graph may serve this call.
+
+        layers: each one a `patch.FastLayer`.
+        """
+        self.reason = self._broken or call_reason(hidden_states, batch, self.recorder.device_type)
+        if self.reason is not None:
+            return None
+        with self._lock:
+            state = _state(layers, hidden_states)
+            if state is None or state != self._state:
+                self.reason = next(filter(None, (layer_reason(layer, hidden_states) for layer in layers)), None)
+                if self.reason is not None:
+                    return None
+                self.clear()
+                self._state = state
+            with self.recorder.on(hidden_states.device):
+                return self._encode(layers, hidden_states, batch)
+
+    def clear(self) -> None:
+        """Drop all graphs."""
+        self.recorder.finish()
+        self._graphs.clear()
+
+    def _encode(self, layers: Sequence[Any], hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
+        bucket = Bucket.of(batch.tokens, len(batch.cu_seqlens) - 1, batch.max_seqlen, batch.bias is not None)
+        graph = self._graphs.get(bucket)
+        if graph is not None:
+            graph.buffers.load(hidden_states, batch)
+        else:
+            if len(self._graphs) >= self.limit:
+                self.recorder.finish()
+                self._graphs.popitem(last=False)
+                self.dropped += 1
+            # Inference tensors could not be written again outside of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                buffers = _Buffers(bucket, hidden_states)
+                buffers.load(hidden_states, batch)
+                graph = self._record(layers, buffers)
+            if graph is None:
+                return None
+            self._graphs[bucket] = graph
+        self._graphs.move_to_end(bucket)
+        graph.replay()
+        self.replayed += 1
+        y = graph.y[: batch.tokens]
+        return batch.unpack(y.clone() if batch.indices is None else y)
+
+    def _record(self, layers: Sequence[Any], buffers: _Buffers) -> _Graph | None:
+        def run() -> Tensor:
+            x = buffers.x
+            for layer in layers:
+                _, weights, settings = layer.ready_parts(x)
+                x = encoder.layer(x, buffers.batch, weights, settings)
+            return x
+
+        self.recorder.warm_up(run)
+        try:
+            replay, y = self.recorder.record(run, first=not self._graphs)
+        except RuntimeError as error:
+            self._broken = self.reason = f"the recording failed: {error}"
+            warnings.warn(f"cuda_graphs: {self.reason}; the model runs without", stacklevel=2)
+            return None
+        self.captured += 1
+        return _Graph(buffers, replay, y)
+
+
+def call_reason(hidden_states: Tensor, batch: PackedBatch, device_type: str) -> str | None:
+    """Why no graph may serve a call, for what does not lie in the layers."""
+    if hidden_states.device.type != device_type:
+        return f"the model is on {hidden_states.device}, graphs need {device_type}"
+    if torch.is_grad_enabled():
+        return "gradients are recorded; torch.no_grad() or torch.inference_mode() leaves them out"
+    if torch.is_autocast_enabled(device_type):
+        return "autocast is on; converting the model (model.bfloat16()) does without"
+    if captured("hidden_states"):
+        return "hidden states were asked for"
+    if batch.bias is not None and batch.bias.shape[1:3] != (1, 1):
+        return "the mask has 4 dimensions"
+    if capturing(hidden_states):
+        return "another CUDA graph is being captured"
+    return None
+
+
+def layer_reason(layer: Any, x: Tensor) -> str | None:
+    """Why a layer cannot be part of a graph, or None."""
+    hook = foreign_hook(layer)
+    if hook is not None:
+        return f"a hook ({hook}) sits on a layer"
+    if "forward" in vars(layer):
+        return "the forward of a layer is replaced"
+    reason, _, settings = layer.ready_parts(x)
+    if reason is None and (settings.attention_dropout or settings.hidden_dropout or settings.ffn_dropout):
+        return "dropout is on; model.eval() switches it off"
+    return reason
+
+
+def _state(layers: Sequence[Any], x: Tensor) -> tuple[Any, ...] | None:
+    """What the graphs take for granted, to be compared at the next call; None if a layer says no."""
+    matmul = torch.backends.cuda.matmul
+    state: list[Any] = [x.device, x.dtype, os.environ.get("FASTBERT_BACKEND"), matmul.fp32_precision]
+    state += [matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction]
+    for layer in layers:
+        resolved = layer.resolve()
+        weights = None if resolved.reason is not None else resolved.weights.read()
+        if weights is None or any(weight is None for weight in weights) or "forward" in vars(layer):
+            return None
+        if (layer._forward_hooks or layer._forward_pre_hooks) and foreign_hook(layer) is not None:
+            return None
+        state += (resolved, resolved.settings(), getattr(resolved.chunked, "chunk_size_feed_forward", 0))
+        for look in (type, _dtype, Tensor.data_ptr, Tensor.numel, Tensor.stride):
+            state += map(look, weights)
+    return tuple(state)

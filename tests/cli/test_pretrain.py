@@ -1,0 +1,388 @@
+"""``fastbert pretrain``: learns, goes on to the bit where it was killed, and leaves ordinary Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastbert.cli import main
+from fastbert.training.checkpoints import checkpoint_problem, checkpoints, last_complete
+
+TINY = "num_hidden_layers=2,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=64"
+NO_DROPOUT = f"{TINY},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+MEASURED = {"tokens_per_second", "tflops", "mfu"}  # what no two runs have in common
+
+
+@pytest.fixture(scope="module")
+def corpus(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(1)
+    documents = []
+    for number in range(300):
+        topic = ["animal", "food", "space"][number % 3]
+        documents.append(" ".join(kit.sentence(rng, topic).capitalize() + "." for _ in range(rng.randint(3, 12))))
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n\n".join(documents), encoding="utf-8")
+    return path
+
+
+def prepare(corpus: Path, model: Path, output: Path, **more: Any) -> Path:
+    flags = {"tokenizer_name": model, "output": output, "max_seq_length": 32, "workers": 1, "shard_megabytes": 0.05}
+    named = [text for name, value in (flags | more).items() for text in (f"--{name}", str(value))]
+    assert main(["prepare", "--input", str(corpus), "--quiet", *named]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def data(corpus: Path, base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(corpus, base_model, tmp_path_factory.mktemp("prepared") / "short")
+
+
+@pytest.fixture(scope="module")
+def long_data(corpus: Path, base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(corpus, base_model, tmp_path_factory.mktemp("prepared") / "long", max_seq_length=64)
+
+
+def flags(data: Path | list[Path], tokenizer: Path, output: Path, **more: Any) -> list[str]:
+    given = {
+        "tokenizer_name": tokenizer,
+        "config_overrides": TINY,
+        "output_dir": output,
+        "max_steps": 8,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    } | more
+    folders = data if isinstance(data, list) else [data]
+    named = [text for name, value in given.items() if value is not None for text in (f"--{name}", *_texts(value))]
+    return ["pretrain", "--dataset", *map(str, folders), *named]
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, but for what depends on the clock."""
+    return [{k: v for k, v in entry.items() if k not in MEASURED} for entry in report(folder)["history"]]
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is long enough to learn something."""
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    more = {"max_steps": 120, "learning_rate": 5e-3, "per_device_train_batch_size": 16, "logging_steps": 10}
+    more |= {"save_steps": 60}
+    assert main(flags(data, base_model, folder, **more)) == 0
+    return folder
+
+
+def test_it_learns(trained: Path, data: Path) -> None:
+    found = report(trained)
+    first, last = found["history"][0], found["history"][-1]
+    vocabulary = json.loads((trained / "config.json").read_text())["vocab_size"]
+    assert abs(first["mlm_loss"] - math.log(vocabulary)) < 1.0
+    assert last["mlm_loss"] < _unigram_entropy(data)
+    assert abs(first["nsp_loss"] - math.log(2)) < 0.2
+    for entry in found["history"]:
+        assert abs(entry["loss"] - entry["mlm_loss"] - entry["nsp_loss"]) < 0.02, "the loss is the sum of both"
+        assert entry["tokens_per_second"] > 0
+        assert 0 < entry["mfu"] < 1.05
+        assert 0.9 * 512 * 10 < entry["tokens"] <= 512 * 10
+    assert found["steps"] == 120
+    assert found["data"][0]["steps"] == 120
+    assert found["fastbert"]
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (trained / "training_args.bin").exists()
+
+
+def _unigram_entropy(data: Path) -> float:
+    import datasets
+
+    counts: dict[int, int] = {}
+    for row in datasets.load_from_disk(str(data)):
+        for token, special in zip(row["input_ids"], row["special_tokens_mask"], strict=True):
+            if not special:
+                counts[token] = counts.get(token, 0) + 1
+    total = sum(counts.values())
+    return -sum(count / total * math.log(count / total) for count in counts.values())
+
+
+def test_plain_transformers_opens_it_and_the_other_way_round(
+    trained: Path, data: Path, base_model: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    import fastbert
+
+    ids = torch.randint(5, 100, (3, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    stock = transformers.BertForPreTraining.from_pretrained(trained).eval()
+    fast = fastbert.BertForPreTraining.from_pretrained(trained).eval()
+    with torch.no_grad():
+        one, two = stock(ids, attention_mask=mask), fast(ids, attention_mask=mask)
+    torch.testing.assert_close(one.seq_relationship_logits, two.seq_relationship_logits)
+    torch.testing.assert_close(one.prediction_logits[mask.bool()], two.prediction_logits[mask.bool()])
+    assert transformers.AutoTokenizer.from_pretrained(trained).mask_token == "[MASK]"
+
+    stock.save_pretrained(tmp_path / "stock")
+    more = {"tokenizer_name": base_model, "config_overrides": None, "model_name_or_path": tmp_path / "stock"}
+    assert main(flags(data, base_model, tmp_path / "on", max_steps=2, **more)) == 0
+    assert curve(tmp_path / "on")[0]["mlm_loss"] < report(trained)["history"][1]["mlm_loss"], "it goes on, not anew"
+    found = transformers.BertForPreTraining.from_pretrained(tmp_path / "on")
+    assert set(found.state_dict()) == set(stock.state_dict())
+
+
+def test_the_same_losses_as_stock(data: Path, base_model: Path, tmp_path: Path) -> None:
+    more = {"config_overrides": NO_DROPOUT, "max_steps": 6, "optimize": "false"}
+    assert main(flags(data, base_model, tmp_path / "stock", **more)) == 0
+    assert main(flags(data, base_model, tmp_path / "fast", **more | {"optimize": "true"})) == 0
+    stock, fast = curve(tmp_path / "stock"), curve(tmp_path / "fast")
+    assert report(tmp_path / "stock")["fastbert"] is None
+    for one, two in zip(stock, fast, strict=True):
+        assert one["tokens"] == two["tokens"]
+        for name in ("loss", "mlm_loss", "nsp_loss", "grad_norm"):
+            assert abs(one[name] - two[name]) < 1e-4 * abs(one[name]), name
+
+
+def test_accumulation_is_the_gradient_of_the_whole_batch(data: Path, base_model: Path, tmp_path: Path) -> None:
+    """One step of plain gradient descent over two micro-batches, against the formula on the two together."""
+    import datasets
+    import transformers
+
+    from fastbert.training.batching import Batches, Masking, Phase, TokenBudget, row_lengths
+
+    more = {"config_overrides": NO_DROPOUT, "max_steps": 1, "gradient_accumulation_steps": 2, "warmup_steps": 0}
+    more |= {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0}
+    assert main(flags(data, base_model, tmp_path / "out", **more)) == 0
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base_model)
+    rows = datasets.load_from_disk(str(data))
+    phase = Phase("data", rows, TokenBudget(row_lengths(rows), 8 * 32, 42), 2)
+    batches = Batches([phase], Masking(tokenizer, 0.15, False), 42, len(tokenizer), tokenizer.pad_token_id)
+    transformers.set_seed(42)
+    config = transformers.BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    config.update_from_string(NO_DROPOUT)
+    model = transformers.BertForPreTraining(config).train()
+    counts = [int((batches[i]["labels"] != -100).sum()) for i in range(2)]
+    assert counts[0] != counts[1], "else a mean of means would pass too"
+    loss = sum(model(**batches[i]).loss * counts[i] / sum(counts) for i in range(2))
+    loss.backward()
+    assert abs(curve(tmp_path / "out")[0]["loss"] - loss.item()) < 1e-4
+    found = transformers.BertForPreTraining.from_pretrained(tmp_path / "out").state_dict()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(found[name], (weight - weight.grad).detach(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+TWO_PHASES = {"phase_steps": [9, 5], "max_steps": 14, "save_steps": 4, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, long_data: Path, base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two phases, with dropout."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert main(flags([data, long_data], base_model, folder, **TWO_PHASES)) == 0
+    return folder
+
+
+def test_phases(uninterrupted: Path) -> None:
+    found = report(uninterrupted)
+    assert [part["steps"] for part in found["data"]] == [9, 5]
+    assert [part["max_seq_length"] for part in found["data"]] == [32, 64]
+    assert all(0.9 * 512 < entry["tokens"] <= 512 for entry in found["history"]), "every step costs the same"
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_killed_and_resumed_to_the_bit(
+    kit: Any, data: Path, long_data: Path, base_model: Path, uninterrupted: Path, tmp_path: Path, step: int
+) -> None:
+    """From the middle of the first phase (killed), and from the second (a copy of the run at that moment)."""
+    out = tmp_path / "out"
+    arguments = flags([data, long_data], base_model, out, **TWO_PHASES)
+    if step == 8:
+        kit.signal_when(kit.start(arguments), lambda: (out / "checkpoint-8").exists(), signal.SIGKILL)
+        assert not (out / "report.json").exists()
+    else:
+        shutil.copytree(uninterrupted, out)
+        shutil.rmtree(out / "checkpoint-14")
+        for path in (out / "report.json", out / "model.safetensors"):
+            path.unlink()
+    assert main([*arguments, "--resume_from_checkpoint", "true"]) == 0
+    assert report(out)["resumed_from"] in (("checkpoint-4", "checkpoint-8") if step == 8 else ("checkpoint-12",))
+    assert curve(out) == curve(uninterrupted)
+    assert len(curve(out)) == 14
+    assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+
+
+def test_a_gathered_optimizer_makes_a_checkpoint_complete(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-14"
+    shutil.copytree(uninterrupted / folder.name, folder)
+    content = (folder / "optimizer.pt").read_bytes()
+    (folder / "optimizer.pt").rename(folder / "optimizer.bin")
+    assert checkpoint_problem(folder) is None
+    (folder / "optimizer.bin").write_bytes(content[:-99])
+    assert checkpoint_problem(folder) == "optimizer.bin is truncated"
+
+
+def test_resuming_with_other_flags(
+    data: Path, long_data: Path, base_model: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = flags([data, long_data], base_model, uninterrupted, **TWO_PHASES)
+    assert main(arguments) == 1
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+    for name, value in (("seed", 7), ("mlm_probability", 0.2), ("tokens_per_batch", 300)):
+        assert main([*arguments, "--resume_from_checkpoint", "true", f"--{name}", str(value)]) == 1
+        assert f"that run had other {name}" in capsys.readouterr().err
+
+
+def test_full_disk(
+    data: Path,
+    long_data: Path,
+    base_model: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file_size_limit: Callable[[int], None],
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    shutil.rmtree(checkpoints(out)[-1])
+    for name in ("report.json", "curves.png", "model.safetensors"):
+        (out / name).unlink()
+    before = last_complete(out)
+    assert before is not None
+    arguments = [*flags([data, long_data], base_model, out, **TWO_PHASES), "--resume_from_checkpoint", "true"]
+    file_size_limit(1000)
+    status = main(arguments)
+    file_size_limit(-1)
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "no space left" in error
+    assert before.name in error
+    assert last_complete(out) == before
+    assert main(arguments) == 0
+    assert curve(out) == curve(uninterrupted)
+
+
+def test_full_sentences_and_whole_words(corpus: Path, base_model: Path, tmp_path: Path) -> None:
+    """Without pairs there is the masked language model alone; also in bf16, with activation checkpointing."""
+    import transformers
+
+    folder = prepare(corpus, base_model, tmp_path / "data", format="full_sentences")
+    more = {"whole_word_mask": True, "bf16": True, "gradient_checkpointing": True, "lr_scheduler_type": "cosine"}
+    assert main(flags(folder, base_model, tmp_path / "out", **more)) == 0
+    found = curve(tmp_path / "out")
+    assert "nsp_loss" not in found[0]
+    assert found[-1]["loss"] < found[0]["loss"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+    transformers.BertForMaskedLM.from_pretrained(tmp_path / "out")
+    roberta = more | {"model_type": "roberta", "whole_word_mask": False, "bf16": False, "max_steps": 2}
+    assert main(flags(folder, base_model, tmp_path / "roberta", **roberta)) == 0
+    assert curve(tmp_path / "roberta")[-1]["loss"] > 0
+
+
+def test_epochs_instead_of_steps(data: Path, base_model: Path, tmp_path: Path) -> None:
+    more = {"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 64}
+    assert main(flags(data, base_model, tmp_path / "out", **more)) == 0
+    found = report(tmp_path / "out")
+    assert abs(found["data"][0]["epochs"] - 0.5) < 0.51 / found["steps"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"config_overrides": "hidden_size=33"}, "--config_overrides hidden_size=33: "),
+        ({"config_overrides": "hidden_sise=32"}, "--config_overrides hidden_sise=32: "),
+        ({"config_overrides": f"{TINY},vocab_size=20"}, "vocab_size 20 is less than the tokenizer's"),
+        ({"config_overrides": f"{TINY},max_position_embeddings=16"}, "the model has 16 positions"),
+        ({"tokens_per_batch": 20}, "--tokens_per_batch 20: --dataset"),
+        ({"model_type": "roberta"}, "roberta has no next sentence prediction"),
+        ({"model_type": "nobert"}, "--model_type"),
+        ({"fsdp": "full_shard"}, "--fsdp: accelerate shards a model on GPUs only"),
+    ],
+)
+def test_bad_settings(
+    data: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: dict[str, Any], message: str
+) -> None:
+    assert main(flags(data, base_model, tmp_path / "out", **more)) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"eval_strategy": "steps"}, "pretraining has no validation data"),
+        ({"phase_steps": [3, 4]}, "--phase_steps"),
+        ({"mlm_probability": 1.5}, "--mlm_probability must be between 0 and 1, got 1.5"),
+        ({"tokenizer_name": None}, "--tokenizer_name is needed for a new model"),
+        ({"model_name_or_path": "x"}, "--config_overrides and --config_name are for a new model"),
+    ],
+)
+def test_bad_flags(
+    data: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(flags(data, base_model, tmp_path / "out", **more))
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_data(
+    data: Path, corpus: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(tmp_path, base_model, tmp_path / "out")) == 1
+    assert "not a folder made by fastbert prepare" in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    shard = sorted(broken.glob("data-*.arrow"))[-1]
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    assert main(flags(broken, base_model, tmp_path / "out")) == 1
+    assert f"--dataset {broken}: cannot be read" in capsys.readouterr().err
+    (broken / "state.json").unlink()
+    assert main(flags(broken, base_model, tmp_path / "out")) == 1
+    assert "unfinished" in capsys.readouterr().err
+    arguments = ["tokenizer", "--input", str(corpus), "--vocab_size", "90", "--quiet", "--output", str(tmp_path / "t")]
+    assert main(arguments) == 0
+    assert main(flags(data, tmp_path / "t", tmp_path / "out")) == 1
+    assert "was prepared with another tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_micro_batches(data: Path, base_model: Path, tmp_path: Path) -> None:
+    """DistributedDataParallel over gloo: at each step both have the micro-batches that one alone would accumulate."""
+    more = {"config_overrides": NO_DROPOUT, "max_steps": 4, "save_steps": 2}
+    assert main(flags(data, base_model, tmp_path / "one", **more, gradient_accumulation_steps=2)) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command = [*launch, "-m", "fastbert.cli", *flags(data, base_model, tmp_path / "two", **more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert one["tokens"] == two["tokens"]
+        for name in ("loss", "mlm_loss", "nsp_loss", "nsp_accuracy"):
+            assert abs(one[name] - two[name]) < 1e-4 * max(1, abs(one[name])), name
+    assert last_complete(tmp_path / "two") == tmp_path / "two" / "checkpoint-4"

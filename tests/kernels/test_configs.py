@@ -1,0 +1,114 @@
+"""Launch configurations: the tables of the package, the measured table of a card, and how one is found."""
+
+import json
+
+import pytest
+import torch
+from fastbert.bench import gpu_rows, runner, tune
+
+from fastbert import __version__, dispatch
+from fastbert.kernels import configs
+
+GOOD = {"layernorm_fwd": {"256": {"BLOCK_M": 4, "num_warps": 2}}}
+
+
+@pytest.fixture
+def user_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTBERT_CONFIGS", str(tmp_path))
+    path = configs.user_file("NVIDIA H100 80GB HBM3")
+    assert path == tmp_path / "nvidia-h100-80gb-hbm3.json"
+    return path
+
+
+class TestUserFile:
+    def test_is_read(self, user_file):
+        user_file.write_text(json.dumps({"fastbert": __version__, "kernels": GOOD}))
+        assert configs.read_user_file(user_file) == GOOD
+
+    def test_there_is_none(self, user_file):
+        assert configs.read_user_file(user_file) == {}
+
+    def test_of_another_version_is_not_used(self, user_file):
+        user_file.write_text(json.dumps({"fastbert": "0.0.0", "kernels": GOOD}))
+        assert configs.read_user_file(user_file) == {}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{",
+            "[]",
+            json.dumps({"kernels": GOOD}),
+            json.dumps({"fastbert": __version__, "kernels": {"layernorm_fwd": {"256": {"BLOCK_M": "4"}}}}),
+            json.dumps({"fastbert": __version__, "kernels": {"layernorm_fwd": {"256": {"BLOCK_M": 0}}}}),
+        ],
+    )
+    def test_that_is_broken(self, user_file, text):
+        user_file.write_text(text)
+        with pytest.raises(ValueError, match=r"nvidia-h100-80gb-hbm3.json holds no table .* let `fastbert bench tune`"):
+            configs.read_user_file(user_file)
+
+
+def test_tables_agree_in_their_keys():
+    """A kernel is launched on every architecture, with the same arguments."""
+    first = configs.table(configs.ARCHITECTURES[0])
+    for arch in configs.ARCHITECTURES[1:]:
+        table = configs.table(arch)
+        assert {kernel: set(classes) for kernel, classes in table.items()} == {k: set(c) for k, c in first.items()}
+        for kernel, classes in table.items():
+            for shape_class, config in classes.items():
+                assert config.keys() == first[kernel][shape_class].keys(), f"{kernel} {shape_class}"
+
+
+class TestSearch:
+    def test_neighbours(self):
+        found = tune.neighbours({"BLOCK_M": 64, "num_warps": 16, "num_stages": 1})
+        assert found == [
+            {"BLOCK_M": 32, "num_warps": 16, "num_stages": 1},
+            {"BLOCK_M": 128, "num_warps": 16, "num_stages": 1},
+            {"BLOCK_M": 64, "num_warps": 8, "num_stages": 1},
+            {"BLOCK_M": 64, "num_warps": 16, "num_stages": 2},
+        ]
+
+    def test_goes_to_the_best_past_what_fails(self):
+        def ask(do, seconds, *, config, **rest):
+            if do == "candidates":
+                return {"candidates": tune.neighbours(config), "all": False}
+            if config["num_warps"] > 8:
+                raise runner.WorkerError("too many")
+            return {"seconds": abs(config["BLOCK_M"] - 256) + 100 / config["num_warps"]}
+
+        found = tune.search(ask, "row", "kernel", "class", {"BLOCK_M": 32, "num_warps": 4})
+        assert found["config"] == {"BLOCK_M": 256, "num_warps": 8}
+        assert found["before"] == 224 + 25
+        assert found["seconds"] == 100 / 8
+
+    def test_a_start_that_fails(self):
+        def ask(do, seconds, **rest):
+            raise runner.WorkerError("no")
+
+        with pytest.raises(runner.WorkerError):
+            tune.search(ask, "row", "kernel", "class", {"BLOCK_M": 32})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+def test_a_kernel_is_tuned_in_the_interpreter():
+    """What a kernel asks for is found, changed, and judged: the numbers stay right, and a bad argument is an error."""
+    if missing := dispatch.missing_leaf("layernorm_fwd_triton"):
+        pytest.skip(missing)
+    shape = {"hidden": 32, "intermediate": 64, "heads": 2, "vocab": 50, "lengths": [7, 1, 5]}
+    row = "layernorm_fwd[tiny]"
+    tuner = tune.Tuner("cpu", {row: lambda: gpu_rows.op_row("layernorm", "fwd", "tiny", shape, device="cpu")})
+    try:
+        ((kernel, shape_class, config),) = tuner.asked(row)["asked"]
+        assert kernel == "layernorm_fwd"
+        changed = config | {"BLOCK_M": config["BLOCK_M"] * 2}
+        assert tuner.attempt(row, kernel, shape_class, changed)["seconds"] > 0
+        assert configs.describe("cpu")["used"][f"{kernel} {shape_class}"] == changed
+        with pytest.raises(Exception, match="power of 2|BLOCK_M"):
+            tuner.attempt(row, kernel, shape_class, config | {"BLOCK_M": 3})
+        assert len(tuner.candidates(row, kernel, shape_class, config)["candidates"]) >= 2
+    finally:
+        tuner._forget()
+        configs.table.cache_clear()
+        configs.choose.cache_clear()
+        configs.used.clear()
