@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -16,13 +15,13 @@ from transformers import ProgressCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from .arguments import DataArguments, FinetuneArguments, ModelArguments, Parsed
-from .checkpoints import checkpoint_problem, checkpoints, last_complete
 from .data import open_split
-from .errors import CommandError, first_line, is_disk_full
+from .errors import CommandError
 from .loading import check_vocabulary, load_config, load_tokenizer, quiet_transformers, sequence_limit
 from .report import CURVES, REPORT, history, plot, versions, write_json
 from .rows import RowFile, splits_of
-from .task import Task, say
+from .runs import RUN, check_same_run, fastbert_report, guarded, prepare_output, resume_command, save_model, say
+from .task import Task
 from .tasks import choose_task
 from .trainer import (
     EvaluationLineCallback,
@@ -35,30 +34,11 @@ from .trainer import (
     saved_patience,
 )
 
-RUN = "run.json"  # marks a folder as one of ours, and says what a resumed run must agree with
-
 
 def main(parsed: Parsed, argv: list[str]) -> int:
     """Run ``fastbert finetune``; returns the exit status. Raises CommandError for what the user can mend."""
     model_args, data_args, args = parsed
-    try:
-        return _run(model_args, data_args, args, argv)
-    except (OSError, RuntimeError) as error:
-        if not is_disk_full(error):
-            if isinstance(error, OSError) and error.filename:
-                raise CommandError(f"{error.filename}: {error.strerror}") from error
-            raise
-        raise CommandError(
-            f"--output_dir {args.output_dir}: no space left ({first_line(error)}). Finished checkpoints are intact; "
-            "free some space and go on with --resume_from_checkpoint true"
-        ) from error
-    except KeyboardInterrupt:
-        say(f"\nstopped. Go on from the last complete checkpoint with: {_resume_command(args)}")
-        return 130
-
-
-def _resume_command(args: FinetuneArguments) -> str:
-    return f"fastbert finetune … --output_dir {args.output_dir} --resume_from_checkpoint true"
+    return guarded("finetune", args, lambda: _run(model_args, data_args, args, argv))
 
 
 def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments, argv: list[str]) -> int:
@@ -81,7 +61,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     )
     max_length = sequence_limit(config, tokenizer, data_args.max_seq_length)
     task = kind(data_args, args, tokenizer, max_length)
-    checkpoint = _prepare_output(output, args)
+    checkpoint = prepare_output(output, args)
     if args.distributed_state is not None:
         args.distributed_state.wait_for_everyone()  # else one process could find what another has written
 
@@ -94,7 +74,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
         "data": {name: split.digest() for name, split in splits.items() if name != "test"},
         "model_name_or_path": model_args.model_name_or_path,
     }
-    _check_same_run(output, run, checkpoint)
+    check_same_run(output, run, checkpoint)
 
     set_seed(args.seed)
     task.configure(config)
@@ -139,7 +119,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     tested = time.perf_counter()
     if not trainer.is_world_process_zero():
         return 0
-    _save_model(trainer, output)
+    save_model(trainer, output)
     curves = history(trainer.state.log_history)
     report = {
         "command": ["fastbert", "finetune", *argv],
@@ -169,7 +149,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
         "device": str(model.device),
         "versions": versions(),
         "arguments": args.to_dict() | {"data": asdict(data_args)},
-        "fastbert": _fastbert_report(model) if model_args.optimize else None,
+        "fastbert": fastbert_report(model) if model_args.optimize else None,
     }
     write_json(output / REPORT, report)
     plot(output / CURVES, curves, metric, Path(data_args.train_file).stem)
@@ -218,64 +198,6 @@ def _check_metric(args: FinetuneArguments, task: Task) -> None:
         args.greater_is_better = known[name]
 
 
-def _prepare_output(output: Path, args: FinetuneArguments) -> Path | None:
-    """Check that ``output`` may be written to; returns the checkpoint to resume from, or None to start anew."""
-    resume = args.resume_from_checkpoint
-    if output.exists() and not output.is_dir():
-        raise CommandError(f"--output_dir {output}: a file is in the way")
-    resumable = not args.save_only_model
-    if resume is not None and resume.lower() not in ("true", "false", "1", "0"):
-        if problem := checkpoint_problem(resume, resumable=resumable):
-            raise CommandError(f"--resume_from_checkpoint {resume}: not a complete checkpoint: {problem}")
-        return Path(resume)
-    content = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    ours = RUN in content or any(checkpoints(output))
-    if resume is not None and resume.lower() in ("true", "1"):
-        if content and not ours:
-            raise CommandError(f"--output_dir {output}: holds no run to resume (but {content[0]!r})")
-        found = last_complete(output, resumable=resumable, remove=args.process_index == 0)
-        say(f"resuming from {found}" if found else f"no complete checkpoint in {output} yet: starting anew")
-        return found
-    if not content:
-        return None
-    if not args.overwrite_output_dir:
-        hint = "go on with --resume_from_checkpoint true, or " if ours else ""
-        raise CommandError(
-            f"--output_dir {output}: not empty (it holds {', '.join(map(repr, content[:3]))}"
-            f"{' …' if len(content) > 3 else ''}); choose another, {hint}start anew with --overwrite_output_dir"
-        )
-    if args.process_index != 0:
-        return None
-    for path in checkpoints(output):
-        shutil.rmtree(path)
-    for name in (RUN, REPORT, CURVES):
-        (output / name).unlink(missing_ok=True)
-    return None
-
-
-def _check_same_run(output: Path, run: dict[str, Any], checkpoint: Path | None) -> None:
-    """Refuse to resume with other labels or data, which would go wrong late or, worse, unnoticed."""
-    if checkpoint is None:
-        return
-    try:
-        before = json.loads((checkpoint.parent / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = {}
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    before.setdefault("labels", list((config.get("id2label") or {}).values()))
-    for key, value in run.items():
-        if key in before and before[key] != value and key != "model_name_or_path":
-            raise CommandError(
-                f"--resume_from_checkpoint {checkpoint}: that run had other {key} ({_short(before[key])}) "
-                f"than this one ({_short(value)}); resume with the same data and flags, or start anew"
-            )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else text[:117] + "…"
-
-
 def _headline(model: Any, task: Task, max_length: int, optimized: bool) -> str:
     sizes = ", ".join(f"{len(split)} {name}" for name, split in task.splits.items())
     how = "fastbert" if optimized else "stock Hugging Face"
@@ -300,7 +222,7 @@ def _train(trainer: Resumable, args: FinetuneArguments, checkpoint: Path | None,
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.caught is not None and trainer.state.global_step < trainer.state.max_steps:
         steps = f"{trainer.state.global_step} of {trainer.state.max_steps}"
-        say(f"stopped at step {steps}. Go on with: {_resume_command(args)}")
+        say(f"stopped at step {steps}. Go on with: {resume_command('finetune', args)}")
         return 128 + stop.caught
     return None
 
@@ -317,32 +239,3 @@ def _best(trainer: Resumable, args: FinetuneArguments) -> dict[str, Any] | None:
         "epoch": at_best[0]["epoch"] if at_best else None,
         "checkpoint": os.path.basename(state.best_model_checkpoint or "") or None,
     }
-
-
-def _save_model(trainer: Resumable, output: Path) -> None:
-    """Write the final model next to its place, then move it there file by file."""
-    partial = output / ".model.part"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        trainer.save_model(str(partial), _internal_call=True)
-        # It unpickles only where fastbert is installed; report.json has the same flags.
-        (partial / "training_args.bin").unlink(missing_ok=True)
-        for path in sorted(partial.iterdir()):
-            if path.is_dir():  # a module of a SentenceTransformer; a folder that is there cannot be replaced
-                shutil.rmtree(output / path.name, ignore_errors=True)
-            os.replace(path, output / path.name)
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        raise CommandError(
-            f"--output_dir {output}: no space left for the final model ({first_line(error)}). The checkpoints are "
-            "intact; free some space and finish with --resume_from_checkpoint true"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fastbert_report(model: Any) -> dict[str, Any]:
-    from fastbert import report
-
-    return report(model).as_dict()

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import signal
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +23,13 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from .batching import Batches, Masking, Phase, TokenBudget, row_lengths
-from .errors import CommandError, first_line, is_disk_full
-from .finetune import RUN, _check_same_run, _fastbert_report, _prepare_output, _save_model
+from .errors import CommandError, first_line
 from .loading import _LOAD_ERRORS, check_vocabulary, load_config, load_tokenizer, quiet_transformers, sequence_limit
 from .prepare import SETTINGS, tokenizer_digest
 from .pretraining_arguments import Parsed, PretrainArguments, PretrainDataArguments, PretrainModelArguments, parse
 from .pretraining_trainer import PretrainingTrainer, TimingCallback
 from .report import CURVES, REPORT, versions, write_json
+from .runs import RUN, check_same_run, fastbert_report, guarded, prepare_output, resume_command, save_model, say
 from .shards import PAIRS
 from .throughput import Work, peak_flops
 from .trainer import LossProgressCallback, NanCallback, StopOnSignal
@@ -41,30 +40,8 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Run ``fastbert pretrain``; returns the exit status. Raises CommandError for what the user can mend."""
-    model_args, data_args, args = parse(argv)
-    try:
-        return _run((model_args, data_args, args), argv)
-    except (OSError, RuntimeError) as error:
-        if not is_disk_full(error):
-            if isinstance(error, OSError) and error.filename:
-                raise CommandError(f"{error.filename}: {error.strerror}") from error
-            raise
-        raise CommandError(
-            f"--output_dir {args.output_dir}: no space left ({first_line(error)}). Finished checkpoints are intact; "
-            "free some space and go on with --resume_from_checkpoint true"
-        ) from error
-    except KeyboardInterrupt:
-        _say(f"\nstopped. Go on from the last complete checkpoint with: {_resume_command(args)}")
-        return 130
-
-
-def _say(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _resume_command(args: PretrainArguments) -> str:
-    return f"fastbert pretrain … --output_dir {args.output_dir} --resume_from_checkpoint true"
+    parsed = parse(argv)
+    return guarded("pretrain", parsed[2], lambda: _run(parsed, argv))
 
 
 def _run(parsed: Parsed, argv: list[str]) -> int:
@@ -88,11 +65,11 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
             )
     phases = _phases(data_args, args, prepared)
     masking = Masking(tokenizer, data_args.mlm_probability, data_args.whole_word_mask)
-    checkpoint = _prepare_output(output, cast(Any, args))
+    checkpoint = prepare_output(output, args)
     if args.distributed_state is not None:
         args.distributed_state.wait_for_everyone()  # else one process could find what another has written
     run = _identity(model_args, data_args, args, phases, prepared, config)
-    _check_same_run(output, run, checkpoint)
+    check_same_run(output, run, checkpoint)
 
     set_seed(args.seed)
     model = _model(model_args, config, pairs, **hub)
@@ -135,19 +112,19 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossProgressCallback())
-    _say(_headline(model, phases, args, model_args.optimize))
+    say(_headline(model, phases, args, model_args.optimize))
 
     begun = time.perf_counter()
     with stop:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.caught is not None and trainer.state.global_step < trainer.state.max_steps:
         steps = f"{trainer.state.global_step} of {trainer.state.max_steps}"
-        _say(f"stopped at step {steps}. Go on with: {_resume_command(args)}")
+        say(f"stopped at step {steps}. Go on with: {resume_command('pretrain', args)}")
         return 128 + stop.caught
     trained = time.perf_counter()
     # Where the weights are in pieces, every process has a part in saving them.
     if trainer.is_fsdp_enabled or trainer.is_world_process_zero():
-        _save_model(cast(Any, trainer), output)
+        save_model(trainer, output)
     if not trainer.is_world_process_zero():
         return 0
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -181,11 +158,11 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         "device": str(args.device),
         "versions": versions(),
         "arguments": args.to_dict() | {"data": asdict(data_args), "model": asdict(model_args)},
-        "fastbert": _fastbert_report(model) if model_args.optimize else None,
+        "fastbert": fastbert_report(model) if model_args.optimize else None,
     }
     write_json(output / REPORT, report)
     plot(output / CURVES, log, Path(data_args.dataset[0]).name)
-    _say(f"model, {REPORT} and {CURVES} are in {output}")
+    say(f"model, {REPORT} and {CURVES} are in {output}")
     if log:
         print(_summary(log[-1]))
     return 0
@@ -280,7 +257,7 @@ def _model(model_args: PretrainModelArguments, config: PreTrainedConfig, pairs: 
             f"--model_name_or_path {name}: the checkpoint lacks encoder weights: {', '.join(encoder[:4])}"
         )
     if missing:
-        _say(f"{name}: {len(missing)} weights of the heads are new: {', '.join(missing[:3])} …")
+        say(f"{name}: {len(missing)} weights of the heads are new: {', '.join(missing[:3])} …")
     return model
 
 

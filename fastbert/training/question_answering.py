@@ -19,7 +19,8 @@ from transformers import DataCollatorWithPadding
 
 from .data import BadRowError, Split, as_text, check_columns, checked_text, token_table
 from .errors import CommandError
-from .task import Task, say
+from .runs import say
+from .task import Task
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +13,7 @@ from .data import Item, Reader, Split, hold_out
 from .errors import CommandError
 from .loading import load_model
 from .rows import RowFile
+from .runs import say
 from .trainer import FinetuneTrainer, Resumable
 
 if TYPE_CHECKING:
@@ -34,11 +34,6 @@ SHARED_FLAGS = {
     "max_predict_samples",
     "on_bad_row",
 }
-
-
-def say(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def check_flags(name: str, own: frozenset[str], data_args: DataArguments) -> None:

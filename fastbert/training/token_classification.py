@@ -18,7 +18,8 @@ from transformers import DataCollatorForTokenClassification
 from .data import BadRowError, Split, check_columns, checked_text, known_columns, token_table
 from .errors import CommandError
 from .labels import Labels, UnknownLabels, label_name, sorted_names
-from .task import Task, say
+from .runs import say
+from .task import Task
 
 if TYPE_CHECKING:
     import torch
