@@ -188,7 +188,7 @@ _triton = leaf.define_triton(
     "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, "
     "float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias) -> (Tensor, Tensor)",
 )
-_TRITON_HEAD_DIM = 256  # the largest
+_TRITON_HEAD_DIM = 128  # the largest
 
 
 def _run(

@@ -141,14 +141,12 @@ def _aligned(bias: Tensor) -> Tensor:
 
 def _constants(qkv: Tensor, scale: float, bias: Tensor | None) -> dict[str, Any]:
     head_dim = qkv.size(3)
-    tf32 = qkv.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    precision = "tf32" if tf32 and qkv.dtype is torch.float32 else "ieee"
     scaled = bias is not None or scale < 0 or qkv.dtype is torch.float32
-    return {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "PRECISION": precision, "SCALED": scaled}
+    return {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "SCALED": scaled}
 
 
 def _block_d(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(32, triton.next_power_of_2(head_dim))
 
 
 def _short(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> int:
@@ -199,12 +197,9 @@ def cases(arch: int) -> Iterator[configs.Case]:
             block_d = int(name.split("-")[0][1:])
             head_dims = (40, 64) if block_d == 64 else (block_d,)
             dtypes = ("fp32",) if name.endswith("fp32") else ("bf16", "fp16")
-            precisions = ("ieee", "tf32") if name.endswith("fp32") else ("ieee",)
             biases = (True,) if op.endswith("dbias") else (False, True)
-            for head_dim, dtype, precision, dropout, bias in itertools.product(
-                head_dims, dtypes, precisions, (False, True), biases
-            ):
-                constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "PRECISION": precision}
+            for head_dim, dtype, dropout, bias in itertools.product(head_dims, dtypes, (False, True), biases):
+                constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
                 constants["SCALED"] = bias or dtype == "fp32"
                 constants |= {key: value for key, value in config.items() if key.startswith("BLOCK")}
                 if "-s" in name:
@@ -223,6 +218,6 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     else "i32"
                     for argument in kernel.arg_names
                 }
-                label = f"{op}/{name}/{dtype}-{precision}-{head_dim}" + "-dropout" * dropout + "-bias" * bias
+                label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * dropout + "-bias" * bias
                 options = {key: config[key] for key in ("num_warps", "num_stages")}
                 yield configs.Case(label, kernel, signature, constants, options, matrix=dtype != "fp32")

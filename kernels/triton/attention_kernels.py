@@ -10,7 +10,7 @@ Arguments that recur, T tokens in B sequences:
     bias float32 [B or 1, heads or 1, S or 1, S] or None; bias_batch, bias_head, bias_query: its strides, 0 where it
         broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
     seed int64 [1] or None; threshold: the smallest Philox word that is kept, as int32 bits; keep_scale: 1 / (1 - p)
-HEAD_DIM is padded to the power of two BLOCK_D with zeros. PRECISION of float32 matrix products: "ieee" or "tf32".
+HEAD_DIM is padded to the power of two BLOCK_D with zeros. Products of float32 matrices are exact ("ieee"), not TF32.
 SCALED: Q K^T is multiplied by scale before anything else, as a bias, a negative scale and float32's accuracy want it;
 otherwise exp takes the scale in, in one fused operation.
 """
@@ -148,11 +148,11 @@ def _log_sum_exp(top, total, scale, SCALED: tl.constexpr):
 def _attend(
     acc, top, total, q, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold,
     bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_D: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the queries q (first, first + 1, ...) meet the keys n, n + 1, ..."""
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SCALED:
         scores *= scale
     if bias is not None:
@@ -162,7 +162,7 @@ def _attend(
     if seed is not None:
         p = tl.where(_keep(seed, threshold, head, token, n, BLOCK_M, BLOCK_N), p, 0.0)
     v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, top, total
 
 
@@ -170,7 +170,7 @@ def _attend(
 def _attention_fwd_kernel(
     qkv, out, lse, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_M queries. Grid: (tile slots, heads)."""
@@ -194,12 +194,12 @@ def _attention_fwd_kernel(
     for n in tl.range(0, full, BLOCK_N):
         acc, top, row_sum = _attend(
             acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
-            threshold, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, False,
+            threshold, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, SCALED, False,
         )  # fmt: skip
     for n in tl.range(full, length, BLOCK_N, num_stages=1):
         acc, top, row_sum = _attend(
             acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
-            threshold, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, SCALED, True,
+            threshold, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, SCALED, True,
         )  # fmt: skip
 
     acc *= tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)[:, None]
@@ -213,7 +213,7 @@ def _attention_fwd_kernel(
 def _attention_fwd_short_kernel(
     qkv, out, lse, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A head of a sequence of at most BLOCK_S tokens. Grid: (B * heads,)."""
@@ -234,7 +234,7 @@ def _attention_fwd_short_kernel(
     k = _load_rows(k_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     v = _load_rows(v_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
 
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     top = tl.full((BLOCK_S,), -INFINITY, tl.float32)
     if SCALED:
         scores *= scale
@@ -244,7 +244,7 @@ def _attention_fwd_short_kernel(
     row_sum = tl.sum(p, 1)
     if seed is not None:
         p = tl.where(_keep(seed, threshold, head, start, 0, BLOCK_S, BLOCK_S), p, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
     acc *= tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)[:, None]
     out_head = out + start * heads * HEAD_DIM + head * HEAD_DIM
     _store_rows(out_head, acc, 0, length, heads * HEAD_DIM, BLOCK_S, HEAD_DIM, BLOCK_D)
@@ -274,12 +274,12 @@ def _probabilities(scores, lse, scale, SCALED: tl.constexpr):
 def _meet_keys(
     q, dout, lse, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold, keep_scale,
     bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_D: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Keys n, n + 1, ..., and the probabilities and their gradients, both [BLOCK_M, BLOCK_N], of the queries q."""
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SCALED:
         scores *= scale
     if bias is not None:
@@ -287,7 +287,7 @@ def _meet_keys(
     p = _probabilities(scores, lse[:, None], scale, SCALED)
     if MASKED:
         p = tl.where(tl.arange(0, BLOCK_N)[None, :] < length - n, p, 0.0)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     if seed is not None:
         keep = _keep(seed, threshold, head, token, n, BLOCK_M, BLOCK_N)
         dp = tl.where(keep, dp, 0.0) * keep_scale
@@ -298,7 +298,7 @@ def _meet_keys(
 def _attention_bwd_dq_kernel(
     dout, qkv, out, lse, delta, dqkv, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of BLOCK_M queries, and their delta, sum(P * dP) = sum(dout * out). Grid: (tile slots, heads)."""
@@ -328,7 +328,7 @@ def _attention_bwd_dq_kernel(
         for n in tl.range(0, length, BLOCK_N, num_stages=1):
             _, p, dp = _meet_keys(
                 q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
-                threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION,
+                threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
                 SCALED, True,
             )  # fmt: skip
             mass += tl.sum(p, 1)
@@ -342,17 +342,17 @@ def _attention_bwd_dq_kernel(
     for n in tl.range(0, full, BLOCK_N):
         k, p, dp = _meet_keys(
             q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
-            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION,
+            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
             SCALED, False,
         )  # fmt: skip
-        dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision="ieee")
     for n in tl.range(full, length, BLOCK_N, num_stages=1):
         k, p, dp = _meet_keys(
             q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
-            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION,
+            threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
             SCALED, True,
         )  # fmt: skip
-        dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision="ieee")
     _store_rows(dq_head, dq * scale, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
@@ -360,7 +360,7 @@ def _attention_bwd_dq_kernel(
 def _attention_bwd_dkdv_kernel(
     dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of BLOCK_N keys. Grid: (tile slots, heads).
@@ -394,21 +394,21 @@ def _attention_bwd_dkdv_kernel(
         do = _load_rows(do_head, m, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         row_lse = _load_lse(lse, query, length, bias)
         row_delta = tl.load(delta + query, mask=query < length, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         if SCALED:
             scores *= scale
         if bias is not None:
             scores += tl.trans(_load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
         p = _probabilities(scores, row_lse[None, :], scale, SCALED)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         kept = p
         if seed is not None:
             keep = tl.trans(_keep(seed, threshold, head, start + m, first, BLOCK_M, BLOCK_N))
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp, 0.0) * keep_scale
-        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
         ds = p * (dp - row_delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
     _store_rows(dk_head, dk * scale, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
     dv_head = dk_head + heads * HEAD_DIM
@@ -419,7 +419,7 @@ def _attention_bwd_dkdv_kernel(
 def _attention_bwd_short_kernel(
     dout, qkv, lse, dqkv, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV of a head of a sequence of at most BLOCK_S tokens. Grid: (B * heads,).
@@ -448,24 +448,24 @@ def _attention_bwd_short_kernel(
     v = _load_rows(v_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     do = _load_rows(do_head, 0, length, out_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
 
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     if SCALED:
         scores *= scale
     if bias is not None:
         scores += tl.trans(_load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True))
     p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], scale, SCALED), 0.0)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     kept = p
     if seed is not None:
         keep = tl.trans(_keep(seed, threshold, head, start, 0, BLOCK_S, BLOCK_S))
         kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp, 0.0) * keep_scale
-    dv = tl.dot(kept.to(do.dtype), do, input_precision=PRECISION)
+    dv = tl.dot(kept.to(do.dtype), do, input_precision="ieee")
     _store_rows(dq_head + 2 * heads * HEAD_DIM, dv * keep_scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
     ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q.dtype)
-    dk = tl.dot(ds, q, input_precision=PRECISION)
+    dk = tl.dot(ds, q, input_precision="ieee")
     _store_rows(dq_head + heads * HEAD_DIM, dk * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
-    dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+    dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
     _store_rows(dq_head, dq * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
 
 
@@ -474,7 +474,7 @@ def _attention_bwd_dbias_kernel(
     dout, qkv, lse, delta, dbias, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
     bias_batches, bias_heads, queries, keys,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_ROW: tl.constexpr,
 ):  # fmt: skip
     """A tile of the bias's gradient: the sum over all sequences and heads that share it, and over all queries if
@@ -515,11 +515,11 @@ def _attention_bwd_dbias_kernel(
                 )
                 row_lse = _load_lse(lse + rows, query, length, bias)
                 row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                scores = tl.dot(q, tl.trans(k), input_precision="ieee")
                 scores *= scale
                 scores += _load_bias(bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
                 p = tl.where(key < length, _probabilities(scores, row_lse[:, None], scale, SCALED), 0.0)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                dp = tl.dot(do, tl.trans(v), input_precision="ieee")
                 if seed is not None:
                     keep = _keep(seed, threshold, tl.cast(head, tl.int32), start + m, first_key, BLOCK_M, BLOCK_N)
                     dp = tl.where(keep, dp, 0.0) * keep_scale
