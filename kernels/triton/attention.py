@@ -49,12 +49,12 @@ def attention_fwd(
     block_s = _short(qkv.dtype, head_dim, max_seqlen)
     with torch.cuda.device_of(qkv):
         if block_s:
-            config = _config("attention_fwd_short", qkv, block_s)
+            config = _config("attention_fwd_short", qkv, bias, block_s)
             kernels._attention_fwd_short_kernel[batch * heads,](
                 qkv, out, lse, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
             )
         else:
-            config = _config("attention_fwd", qkv)
+            config = _config("attention_fwd", qkv, bias)
             kernels._attention_fwd_kernel[total // config["BLOCK_M"] + batch, heads](
                 qkv, out, lse, cu_seqlens, seed, bias, *scalars, **constants, **config
             )
@@ -91,22 +91,22 @@ def attention_bwd(
     block_s = 0 if need_dbias else _short(qkv.dtype, head_dim, max_seqlen)
     with torch.cuda.device_of(qkv):
         if block_s:
-            config = _config("attention_bwd_short", qkv, block_s)
+            config = _config("attention_bwd_short", qkv, bias, block_s)
             kernels._attention_bwd_short_kernel[batch * heads,](
                 dout, qkv, lse, dqkv, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
             )
             return dqkv, dbias
         delta = torch.empty_like(lse)
-        config = _config("attention_bwd_dq", qkv)
+        config = _config("attention_bwd_dq", qkv, bias)
         kernels._attention_bwd_dq_kernel[total // config["BLOCK_M"] + batch, heads](
             dout, qkv, out, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **config
         )
-        config = _config("attention_bwd_dkdv", qkv)
+        config = _config("attention_bwd_dkdv", qkv, bias)
         kernels._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
             dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **config
         )
         if need_dbias:
-            config = _config("attention_bwd_dbias", qkv)
+            config = _config("attention_bwd_dbias", qkv, bias)
             batches, bias_heads, queries, keys = shape
             grid = (
                 batches * bias_heads,
@@ -156,15 +156,14 @@ def _short(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> int:
     return 64 if max_seqlen <= 64 else 128
 
 
-def _shape_class(dtype: torch.dtype, head_dim: int, block_s: int = 0) -> str:
-    name = f"d{_block_d(head_dim)}"
+def _config(kernel: str, qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> dict[str, int]:
+    """By the head size, the tokens of a short kernel, float32 or 16 bit, and whether there is a bias."""
+    name = f"d{_block_d(qkv.size(3))}"
     if block_s:
-        return f"{name}-s{block_s}"
-    return f"{name}-fp32" if dtype is torch.float32 else name
-
-
-def _config(kernel: str, qkv: Tensor, block_s: int = 0) -> dict[str, int]:
-    return configs.choose(kernel, _shape_class(qkv.dtype, qkv.size(3), block_s), configs.architecture(qkv.device))
+        name += f"-s{block_s}"
+    elif qkv.dtype is torch.float32:
+        name += "-fp32"
+    return configs.choose(kernel, name + "-bias" * (bias is not None), configs.architecture(qkv.device))
 
 
 # For the compile-time table: the kernels by name, with their pointers. What else they take, all take alike.
@@ -187,7 +186,7 @@ _POINTER_TYPES = {
 
 
 def cases(arch: int) -> Iterator[configs.Case]:
-    """Every kernel in every configuration of the table: each dtype, with and without dropout, with and without a bias.
+    """Every kernel in every configuration of the table: each dtype, with and without dropout.
 
     One head size a shape class, and 40 for those that are not a power of two.
     """
@@ -196,14 +195,14 @@ def cases(arch: int) -> Iterator[configs.Case]:
         for name, config in configs.table(arch)[op].items():
             block_d = int(name.split("-")[0][1:])
             head_dims = (40, 64) if block_d == 64 else (block_d,)
-            dtypes = ("fp32",) if name.endswith("fp32") else ("bf16", "fp16")
-            biases = (True,) if op.endswith("dbias") else (False, True)
-            for head_dim, dtype, dropout, bias in itertools.product(head_dims, dtypes, (False, True), biases):
+            dtypes = ("fp32",) if "-fp32" in name else ("bf16", "fp16")
+            bias = name.endswith("-bias")
+            for head_dim, dtype, dropout in itertools.product(head_dims, dtypes, (False, True)):
                 constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
                 constants["SCALED"] = bias or dtype == "fp32"
                 constants |= {key: value for key, value in config.items() if key.startswith("BLOCK")}
                 if "-s" in name:
-                    constants["BLOCK_S"] = int(name.split("-s")[1])
+                    constants["BLOCK_S"] = int(name.split("-")[1][1:])
                 if op.endswith("dbias"):
                     constants["ONE_ROW"] = False
                 constants |= {} if dropout else {"seed": None}
@@ -218,6 +217,6 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     else "i32"
                     for argument in kernel.arg_names
                 }
-                label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * dropout + "-bias" * bias
+                label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * dropout
                 options = {key: config[key] for key in ("num_warps", "num_stages")}
                 yield configs.Case(label, kernel, signature, constants, options, matrix=dtype != "fp32")
