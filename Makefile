@@ -19,6 +19,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c $(C
 export FASTBERT_BUILD_EXTENSION ?= 1
 TESTS ?= tests
 PYTEST_ARGS ?= -m "not slow and not kernels"
+# A test that hangs ends the run, with the stacks of all threads, instead of holding it until somebody looks.
+PYTEST_LIMIT := -o faulthandler_exit_on_timeout=true -o faulthandler_timeout
 
 .PHONY: help
 help:  ## this list
@@ -30,11 +32,11 @@ demo: build  ## fine-tune a real BERT on real text, predict, compare with Huggin
 
 .PHONY: test
 test: build  ## run the tests (TESTS=path PYTEST_ARGS=... to choose)
-	@$(BIN)/pytest $(PYTEST_ARGS) $(TESTS)
+	@$(BIN)/pytest $(PYTEST_LIMIT)=900 $(PYTEST_ARGS) $(TESTS)
 
 .PHONY: kernels
 kernels: build  ## compile every GPU kernel without a GPU; check registers, spills, shared memory
-	@$(BIN)/pytest -m kernels tests/kernels
+	@$(BIN)/pytest $(PYTEST_LIMIT)=3600 -m kernels tests/kernels
 
 .PHONY: kernel-tables
 kernel-tables: build  ## write what the GPU kernels compile to: bench/results/kernels-*.json
