@@ -23,14 +23,20 @@ FASTBERT_INLINE void for_columns(int64_t n, const F& f) {
   if (c < n) f(c, n - c);
 }
 
+constexpr int64_t kChain = 64;  // vectors added up before they join the others: a longer chain loses digits
+
 // The sum of what f(c, count) returns; two accumulators, because one would wait for each addition.
 template <class F>
 FASTBERT_INLINE float sum_columns(int64_t n, const F& f) {
-  vf s0 = {}, s1 = {};
+  vf total = {}, s0 = {}, s1 = {};
   int64_t c = 0;
-  for (; c + 2 * VLEN <= n; c += 2 * VLEN) s0 += f(c, VLEN), s1 += f(c + VLEN, VLEN);
+  while (c + 2 * VLEN <= n) {
+    const int64_t end = smaller(n, c + kChain * VLEN);
+    for (; c + 2 * VLEN <= end; c += 2 * VLEN) s0 += f(c, VLEN), s1 += f(c + VLEN, VLEN);
+    total += s0 + s1, s0 = s1 = vf{};
+  }
   for_columns(n - c, [&](int64_t d, int64_t count) FASTBERT_INLINED { s0 += f(c + d, count); });
-  return sum(s0 + s1);
+  return sum(total + s0);
 }
 
 FASTBERT_INLINE vf first_lanes(vf v, int64_t n) {
@@ -87,7 +93,7 @@ void norm_backward_row(const NormBackward<T, Out>& a, int64_t row, float* factor
   const float mean = a.mean == nullptr ? 0.0f : a.mean[row], scale = a.mean == nullptr ? 1.0f : rstd;
   if constexpr (At != DropoutAt::kNowhere)
     a.dropout.factors(factors, 0, n, static_cast<uint32_t>(row), 0, kStreamRows);
-  vf g0 = {}, g1 = {}, gx0 = {}, gx1 = {};
+  vf g0 = {}, g1 = {}, gx0 = {}, gx1 = {}, g_total = {}, gx_total = {};
   const auto add = [&](int64_t c, int64_t count, vf* g, vf* gx) FASTBERT_INLINED {
     vf v = load_n(dy + c, count);
     if constexpr (At == DropoutAt::kAfter) v *= load(factors + c);
@@ -96,10 +102,14 @@ void norm_backward_row(const NormBackward<T, Out>& a, int64_t row, float* factor
     *gx += v * (load_n(z + c, count) - mean);
   };
   int64_t c = 0;
-  for (; c + 2 * VLEN <= n; c += 2 * VLEN) add(c, VLEN, &g0, &gx0), add(c + VLEN, VLEN, &g1, &gx1);
+  while (c + 2 * VLEN <= n) {
+    const int64_t end = smaller(n, c + kChain * VLEN);
+    for (; c + 2 * VLEN <= end; c += 2 * VLEN) add(c, VLEN, &g0, &gx0), add(c + VLEN, VLEN, &g1, &gx1);
+    g_total += g0 + g1, gx_total += gx0 + gx1, g0 = g1 = gx0 = gx1 = vf{};
+  }
   for_columns(n - c, [&](int64_t d, int64_t count) FASTBERT_INLINED { add(c + d, count, &g0, &gx0); });
-  const float mean_g = sum(g0 + g1) / static_cast<float>(n);
-  const float mean_gx = sum(gx0 + gx1) * scale / static_cast<float>(n);
+  const float mean_g = sum(g_total + g0) / static_cast<float>(n);
+  const float mean_gx = sum(gx_total + gx0) * scale / static_cast<float>(n);
   for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
     vf g = load_n(dy + c, count);
     if constexpr (At == DropoutAt::kAfter) g *= load(factors + c);

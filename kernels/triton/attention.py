@@ -46,7 +46,7 @@ def attention_fwd(
     batch = cu_seqlens.numel() - 1
     scalars = _scalars(qkv, batch, scale, dropout_p, bias)
     constants = _constants(qkv, scale, bias)
-    block_s = _short(qkv.dtype, head_dim, max_seqlen)
+    block_s = _short(qkv.dtype, head_dim, max_seqlen, bias)
     with torch.cuda.device_of(qkv):
         if block_s:
             config = _config("attention_fwd_short", qkv, bias, block_s)
@@ -88,7 +88,7 @@ def attention_bwd(
     batch = cu_seqlens.numel() - 1
     scalars = _scalars(qkv, batch, scale, dropout_p, bias)
     constants = _constants(qkv, scale, bias)
-    block_s = 0 if need_dbias else _short(qkv.dtype, head_dim, max_seqlen)
+    block_s = 0 if need_dbias else _short(qkv.dtype, head_dim, max_seqlen, bias)
     with torch.cuda.device_of(qkv):
         if block_s:
             config = _config("attention_bwd_short", qkv, bias, block_s)
@@ -149,9 +149,9 @@ def _block_d(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(head_dim))
 
 
-def _short(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> int:
-    """Tokens that a program of the short kernels has room for, or 0 if the long ones have to run."""
-    if dtype is torch.float32 or head_dim > 128 or max_seqlen > (128 if head_dim <= 64 else 64):
+def _short(dtype: torch.dtype, head_dim: int, max_seqlen: int, bias: Tensor | None) -> int:
+    """Tokens that a program of the short kernels has room for in its registers, or 0 if the long ones have to run."""
+    if dtype is torch.float32 or max_seqlen > (128 if head_dim <= 64 and bias is None else 64):
         return 0
     return 64 if max_seqlen <= 64 else 128
 

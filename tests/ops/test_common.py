@@ -29,14 +29,17 @@ class Sample(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def sample(op: str, p: float = 0.1, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Sample:
+def sample(
+    op: str, p: float = 0.1, dtype: torch.dtype = torch.float32, backend: str | None = None, like: str | None = None
+) -> Sample:
+    """An op's arguments, of the size at which `backend` is tested, or `like` if that is given."""
     random, device = accuracy.generator(1), accuracy.device(backend)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
     dropout = {"dropout_p": p, "seed": accuracy.seed_tensor(device) if p > 0 else None}
-    starts = [0, 18, 18, 30, 41] if accuracy.interpreted(backend) else [0, 70, 70, 130, 163]
+    starts = [0, 18, 18, 30, 41] if accuracy.interpreted(like or backend) else [0, 70, 70, 130, 163]
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
     longest, rows, hidden = starts[1], starts[-1], 96
     if op == "attention":
@@ -139,7 +142,7 @@ def test_thread_count_does_not_change_the_forward(dtype: torch.dtype, op: str) -
 def test_backends_draw_the_same_mask(p: float, op: str, backend: str) -> None:
     accuracy.require(op, backend, torch.float32)
     for ours, reference in zip(
-        results(sample(op, p, backend=backend)), results(sample(op, p, backend="reference")), strict=True
+        results(sample(op, p, backend=backend)), results(sample(op, p, backend="reference", like=backend)), strict=True
     ):
         torch.testing.assert_close(ours, reference.to(ours.device), rtol=1e-3, atol=1e-3)
 
