@@ -1,6 +1,6 @@
 """Attention over packed sequences: launches the kernels of attention_kernels.py.
 
-Up to 128 tokens a sequence, a program holds a whole head of a sequence, in 16 bit. Otherwise the forward has a program
+Up to 128 tokens a sequence, a program holds a whole head, where its registers have room. Otherwise the forward has a program
 for each tile of queries; the backward is two passes, dQ by tiles of queries and dK, dV by tiles of keys, each of which
 computes the scores again. There are no atomics. The tiles of a ragged batch are found from cu_seqlens on the device
 (`_find_tile`), so that the host never waits. The gradient of a bias is a pass of its own.
@@ -46,7 +46,7 @@ def attention_fwd(
     batch = cu_seqlens.numel() - 1
     scalars = _scalars(qkv, batch, scale, dropout_p, bias)
     constants = _constants(qkv, scale, bias)
-    block_s = _short(qkv.dtype, head_dim, max_seqlen, bias)
+    block_s = _short("attention_fwd_short", qkv, max_seqlen, bias)
     with torch.cuda.device_of(qkv):
         if block_s:
             config = _config("attention_fwd_short", qkv, bias, block_s)
@@ -78,7 +78,7 @@ def attention_bwd(
 
     Returns dqkv [T, 3, h, d] and dbias, shaped like bias (empty unless need_dbias). Repeats bit for bit.
     """
-    total, _, heads, head_dim = qkv.shape
+    total, _, heads, _ = qkv.shape
     dqkv = torch.empty_like(qkv)
     dbias = torch.zeros_like(bias) if need_dbias and bias is not None else lse.new_empty(0)
     if total == 0:
@@ -88,7 +88,7 @@ def attention_bwd(
     batch = cu_seqlens.numel() - 1
     scalars = _scalars(qkv, batch, scale, dropout_p, bias)
     constants = _constants(qkv, scale, bias)
-    block_s = 0 if need_dbias else _short(qkv.dtype, head_dim, max_seqlen, bias)
+    block_s = 0 if need_dbias else _short("attention_bwd_short", qkv, max_seqlen, bias)
     with torch.cuda.device_of(qkv):
         if block_s:
             config = _config("attention_bwd_short", qkv, bias, block_s)
@@ -149,21 +149,30 @@ def _block_d(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(head_dim))
 
 
-def _short(dtype: torch.dtype, head_dim: int, max_seqlen: int, bias: Tensor | None) -> int:
-    """Tokens that a program of the short kernels has room for in its registers, or 0 if the long ones have to run."""
-    if dtype is torch.float32 or max_seqlen > (128 if head_dim <= 64 and bias is None else 64):
+def _short(kernel: str, qkv: Tensor, max_seqlen: int, bias: Tensor | None) -> int:
+    """Tokens that a program of a short kernel has room for, or 0 if a long one has to run.
+
+    The table has short kernels where their registers hold a whole head.
+    """
+    if qkv.dtype is torch.float32 or max_seqlen > 128:
         return 0
-    return 64 if max_seqlen <= 64 else 128
+    block_s = 64 if max_seqlen <= 64 else 128
+    offered = configs.table(configs.architecture(qkv.device))[kernel]
+    return block_s if _shape_class(qkv, bias, block_s) in offered else 0
 
 
-def _config(kernel: str, qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> dict[str, int]:
+def _shape_class(qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> str:
     """By the head size, the tokens of a short kernel, float32 or 16 bit, and whether there is a bias."""
     name = f"d{_block_d(qkv.size(3))}"
     if block_s:
         name += f"-s{block_s}"
     elif qkv.dtype is torch.float32:
         name += "-fp32"
-    return configs.choose(kernel, name + "-bias" * (bias is not None), configs.architecture(qkv.device))
+    return name + "-bias" * (bias is not None)
+
+
+def _config(kernel: str, qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> dict[str, int]:
+    return configs.choose(kernel, _shape_class(qkv, bias, block_s), configs.architecture(qkv.device))
 
 
 # For the compile-time table: the kernels by name, with their pointers. What else they take, all take alike.
