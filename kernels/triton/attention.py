@@ -1,9 +1,9 @@
 """Attention over packed sequences: launches the kernels of attention_kernels.py.
 
-Up to 128 tokens a sequence, a program holds a whole head, where its registers have room. Otherwise the forward has a program
-for each tile of queries; the backward is two passes, dQ by tiles of queries and dK, dV by tiles of keys, each of which
-computes the scores again. There are no atomics. The tiles of a ragged batch are found from cu_seqlens on the device
-(`_find_tile`), so that the host never waits. The gradient of a bias is a pass of its own.
+Up to 128 tokens a sequence, a program holds a whole head, where its registers have room. Otherwise the forward has a
+program for each tile of queries; the backward is two passes, dQ by tiles of queries and dK, dV by tiles of keys, each
+of which computes the scores again. There are no atomics. The tiles of a ragged batch are found from cu_seqlens on the
+device (`_find_tile`), so that the host never waits. The gradient of a bias is a pass of its own.
 """
 
 from __future__ import annotations
