@@ -49,14 +49,17 @@ class TestUserFile:
 
 
 def test_tables_agree_in_their_keys():
-    """A kernel is launched on every architecture, with the same arguments."""
+    """A kernel is launched on every architecture, with the same arguments. The first may lack some of the short kernels:
+    the long ones run in their place."""
     first = configs.table(configs.ARCHITECTURES[0])
     for arch in configs.ARCHITECTURES[1:]:
         table = configs.table(arch)
-        assert {kernel: set(classes) for kernel, classes in table.items()} == {k: set(c) for k, c in first.items()}
+        assert table.keys() == first.keys()
         for kernel, classes in table.items():
-            for shape_class, config in classes.items():
-                assert config.keys() == first[kernel][shape_class].keys(), f"{kernel} {shape_class}"
+            lacking = classes.keys() ^ first[kernel].keys()
+            assert not lacking or (kernel.endswith("_short") and lacking < classes.keys()), f"{kernel}: {lacking}"
+            for shape_class in classes.keys() & first[kernel].keys():
+                assert classes[shape_class].keys() == first[kernel][shape_class].keys(), f"{kernel} {shape_class}"
 
 
 class TestSearch:
