@@ -49,7 +49,7 @@ class TestUserFile:
 
 
 def test_tables_agree_in_their_keys():
-    """A kernel is launched on every architecture, with the same arguments. The first may lack some of the short kernels:
+    """A kernel is launched on every architecture, with the same arguments. The first may lack short attention kernels:
     the long ones run in their place."""
     first = configs.table(configs.ARCHITECTURES[0])
     for arch in configs.ARCHITECTURES[1:]:
