@@ -1,4 +1,4 @@
-// The torch side of linear, ffn, attention and the whole layer: schemas, argument checks, allocation.
+// The torch side of linear, ffn, attention and whole layers: schemas, argument checks, allocation.
 #include "runtime.h"
 #include "tensor.h"
 
@@ -185,15 +185,16 @@ std::tuple<Tensor, Tensor> attention_bwd(Tensor dout, Tensor qkv, Tensor out, Te
   return {dqkv, dbias};
 }
 
-Tensor layer_fwd(Tensor x, Tensor cu_seqlens, int64_t max_seqlen, int64_t heads, double scale, OptionalTensor bias,
-                 TensorList weights, double eps1, double eps2) {
-  const char* op = "layer_fwd_cpu";
+Tensor layers_fwd(Tensor x, Tensor cu_seqlens, int64_t max_seqlen, int64_t heads, double scale, OptionalTensor bias,
+                  TensorList weights, double eps1, double eps2) {
+  const char* op = "layers_fwd_cpu";
+  constexpr size_t kEach = 16;
   const DType dtype = float_dtype(op, "x", x);
   const ScalarType type = x.scalar_type();
   check(op, "x", x, type, {-1, -1});
-  if (weights.size() != 16)
-    fail(op, ": weights has ", weights.size(), " entries; it must have weight and bias of query, key, value, attention "
-         "output, first norm, up, down, second norm");
+  if (weights.empty() || weights.size() % kEach != 0)
+    fail(op, ": weights has ", weights.size(), " entries; it must have, for each layer, weight and bias of query, key, "
+         "value, attention output, first norm, up, down, second norm");
   if (heads <= 0) fail(op, ": heads is ", heads, "; it must be positive");
   LayerShape shape{};
   shape.hidden = x.size(1), shape.eps1 = eps1, shape.eps2 = eps2;
@@ -204,28 +205,32 @@ Tensor layer_fwd(Tensor x, Tensor cu_seqlens, int64_t max_seqlen, int64_t heads,
   };
   const int64_t hidden = shape.hidden, inner = first_dimension("query.weight", weights[0]);
   if (inner % heads != 0) fail(op, ": query.weight has ", inner, " rows; it must be a multiple of heads = ", heads);
-  shape.intermediate = first_dimension("up.weight", weights[10]);
-  const auto data_of = [&](int i, const char* name, const std::vector<int64_t>& dimensions) {
-    check(op, name, weights[i], type, dimensions);
-    return weights[i].const_data_ptr();
-  };
-  LayerWeights w;
-  w.qkv[0] = data_of(0, "query.weight", {inner, hidden}), w.qkv_bias[0] = data_of(1, "query.bias", {inner});
-  w.qkv[1] = data_of(2, "key.weight", {inner, hidden}), w.qkv_bias[1] = data_of(3, "key.bias", {inner});
-  w.qkv[2] = data_of(4, "value.weight", {inner, hidden}), w.qkv_bias[2] = data_of(5, "value.bias", {inner});
-  w.out = data_of(6, "attention_out.weight", {hidden, inner}), w.out_bias = data_of(7, "attention_out.bias", {hidden});
-  w.norm1 = data_of(8, "attention_norm.weight", {hidden}), w.norm1_bias = data_of(9, "attention_norm.bias", {hidden});
-  w.up = data_of(10, "up.weight", {shape.intermediate, hidden});
-  w.up_bias = data_of(11, "up.bias", {shape.intermediate});
-  w.down = data_of(12, "down.weight", {hidden, shape.intermediate}), w.down_bias = data_of(13, "down.bias", {hidden});
-  w.norm2 = data_of(14, "norm.weight", {hidden}), w.norm2_bias = data_of(15, "norm.bias", {hidden});
+  const int64_t wide = shape.intermediate = first_dimension("up.weight", weights[10]);
+  std::vector<LayerWeights> layers(weights.size() / kEach);
+  for (size_t layer = 0; layer < layers.size(); ++layer) {
+    const auto data_of = [&](int i, const char* name, const std::vector<int64_t>& dimensions) {
+      const Tensor& weight = weights[layer * kEach + i];
+      check(op, name, weight, type, dimensions);
+      return weight.const_data_ptr();
+    };
+    LayerWeights& w = layers[layer];
+    w.qkv[0] = data_of(0, "query.weight", {inner, hidden}), w.qkv_bias[0] = data_of(1, "query.bias", {inner});
+    w.qkv[1] = data_of(2, "key.weight", {inner, hidden}), w.qkv_bias[1] = data_of(3, "key.bias", {inner});
+    w.qkv[2] = data_of(4, "value.weight", {inner, hidden}), w.qkv_bias[2] = data_of(5, "value.bias", {inner});
+    w.out = data_of(6, "attention_out.weight", {hidden, inner}), w.out_bias = data_of(7, "attention_out.bias", {hidden});
+    w.norm1 = data_of(8, "attention_norm.weight", {hidden}), w.norm1_bias = data_of(9, "attention_norm.bias", {hidden});
+    w.up = data_of(10, "up.weight", {wide, hidden}), w.up_bias = data_of(11, "up.bias", {wide});
+    w.down = data_of(12, "down.weight", {hidden, wide}), w.down_bias = data_of(13, "down.bias", {hidden});
+    w.norm2 = data_of(14, "norm.weight", {hidden}), w.norm2_bias = data_of(15, "norm.bias", {hidden});
+  }
   AttentionShape& attention = shape.attention;
   attention.total = x.size(0), attention.heads = heads, attention.head_dim = inner / heads;
   attention.scale = static_cast<float>(scale);
   check_sequences(op, "x", cu_seqlens, max_seqlen, bias, &attention);
   Tensor y = new_tensor({attention.total, hidden}, type);
   if (y.numel() > 0)
-    kernels().layer_fwd(executor(), dtype, shape, w, x.const_data_ptr(), y.mutable_data_ptr());
+    kernels().layers_fwd(executor(), dtype, shape, static_cast<int>(layers.size()), layers.data(), x.const_data_ptr(),
+                         y.mutable_data_ptr());
   return y;
 }
 
@@ -245,7 +250,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
       "attention_bwd_cpu(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, "
       "float scale, float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias) -> (Tensor, Tensor)");
   m.def(
-      "layer_fwd_cpu(Tensor x, Tensor cu_seqlens, SymInt max_seqlen, int heads, float scale, Tensor? bias, "
+      "layers_fwd_cpu(Tensor x, Tensor cu_seqlens, SymInt max_seqlen, int heads, float scale, Tensor? bias, "
       "Tensor[] weights, float eps1, float eps2) -> Tensor");
 }
 
@@ -256,7 +261,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastbert, CPU, m) {
   m.impl("ffn_bwd_cpu", TORCH_BOX(&ffn_bwd));
   m.impl("attention_fwd_cpu", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd_cpu", TORCH_BOX(&attention_bwd));
-  m.impl("layer_fwd_cpu", TORCH_BOX(&layer_fwd));
+  m.impl("layers_fwd_cpu", TORCH_BOX(&layers_fwd));
 }
 
 }  // namespace fastbert

@@ -30,6 +30,17 @@ const int64_t* check_ids(const char* op, const char* name, const Tensor& ids, in
   return id;
 }
 
+// The same for ids of which the first ones, whose number divides count, stand for all: they are repeated into `room`.
+const int64_t* check_repeated_ids(const char* op, const char* name, const Tensor& ids, int64_t count, const char* table,
+                                  int64_t rows, std::vector<int64_t>* room) {
+  const int64_t period = ids.numel();
+  if (period == 0 || period == count || count % period != 0) return check_ids(op, name, ids, count, table, rows);
+  const int64_t* id = check_ids(op, name, ids, period, table, rows);
+  room->resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) (*room)[i] = id[i % period];
+  return room->data();
+}
+
 float* floats(Tensor& t) { return t.numel() > 0 ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
 void* data(Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
 
@@ -96,10 +107,11 @@ std::tuple<Tensor, Tensor, Tensor> embedding_fwd(Tensor input_ids, Tensor positi
   check(op, "token_type", token_type, type, {-1, shape.columns});
   const Vector weight_data = check_vector(op, "weight", weight, shape.columns);
   const Vector bias_data = check_vector(op, "bias", bias, shape.columns);
+  std::vector<int64_t> positions, types;
   const int64_t* const ids[] = {
       check_ids(op, "input_ids", input_ids, shape.rows, "word", word.size(0)),
-      check_ids(op, "position_ids", position_ids, shape.rows, "position", position.size(0)),
-      check_ids(op, "token_type_ids", token_type_ids, shape.rows, "token_type", token_type.size(0)),
+      check_repeated_ids(op, "position_ids", position_ids, shape.rows, "position", position.size(0), &positions),
+      check_repeated_ids(op, "token_type_ids", token_type_ids, shape.rows, "token_type", token_type.size(0), &types),
   };
   const void* const tables[] = {word.const_data_ptr(), position.const_data_ptr(), token_type.const_data_ptr()};
   Tensor y = new_tensor({shape.rows, shape.columns}, type);

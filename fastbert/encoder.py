@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.ops.layer import layer as layer_op
+from fastbert.ops.layers import layers as layers_op
 from fastbert.packing import PackedBatch
 
 
@@ -79,19 +79,21 @@ class LayerSettings(NamedTuple):
     ffn_dropout: float
     deterministic: bool
 
+    @property
+    def dropout(self) -> bool:
+        return bool(self.attention_dropout or self.hidden_dropout or self.ffn_dropout)
+
 
 def layer(x: Tensor, batch: PackedBatch, weights: tuple[Tensor, ...], settings: LayerSettings) -> Tensor:
     """One post-norm transformer layer on packed tokens: x [T, H] -> [T, H].
 
     weights: weight and bias of each module of WEIGHTED.
     """
+    y = layers_at_once(x, batch, weights, settings)
+    if y is not None:
+        return y
     wq, bq, wk, bk, wv, bv, wo, bo, g1, b1, w_up, b_up, w_down, b_down, g2, b2 = weights
     heads, scale, eps1, eps2, attention_dropout, hidden_dropout, ffn_dropout, deterministic = settings
-
-    if not (attention_dropout or hidden_dropout or ffn_dropout):
-        y = layer_op(x, batch.cu_seqlens, batch.max_seqlen, heads, scale, batch.bias, weights, eps1, eps2)
-        if y is not None:
-            return y
 
     qkv = ops.linear(x, (wq, wk, wv), (bq, bk, bv))
     qkv = qkv.view(x.shape[0], 3, heads, qkv.shape[1] // (3 * heads))
@@ -108,6 +110,19 @@ def layer(x: Tensor, batch: PackedBatch, weights: tuple[Tensor, ...], settings: 
     x = ops.layernorm(a, g1, b1, x_bias=bo, residual=x, dropout_p=hidden_dropout, eps=eps1)
     f = ops.ffn(x, w_up, b_up, w_down)
     return ops.layernorm(f, g2, b2, x_bias=b_down, residual=x, dropout_p=ffn_dropout, eps=eps2)
+
+
+def layers_at_once(
+    x: Tensor, batch: PackedBatch, weights: tuple[Tensor, ...], settings: LayerSettings
+) -> Tensor | None:
+    """Layers that share their settings, in one op: x [T, H] -> [T, H]; or None if they have to run op by op.
+
+    weights: as `layer` takes them, layer after layer.
+    """
+    if settings.dropout:
+        return None
+    heads, scale, eps1, eps2 = settings[:4]
+    return layers_op(x, batch.cu_seqlens, batch.max_seqlen, heads, scale, batch.bias, weights, eps1, eps2)
 
 
 def encode(

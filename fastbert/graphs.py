@@ -264,7 +264,7 @@ def layer_reason(layer: Any, x: Tensor) -> str | None:
     if "forward" in vars(layer):
         return "the forward of a layer is replaced"
     reason, _, settings = layer.ready_parts(x)
-    if reason is None and (settings.attention_dropout or settings.hidden_dropout or settings.ffn_dropout):
+    if reason is None and settings.dropout:
         return "dropout is on; model.eval() switches it off"
     return reason
 

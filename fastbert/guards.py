@@ -21,8 +21,8 @@ PACKABLE = (IMPLEMENTATION, "sdpa")  # attention implementations under which the
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
 _HARMLESS_HOOKS = ("transformers.utils.output_capturing", "torch.distributed")
 _REQUIRE_GRADS = "make_inputs_require_grad"  # transformers' and PEFT's hook on the word embeddings, for checkpointing
 
@@ -32,7 +32,7 @@ def foreign_hook(module: nn.Module) -> str | None:
 
     Transformers' own capture of outputs and FSDP's hooks do not count.
     """
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         for hook in getattr(module, hooks).values():
             harmless = (getattr(hook, "__module__", None) or "").startswith(_HARMLESS_HOOKS)
             if not harmless and not getattr(hook, "__name__", "").startswith(_REQUIRE_GRADS):
@@ -67,7 +67,7 @@ class Resolved:
         self.modules = tuple(parts.values())
         self.types = tuple(map(type, self.modules))
         self.instances = [vars(part) for part in self.modules]
-        self.hooks = [*_GLOBAL_HOOKS, *(getattr(part, name) for part in self.modules for name in _HOOKS)]
+        self.hooks = [*_GLOBAL_HOOKS, *(getattr(part, name) for part in self.modules for name in HOOKS)]
         self.hook_ids = tuple(chain.from_iterable(self.hooks))
         self.replaced = tuple(map(operator.contains, self.instances, repeat("forward")))
         self.reason = self.missing or self._common() or check(parts)
@@ -208,6 +208,18 @@ class ResolvedLayer(Resolved):
             return f"query, key and value have widths {sorted(widths)}, not {head_dim} times the number of heads"
         return None
 
+    def settings_from(self) -> Iterator[tuple[nn.Module, str]]:
+        """The attributes on which `settings` depends."""
+        yield from ((norm, "eps") for norm in self.norms)
+        yield self.attention, "scaling"
+        yield self.attention, "training"
+        yield self.attention_dropout, "p"
+        for dropout in (self.hidden_dropout, self.ffn_dropout):
+            if dropout is not None:
+                yield from ((dropout, name) for name in ("p", "training"))
+        if "chunk_size_feed_forward" in vars(self.chunked):
+            yield self.chunked, "chunk_size_feed_forward"
+
     def settings(self) -> encoder.LayerSettings:
         """What the packed layer needs besides its weights, read anew at each call."""
         hidden, ffn = self.hidden_dropout, self.ffn_dropout
@@ -222,6 +234,49 @@ class ResolvedLayer(Resolved):
             ffn_dropout=ffn.p if ffn.training else 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
+
+
+class ResolvedStack:
+    """Layers without dropout that can run as one, with all that this takes for granted.
+
+    layers: of an encoder, each with `resolve` and ready for the fast path. settings: theirs, which they share.
+    """
+
+    def __init__(self, layers: nn.ModuleList, settings: encoder.LayerSettings) -> None:
+        resolved = [layer.resolve() for layer in layers]
+        self.settings = settings
+        self.layers = tuple(layers)
+        self.roots = tuple(layer._modules for layer in layers)
+        self.modules = (*layers, *(part for its in resolved for part in its.modules))
+        self.types = tuple(map(type, self.modules))
+        self.instances = [vars(module) for module in self.modules]
+        self.hooks = [*_GLOBAL_HOOKS, *(getattr(module, name) for module in self.modules for name in HOOKS)]
+        watched: list[tuple[dict[str, Any], str]] = []
+        for its in resolved:
+            watched += zip(its.dicts, its.names, strict=True)
+            watched += ((vars(module), name) for module, name in its.settings_from())
+        self.dicts, self.names = zip(*watched, strict=True)
+        self.values = tuple(map(operator.getitem, self.dicts, self.names))
+        self.parameter_dicts = [parameters for its in resolved for parameters in its.weights.dicts]
+        self.parameter_names = [name for its in resolved for name in its.weights.names]
+        self.parameters = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
+
+    def weights(self, layers: nn.ModuleList) -> tuple[Tensor, ...] | None:
+        """Weight and bias of each layer's modules in turn, or None if anything is not what it was."""
+        try:
+            if (
+                tuple(layers._modules.values()) == self.layers
+                and all(map(operator.is_, map(operator.attrgetter("_modules"), layers), self.roots))
+                and tuple(map(operator.getitem, self.dicts, self.names)) == self.values
+                and tuple(map(type, self.modules)) == self.types
+                and not any(self.hooks)
+                and not any(map(operator.contains, self.instances, repeat("forward")))
+            ):
+                found = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
+                return found if all(map(operator.is_, found, self.parameters)) else None
+        except KeyError:
+            pass
+        return None
 
 
 class ResolvedEmbeddings(Resolved):

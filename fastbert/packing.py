@@ -98,6 +98,11 @@ class PackedBatch:
 
         Reads the lengths back from the device, once. Raises ValueError for another shape or other values.
         """
+        _check_shape(attention_mask, batch, seqlen)
+        if attention_mask.is_cpu and bool(
+            (attention_mask == 1).all()
+        ):  # one request without padding: microseconds count
+            return cls.full(batch, seqlen, attention_mask.device)
         mask = kept = checked_mask(attention_mask, batch, seqlen)
         lengths = mask.sum(1, dtype=torch.int32)
         starts_masked = (lengths > 0) & ~mask[:, 0] if seqlen else lengths > 0

@@ -24,10 +24,12 @@ from transformers.modeling_utils import PreTrainedModel
 import fastbert.implementation  # noqa: F401  (registers the attention implementation)
 from fastbert import encoder, graphs
 from fastbert.guards import (
+    HOOKS,
     IMPLEMENTATION,
     PACKABLE,
     ResolvedEmbeddings,
     ResolvedLayer,
+    ResolvedStack,
     call_reason,
     captured,
     foreign_hook,
@@ -312,6 +314,10 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
         if y is not None:
             return y
     watched = captured("hidden_states")
+    if not watched and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y = encode_at_once(module, hidden_states, batch)
+        if y is not None:
+            return y
     return encoder.encode(
         module.layer,
         hidden_states,
@@ -336,6 +342,38 @@ def replay(
         for layer in layers:
             layer._fastbert.count(None)
     return y
+
+
+def encode_at_once(module: Any, hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
+    """All layers of an encoder in one op, or None if they have to be called one by one."""
+    state = module._fastbert
+    weights = None if state.resolved is None else state.resolved.weights(module.layer)
+    if weights is None:
+        state.resolved = stack_of(module.layer, hidden_states, batch)
+        if state.resolved is None:
+            return None
+        weights = state.resolved.parameters
+    y = encoder.layers_at_once(batch.pack(hidden_states), batch, weights, state.resolved.settings)
+    if y is None:
+        return None
+    for layer in module.layer:
+        layer._fastbert.count(None)
+    return batch.unpack(y)
+
+
+def stack_of(layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -> ResolvedStack | None:
+    """The layers as one, or None if one of them would not run like the others, or has to be called."""
+    shared = None
+    for layer in layers:
+        if not takes_packed(layer, batch) or "stock" not in vars(type(layer)):
+            return None
+        if any(getattr(layer, name) for name in HOOKS):
+            return None
+        reason, _, settings = layer.ready_parts(hidden_states)
+        if reason is not None or settings.dropout or (shared is not None and settings != shared):
+            return None
+        shared = settings
+    return None if shared is None else ResolvedStack(layers, shared)
 
 
 def takes_packed(layer: nn.Module, batch: PackedBatch) -> bool:

@@ -46,7 +46,7 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
     for (; k0 < chain_end; k0 += kLine) {
       // The next strip's lines, on their way while this one is worked on: weights of a latency call come from memory.
       if constexpr (!Columns)
-        for (int i = 0; i < R; ++i) __builtin_prefetch(a + (R + i) * stride + k0);
+        for (int i = 0; i < R; ++i) __builtin_prefetch(a + (R + i) * stride + k0, 0, 2);
       for (int i = 0; i < kAhead; ++i) __builtin_prefetch(b_ahead + k0 * kAhead + i * kLine, 0, 2);
       const int64_t end = smaller(kLine, depth - k0);
       for (int64_t k = 0; k < end; ++k) {

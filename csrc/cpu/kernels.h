@@ -125,8 +125,8 @@ struct Kernels {
   double (*mlm_loss)(const Executor&, DType, const MlmLossShape&, const void* h, const int64_t* labels,
                      const void* weight, const void* bias, void* dh, void* dweight, void* dbias, float* dweight_sums);
 
-  // y [total, hidden] = the layer's output for x [total, hidden]: what the single kernels give, digit for digit.
-  void (*layer_fwd)(const Executor&, DType, const LayerShape&, const LayerWeights&, const void* x, void* y);
+  // y [total, hidden] = what `count` layers make of x [total, hidden]: what the single kernels give, digit for digit.
+  void (*layers_fwd)(const Executor&, DType, const LayerShape&, int count, const LayerWeights*, const void* x, void* y);
 };
 
 }  // namespace fastbert

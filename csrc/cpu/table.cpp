@@ -50,7 +50,7 @@ const Kernels FASTBERT_JOIN(kernels_, FASTBERT_ISA) = {
     FASTBERT_ISA::ffn_bwd,         FASTBERT_ISA::attention_fwd, FASTBERT_ISA::attention_bwd,
     FASTBERT_ISA::fma_rate,        FASTBERT_ISA::layernorm_fwd, FASTBERT_ISA::layernorm_bwd,
     FASTBERT_ISA::embedding_fwd,   FASTBERT_ISA::embedding_bwd, FASTBERT_ISA::mlm_loss,
-    FASTBERT_ISA::layer_fwd,
+    FASTBERT_ISA::layers_fwd,
 };
 
 }  // namespace fastbert

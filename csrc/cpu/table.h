@@ -28,7 +28,7 @@ void embedding_bwd(const Executor&, DType, const RowsShape&, const void* dy, con
                    void* const* dtables, void* dweight, void* dbias, float* workspace);
 double mlm_loss(const Executor&, DType, const MlmLossShape&, const void* h, const int64_t* labels, const void* weight,
                 const void* bias, void* dh, void* dweight, void* dbias, float* dweight_sums);
-void layer_fwd(const Executor&, DType, const LayerShape&, const LayerWeights&, const void* x, void* y);
+void layers_fwd(const Executor&, DType, const LayerShape&, int count, const LayerWeights*, const void* x, void* y);
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert

@@ -74,6 +74,10 @@ def embedding(
     TypeError for wrong shapes, dtypes or devices. The Triton kernels, for which the host does not wait, give NaN
     where an id has no row.
     """
+    if dropout_p == 0.0 and seed is None and leaf.direct(word, backend):
+        y = _direct(input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, padding_idx, eps)
+        if y is not None:
+            return y
     padding_idx = _check(input_ids, word, position, token_type, weight, bias, padding_idx, dropout_p, seed)
     if position_ids is None:
         if input_ids.size(1) > position.size(0):
@@ -249,6 +253,41 @@ def _run(
         check_ids(input_ids, position_ids, token_type_ids, word, position, token_type)
         raise
     return y.view(*input_ids.shape, y.size(1))
+
+
+def _direct(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding_idx: int | None,
+    eps: float,
+) -> Tensor | None:
+    """The C++ op at once (see `leaf.direct`), which repeats the ids of one sequence itself; None if it refuses."""
+    if _cpu.missing is not None:
+        return None
+    try:
+        shape = input_ids.shape
+        if padding_idx is not None and not 0 <= padding_idx < word.shape[0]:
+            return None
+        if position_ids is None:
+            position_ids = torch.arange(shape[1])
+        elif position_ids.shape not in (shape, shape[1:], (1, *shape[1:])):
+            return None
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(1, dtype=torch.int64)
+        elif token_type_ids.shape != shape:
+            return None
+        ids = (input_ids.reshape(-1), position_ids.reshape(-1), token_type_ids.reshape(-1))
+        with leaf.below_autograd():
+            y = _cpu.forward(*ids, word, position, token_type, weight, bias, -1, eps, 0.0, None, False)[0]
+        return y.view(shape[0], shape[1], y.size(1))
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # the full way says what is wrong
+        return None
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""The whole layer in one op: the single ops' digits, or none at all."""
+"""Whole layers in one op: the single ops' digits, or none at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastbert import dispatch, encoder
-from fastbert.ops import layer as layer_module
+from fastbert.ops import layers as layers_module
 from fastbert.packing import PackedBatch
 
 pytestmark = pytest.mark.skipif(dispatch.extension_error is not None, reason="the C++ extension is not built")
@@ -52,9 +52,9 @@ def settings_for(heads: int, dropout: float = 0.0) -> encoder.LayerSettings:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """What `layer` gave to each call of the encoder's."""
+    """What `layers` gave to each call of the encoder's."""
     given: list[Tensor | None] = []
-    monkeypatch.setattr(encoder, "layer_op", recorded(layer_module.layer, given))
+    monkeypatch.setattr(encoder, "layers_op", recorded(layers_module.layers, given))
     return given
 
 
@@ -81,7 +81,7 @@ def test_layer_gives_the_digits_of_the_single_ops(
     with torch.no_grad():
         whole = encoder.layer(x, batch, weights, settings)
         assert calls[-1] is whole
-        monkeypatch.setattr(encoder, "layer_op", lambda *arguments: None)
+        monkeypatch.setattr(encoder, "layers_op", lambda *arguments: None)
         single = encoder.layer(x, batch, weights, settings)
     assert torch.equal(whole, single)
     assert not whole.isnan().any()
@@ -133,20 +133,21 @@ def arguments(**changed: Any) -> tuple[Any, ...]:
         ({"w12": torch.zeros(32, 60)}, r"down.weight has shape \[32, 60\]; it must be \[32, 64\]"),
         ({"w15": torch.zeros(32).bfloat16()}, "norm.bias is BFloat16; it must be Float"),
         ({"weights": []}, "weights has 0 entries"),
+        ({"weights": [torch.zeros(32, 32)] * 17}, "weights has 17 entries"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_layer_names_what_is_wrong(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(RuntimeError, match=f"layer_fwd_cpu: .*{message}"):
-        torch.ops.fastbert.layer_fwd_cpu.default(*arguments(**changed))
+    with pytest.raises(RuntimeError, match=f"layers_fwd_cpu: .*{message}"):
+        torch.ops.fastbert.layers_fwd_cpu.default(*arguments(**changed))
 
 
 def test_layer_opcheck() -> None:
-    torch.library.opcheck(torch.ops.fastbert.layer_fwd_cpu.default, arguments())
+    torch.library.opcheck(torch.ops.fastbert.layers_fwd_cpu.default, arguments())
 
 
 def test_layer_has_no_gradient() -> None:
     x = torch.zeros(13, 32, requires_grad=True)
-    y = torch.ops.fastbert.layer_fwd_cpu.default(*arguments(x=x))
+    y = torch.ops.fastbert.layers_fwd_cpu.default(*arguments(x=x))
     with pytest.raises(RuntimeError, match="for inference"):
         y.sum().backward()

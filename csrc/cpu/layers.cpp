@@ -1,12 +1,13 @@
-// A whole transformer layer for inference: the kernels of the single operations, one after another, in memory that stays.
+// Whole transformer layers for inference: the kernels of the single operations, one after another, in memory that stays.
 #include "parallel.h"
 #include "table.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-void layer_fwd(const Executor& executor, DType dtype, const LayerShape& shape, const LayerWeights& w, const void* x,
-               void* y) {
+// y may be x.
+static void layer_fwd(const Executor& executor, DType dtype, const LayerShape& shape, const LayerWeights& w,
+                      const void* x, void* y) {
   const AttentionShape& attention = shape.attention;
   const int64_t m = attention.total, hidden = shape.hidden, inner = attention.heads * attention.head_dim;
   const int64_t element = dtype == DType::kFloat32 ? 4 : 2;
@@ -25,6 +26,11 @@ void layer_fwd(const Executor& executor, DType dtype, const LayerShape& shape, c
   ffn_fwd(executor, dtype, m, hidden, shape.intermediate, hidden, middle, w.up, w.up_bias, w.down, out, nullptr);
   layernorm_fwd(executor, {m, hidden, shape.eps2, 0.0, 0}, {out, dtype}, {w.down_bias, dtype}, {middle, dtype},
                 {w.norm2, dtype}, {w.norm2_bias, dtype}, y, nullptr, nullptr, nullptr);
+}
+
+void layers_fwd(const Executor& executor, DType dtype, const LayerShape& shape, int count, const LayerWeights* weights,
+                const void* x, void* y) {
+  for (int i = 0; i < count; ++i) layer_fwd(executor, dtype, shape, weights[i], i == 0 ? x : y, y);
 }
 
 }  // namespace FASTBERT_ISA

@@ -1,4 +1,4 @@
-"""A whole transformer layer in one op, for inference on a CPU, where a microsecond an op counts.
+"""Whole transformer layers in one op, for inference on a CPU, where a microsecond an op counts.
 
 The C++ op runs the kernels of the single ops, so that results are the same to the last digit. It is a shortcut, no
 further op to choose an implementation for: whatever it does not take goes through the single ops.
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastbert.ops import leaf
 
-_cpu = leaf.Leaf("layer", "cpu", backward=False)
+_cpu = leaf.Leaf("layers", "cpu", backward=False)
 
 
-def layer(
+def layers(
     x: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -27,11 +27,11 @@ def layer(
     eps1: float,
     eps2: float,
 ) -> Tensor | None:
-    """One post-norm layer without dropout on packed tokens: x [T, H] -> [T, H]. None if the single ops have to run:
-    gradients are on, a backend is forced, or the arguments are not what the C++ op takes.
+    """Post-norm layers without dropout on packed tokens, one after another: x [T, H] -> [T, H]. None if the single ops
+    have to run: gradients are on, a backend is forced, or the arguments are not what the C++ op takes.
 
-    cu_seqlens, max_seqlen, scale, bias: as in `attention`. weights: weight and bias of query, key, value, attention
-    output, first norm, up, down, second norm. eps1, eps2: of the norms.
+    cu_seqlens, max_seqlen, scale, bias: as in `attention`. weights: of each layer weight and bias of query, key, value,
+    attention output, first norm, up, down, second norm. eps1, eps2: of the norms.
     """
     if _cpu.missing is not None or not leaf.direct(x, None):
         return None
@@ -51,7 +51,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor) -> Any:
-    raise RuntimeError("layer: the whole layer in one op is for inference; the single ops have gradients")
+    raise RuntimeError("layers: whole layers in one op are for inference; the single ops have gradients")
 
 
 leaf.register(_cpu, forward_fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
