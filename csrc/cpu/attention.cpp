@@ -132,7 +132,7 @@ void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T
       const float inverse = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
       T* o = out + ((head.first + q + r) * shape.heads + head.h) * d;
       for (int64_t j = 0; j < d; j += VLEN) store_n(o + j, load(result + r * dp + j) * inverse, d - j);
-      lse[head.h * shape.total + head.first + q + r] = top[r] + __builtin_logf(total[r]);
+      if (lse != nullptr) lse[head.h * shape.total + head.first + q + r] = top[r] + __builtin_logf(total[r]);
     }
   }
 }

@@ -94,7 +94,7 @@ struct Kernels {
                   const void* pre, const void* w1, const void* w2, void* dx, void* dw1, void* db1, void* dw2,
                   float* dpre);  // dpre: room for m n1 floats
 
-  // qkv [total, 3, heads, head_dim] -> out [total, heads * head_dim], lse [heads, total]
+  // qkv [total, 3, heads, head_dim] -> out [total, heads * head_dim], lse (null or [heads, total])
   void (*attention_fwd)(const Executor&, DType, const AttentionShape&, const void* qkv, void* out, float* lse);
   // dbias (null or zeroed, shaped like bias) receives the bias gradient.
   void (*attention_bwd)(const Executor&, DType, const AttentionShape&, const void* dout, const void* qkv, const void* out,

@@ -13,13 +13,12 @@ static void layer_fwd(const Executor& executor, DType dtype, const LayerShape& s
   const int64_t element = dtype == DType::kFloat32 ? 4 : 2;
   const int64_t rows = m * hidden * element, wide = 3 * m * larger(inner, hidden) * element;
   // qkv [m, 3, heads, head_dim] gives way to three matrices [m, hidden] once attention has read it.
-  char* qkv = static_cast<char*>(scratch(kScratchLayer, wide + m * inner * element + m * attention.heads * 4));
+  char* qkv = static_cast<char*>(scratch(kScratchLayer, wide + m * inner * element));
   char *mixed = qkv + wide, *projected = qkv, *middle = qkv + rows, *out = qkv + 2 * rows;
-  float* lse = reinterpret_cast<float*>(mixed + m * inner * element);
 
   const int64_t widths[] = {inner, inner, inner};
   linear_fwd(executor, dtype, m, hidden, x, 3, widths, w.qkv, w.qkv_bias, qkv);
-  attention_fwd(executor, dtype, attention, qkv, mixed, lse);
+  attention_fwd(executor, dtype, attention, qkv, mixed, nullptr);
   linear_fwd(executor, dtype, m, inner, mixed, 1, &hidden, &w.out, nullptr, projected);
   layernorm_fwd(executor, {m, hidden, shape.eps1, 0.0, 0}, {projected, dtype}, {w.out_bias, dtype}, {x, dtype},
                 {w.norm1, dtype}, {w.norm1_bias, dtype}, middle, nullptr, nullptr, nullptr);

@@ -146,6 +146,83 @@ def test_changed_layer(change: Callable[[Any], None], reason: str, when: str) ->
     check_same(model, reason)
 
 
+@pytest.mark.parametrize(("change", "reason"), CHANGES, ids=[change.__name__ for change, _ in CHANGES])
+def test_changed_layer_after_all_layers_ran_in_one_op(change: Callable[[Any], None], reason: str) -> None:
+    model = fastbert.optimize(build())
+    with torch.no_grad():
+        model(**inputs())
+        model(**inputs())
+        assert model.encoder._fastbert.resolved is not None
+        change(model)
+        check_same(model, reason)
+
+
+def changed_eps(model: Any) -> None:
+    model.encoder.layer[1].output.LayerNorm.eps = 0.5
+
+
+def changed_scaling(model: Any) -> None:
+    model.encoder.layer[1].attention.self.scaling *= 2
+
+
+def weight_in_place(model: Any) -> None:
+    first(model).output.dense.weight.data.mul_(2)
+
+
+def new_weight(model: Any) -> None:
+    model.encoder.layer[1].output.dense.weight = nn.Parameter(torch.ones(48, 96))
+
+
+def fewer_layers(model: Any) -> None:
+    del model.encoder.layer[1]
+
+
+def layers_swapped(model: Any) -> None:
+    layers = model.encoder.layer
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def other_part(model: Any) -> None:
+    model.encoder.layer[1].attention.output = copy.deepcopy(first(model).attention.output)
+
+
+def a_forward_hook(model: Any) -> None:
+    first(model).register_forward_hook(lambda module, args, output: output * 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_eps,
+        changed_scaling,
+        weight_in_place,
+        new_weight,
+        fewer_layers,
+        layers_swapped,
+        other_part,
+        a_forward_hook,
+    ],
+)
+def test_changes_between_calls_that_run_all_layers_in_one_op(change: Callable[[Any], None]) -> None:
+    model, batch = fastbert.optimize(build()), inputs("holes")
+    with torch.no_grad():
+        before = model(**batch)[0]
+        change(model)
+        ours = model(**batch)[0]
+        stock = fastbert.restore(model)(**batch)[0]
+    keep = real(batch)
+    torch.testing.assert_close(ours[keep], stock[keep], atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(before[keep], ours[keep], atol=1e-3)
+
+
+def test_dropout_switched_on_after_all_layers_ran_in_one_op() -> None:
+    model = fastbert.optimize(build(hidden_dropout_prob=0.5)).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs())[0], model(**inputs())[0])
+        model.train()
+        assert not torch.equal(model(**inputs())[0], model(**inputs())[0])
+
+
 def test_layer_comes_back_to_the_fast_path() -> None:
     model = fastbert.optimize(build())
     handle = first(model).intermediate.register_forward_hook(lambda *args: None)

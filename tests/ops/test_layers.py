@@ -87,6 +87,19 @@ def test_layer_gives_the_digits_of_the_single_ops(
     assert not whole.isnan().any()
 
 
+def test_several_layers_give_what_they_give_one_by_one() -> None:
+    x, cu_seqlens, longest, first = tensors_for((17, 3, 40), 96, 3, 200, torch.float32)
+    second = tuple(weight.flip(0).contiguous() for weight in first)
+    batch, settings = batch_of(cu_seqlens, longest), settings_for(3)
+    kept = x.clone()
+    with torch.no_grad():
+        at_once = encoder.layers_at_once(x, batch, (*first, *second, *first), settings)
+        for weights in (first, second, first):
+            x = encoder.layer(x, batch, weights, settings)
+    assert torch.equal(at_once, x)
+    assert not torch.equal(kept, x)
+
+
 def test_layer_leaves_the_rest_to_the_single_ops(calls: list[Tensor | None], monkeypatch: pytest.MonkeyPatch) -> None:
     x, cu_seqlens, longest, weights = tensors_for((9, 4), 32, 2, 64, torch.float32)
     batch, settings = batch_of(cu_seqlens, longest), settings_for(2)
