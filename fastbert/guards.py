@@ -272,7 +272,7 @@ class ResolvedStack:
                 and not any(self.hooks)
                 and not any(map(operator.contains, self.instances, repeat("forward")))
             ):
-                found = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
+                found: tuple[Any, ...] = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
                 return found if all(map(operator.is_, found, self.parameters)) else None
         except KeyError:
             pass
