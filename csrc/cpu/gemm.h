@@ -115,15 +115,30 @@ FASTBERT_INLINE bool packs_x(int64_t m, int64_t n) { return m <= n || m <= 4 * N
 
 // ---- packing ---------------------------------------------------------------------------------------------------
 
+// Which elements of two vectors side by side a step of `transpose` takes, by the step's width 1, 2, 4, ...; in memory,
+// as GCC 12 would build them from single elements each time.
+struct TransposeSteps {
+  alignas(64) int32_t low[4][VLEN], high[4][VLEN];
+
+  constexpr TransposeSteps() : low(), high() {
+    for (int step = 0; step < 4; ++step)
+      for (int j = 0, s = 1 << step; j < VLEN; ++j) {
+        low[step][j] = (j & s) ? VLEN + j - s : j;
+        high[step][j] = (j & s) ? VLEN + j : j + s;
+      }
+  }
+};
+inline constexpr TransposeSteps kTransposeSteps{};
+
 // rows[i] holds VLEN elements of line i; afterwards of column i.
 FASTBERT_INLINE void transpose(vf (&rows)[VLEN]) {
 #pragma GCC unroll 4
-  for (int s = VLEN / 2; s > 0; s /= 2) {
+  for (int step = 3; step >= 0; --step) {
+    const int s = 1 << step;
+    if (s >= VLEN) continue;
     vi low, high;
-    for (int j = 0; j < VLEN; ++j) {
-      low[j] = (j & s) ? VLEN + j - s : j;
-      high[j] = (j & s) ? VLEN + j : j + s;
-    }
+    std::memcpy(&low, kTransposeSteps.low[step], sizeof(vi));
+    std::memcpy(&high, kTransposeSteps.high[step], sizeof(vi));
 #pragma GCC unroll 16
     for (int i = 0; i < VLEN; ++i) {
       if (i & s) continue;
