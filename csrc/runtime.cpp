@@ -8,6 +8,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "huge_pages.h"
+
 namespace fastbert {
 
 extern const Kernels kernels_baseline;
@@ -95,6 +97,7 @@ void* scratch(ScratchSlot slot, int64_t bytes) {
       s.size = 0;
       throw std::bad_alloc();
     }
+    prefer_huge_pages(s.data, s.size);
   }
   return s.data;
 }

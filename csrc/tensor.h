@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "huge_pages.h"
 
 namespace fastbert {
 
@@ -81,7 +82,13 @@ inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type,
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                                          static_cast<int32_t>(type), device.type, device.index,
                                                          &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (device.type == aoti_torch_device_type_cpu()) {
+    int64_t bytes = type == ScalarType::BFloat16 ? 2 : type == ScalarType::Long ? 8 : 4;
+    for (int64_t extent : shape) bytes *= extent;
+    if (bytes > 0) prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
+  }
+  return tensor;
 }
 
 // Stands for an output that was not asked for.

@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (make results) -->", "<!-- results: end -->"
+QUALITY_BEGIN, QUALITY_END = "<!-- quality: begin (make results) -->", "<!-- quality: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: begin (make results) -->", "<!-- gpu: end -->"
 HUGGING_FACE = "hf-sdpa"
 SDPA = ("flash", "cudnn", "efficient", "math")
@@ -28,8 +29,7 @@ def newest(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """The latest complete measurement of each row of the model and training tables, with the file that it is from."""
     found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    # what kernels compile to was not timed, and GPUs have a table of their own
-    measured = [content for content in contents if "time" in content and content["command"] != "gpu"]
+    measured = [content for content in contents if content.get("command") in ("table", "model", "training", "op")]
     for content in sorted(measured, key=lambda c: c["time"]):
         for row in content["rows"]:
             if row["kind"] != "op" and row["complete"] and "median_s" in row["contestants"].get("fastbert", {}):
@@ -75,6 +75,25 @@ def table(rows: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def quality_table(folder: Path) -> str:
+    """Scores after fine-tuning: of each data set the newest run."""
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("quality-*.json")]
+    for content in sorted(contents, key=lambda c: c["time"]):
+        found |= {row["row"]: (row, content) for row in content["rows"]}
+    if not found:
+        return "not yet measured"
+    head = ["data set", "score", "seeds", "Hugging Face", "fastbert", "training", "threads"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, (row, content) in found.items():
+        ours, stock = row["contestants"]["fastbert"], row["contestants"]["hf"]
+        scores = [f"{100 * side['mean']:.1f} ± {100 * (side['deviation'] or 0.0):.1f}" for side in (stock, ours)]
+        seconds = f"{stock['train_s']:.0f} s, {ours['train_s']:.0f} s ({row['times_faster']:.2f}x)"
+        cells = [name, row["metric"], str(len(ours["seeds"])), *scores, seconds, str(content["threads"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def best(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, float] | None:
     """The fastest of the contestants whose names begin so, and its time."""
     timed = {name: item for name, item in row["contestants"].items() if "median_s" in item and name.startswith(names)}
@@ -117,7 +136,12 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     folder = ROOT / "bench" / "results"
-    for begin, end, content in ((BEGIN, END, table(newest(folder))), (GPU_BEGIN, GPU_END, gpu_table(folder))):
+    tables = (
+        (BEGIN, END, table(newest(folder))),
+        (QUALITY_BEGIN, QUALITY_END, quality_table(folder)),
+        (GPU_BEGIN, GPU_END, gpu_table(folder)),
+    )
+    for begin, end, content in tables:
         if begin not in text or end not in text:
             sys.exit(f"README.md has no markers {begin} and {end}")
         filled = f"{begin}\n{content}\n{end}"
