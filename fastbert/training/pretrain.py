@@ -104,7 +104,6 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         batches=batches,
         work=Work(config),
         peak=peak,
-        stock=not model_args.optimize,
     )
     timing.trainer = trainer
     if trainer.is_fsdp_enabled:  # whole checkpoints that transformers opens, not one piece for each process

@@ -20,6 +20,7 @@ from .errors import CommandError
 from .labels import Labels, UnknownLabels, label_name, sorted_names
 from .runs import say
 from .task import Task
+from .trainer import IGNORED
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .rows import RowFile
 
 OUTSIDE = "O"
-IGNORED = -100  # of no account in the loss
 DEFAULT_OVERLAP = 128  # tokens that two windows of a long sentence share
 KIND = "token_classification"
 ENTITY_METRICS = {"f1": True, "precision": True, "recall": True, "accuracy": True, "loss": False}

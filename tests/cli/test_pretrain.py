@@ -164,33 +164,47 @@ def test_the_same_losses_as_stock(data: Path, base_model: Path, tmp_path: Path) 
             assert abs(one[name] - two[name]) < 1e-4 * abs(one[name]), name
 
 
-def test_accumulation_is_the_gradient_of_the_whole_batch(data: Path, base_model: Path, tmp_path: Path) -> None:
-    """One step of plain gradient descent over two micro-batches, against the formula on the two together."""
+@pytest.mark.parametrize("optimize", ["true", "false"])
+def test_accumulation_is_the_gradient_of_the_whole_batch(
+    data: Path, base_model: Path, tmp_path: Path, optimize: str
+) -> None:
+    """One step of plain gradient descent over three micro-batches, against the formula on all together."""
     import datasets
     import transformers
 
     from fastbert.training.batching import Batches, Masking, Phase, TokenBudget, row_lengths
 
-    more = {"config_overrides": NO_DROPOUT, "max_steps": 1, "gradient_accumulation_steps": 2, "warmup_steps": 0}
+    more = {"config_overrides": NO_DROPOUT, "max_steps": 1, "gradient_accumulation_steps": 3, "warmup_steps": 0}
     more |= {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0}
+    more |= {"optimize": optimize, "tokens_per_batch": 1000}
     assert main(flags(data, base_model, tmp_path / "out", **more)) == 0
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(base_model)
     rows = datasets.load_from_disk(str(data))
-    phase = Phase("data", rows, TokenBudget(row_lengths(rows), 8 * 32, 42), 2)
+    phase = Phase("data", rows, TokenBudget(row_lengths(rows), 1000, 42), 3)
     batches = Batches([phase], Masking(tokenizer, 0.15, False), 42, len(tokenizer), tokenizer.pad_token_id)
     transformers.set_seed(42)
     config = transformers.BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     config.update_from_string(NO_DROPOUT)
     model = transformers.BertForPreTraining(config).train()
-    counts = [int((batches[i]["labels"] != -100).sum()) for i in range(2)]
-    assert counts[0] != counts[1], "else a mean of means would pass too"
-    loss = sum(model(**batches[i]).loss * counts[i] / sum(counts) for i in range(2))
-    loss.backward()
-    assert abs(curve(tmp_path / "out")[0]["loss"] - loss.item()) < 1e-4
-    found = transformers.BertForPreTraining.from_pretrained(tmp_path / "out").state_dict()
+    found: list[torch.Tensor] = []
+    for name in ("labels", "next_sentence_label"):
+        logits, labels = [], []
+        for batch in (batches[i] for i in range(3)):
+            outputs = model(**batch)
+            output = outputs.prediction_logits if name == "labels" else outputs.seq_relationship_logits
+            logits.append(output.view(-1, output.shape[-1]))
+            labels.append(batch[name].view(-1))
+        counts = [int((part != -100).sum()) for part in labels]
+        assert len(set(counts)) > 1, "else a mean of means would pass too"
+        found.append(torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels)))
+    sum(found).backward()
+    logged = curve(tmp_path / "out")[0]
+    for name, loss in zip(("loss", "mlm_loss", "nsp_loss"), (sum(found), *found), strict=True):
+        assert abs(logged[name] - float(loss)) < 1e-5 * float(loss), name
+    trained = transformers.BertForPreTraining.from_pretrained(tmp_path / "out").state_dict()
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(found[name], (weight - weight.grad).detach(), rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(trained[name], (weight - weight.grad).detach(), rtol=1e-4, atol=1e-5, msg=name)
 
 
 TWO_PHASES = {"phase_steps": [9, 5], "max_steps": 14, "save_steps": 4, "gradient_accumulation_steps": 2}
