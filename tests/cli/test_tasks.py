@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,48 @@ def test_a_resumed_run_ends_with_the_same_weights(
     kit.write_rows(train, [*rows, row])
     assert main([*flags, "--resume_from_checkpoint", "true"]) == 1
     assert "that run had other" in capsys.readouterr().err
+
+
+def random_rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows with something to learn."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        words = [rng.choice(["dog", "cat", "soup", "the", "a", "very"]) for _ in range(rng.randint(4, 10))]
+        animal = rng.randrange(len(words))
+        words[animal] = rng.choice(["horse", "whale"])
+        text = " ".join(words)
+        if task == "tokens":
+            found.append({"tokens": words, "tags": ["B-ANI" if i == animal else "O" for i in range(len(words))]})
+        else:
+            answer = {"text": [words[animal]], "answer_start": [text.index(words[animal])]}
+            found.append({"context": text, "question": "the animal", "answers": answer})
+    return found
+
+
+@pytest.mark.parametrize("task", ["tokens", "questions"])
+def test_killed_and_resumed_to_the_bit(kit: Any, base_model: Path, tmp_path: Path, task: str) -> None:
+    """kill -9 while a checkpoint is being written. The best one, by the highest loss, is from before."""
+    train = kit.write_rows(tmp_path / "train.jsonl", random_rows(task, 24, seed=0))
+    test = kit.write_rows(tmp_path / "test.jsonl", random_rows(task, 8, seed=1))
+    steps = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    steps |= {"eval_strategy": "steps", "eval_steps": 3, "save_total_limit": 2, "learning_rate": 1e-3}
+    steps |= {
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+        "test_file": test,
+    }
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(kit.finetune_flags(base_model, train, whole, **steps)) == 0
+    flags = kit.finetune_flags(base_model, train, out, **steps)
+    kit.signal_when(kit.start(flags), lambda: (out / "checkpoint-9").exists(), signal.SIGKILL)
+    assert not (out / "report.json").exists()
+    assert main([*flags, "--resume_from_checkpoint", "true"]) == 0
+    found, wanted = (json.loads((f / "report.json").read_text(encoding="utf-8")) for f in (out, whole))
+    assert found["resumed_from"] in ("checkpoint-6", "checkpoint-9")
+    assert found["best"] == wanted["best"]
+    assert found["best"]["step"] <= 6
+    assert {n: found["test"][n] for n in ("loss", "f1")} == {n: wanted["test"][n] for n in ("loss", "f1")}
+    for name in ("train", "eval"):
+        assert [e["loss"] for e in found["history"][name]] == [e["loss"] for e in wanted["history"][name]]
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
