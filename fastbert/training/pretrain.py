@@ -63,7 +63,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
                 f"--dataset {path}: rows have up to {settings['max_seq_length']} tokens, the model has "
                 f"{sequence_limit(config, tokenizer, None)} positions"
             )
-    phases = _phases(data_args, args, prepared)
+    phases = _phases(data_args, args, prepared, fixed=bool(args.torch_compile and model_args.optimize))
     masking = Masking(tokenizer, data_args.mlm_probability, data_args.whole_word_mask)
     checkpoint = prepare_output(output, args)
     if args.distributed_state is not None:
@@ -90,7 +90,6 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         cast(int, tokenizer.pad_token_id),
         rank=args.process_index,
         ranks=args.world_size,
-        pad_to=max(settings["max_seq_length"] for _, settings in prepared) if args.torch_compile else None,
     )
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     peak, peak_kind = peak_flops(args.device, dtype)
@@ -104,6 +103,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         batches=batches,
         work=Work(config),
         peak=peak,
+        bound=phases[0].budget.tokens if model_args.optimize else None,
     )
     timing.trainer = trainer
     if trainer.is_fsdp_enabled:  # whole checkpoints that transformers opens, not one piece for each process
@@ -261,9 +261,15 @@ def _model(model_args: PretrainModelArguments, config: PreTrainedConfig, pairs: 
 
 
 def _phases(
-    data_args: PretrainDataArguments, args: PretrainArguments, prepared: list[tuple[Any, dict[str, Any]]]
+    data_args: PretrainDataArguments,
+    args: PretrainArguments,
+    prepared: list[tuple[Any, dict[str, Any]]],
+    fixed: bool,
 ) -> list[Phase]:
-    """Datasets with their number of micro-batches; sets args.max_steps. Raises CommandError."""
+    """Datasets with their number of micro-batches, of a ``fixed`` shape or not; sets args.max_steps.
+
+    Raises CommandError.
+    """
     tokens = data_args.tokens_per_batch or args.per_device_train_batch_size * prepared[0][1]["max_seq_length"]
     seed = args.data_seed if args.data_seed is not None else args.seed
     budgets = []
@@ -284,8 +290,8 @@ def _phases(
         steps = [max(1, int(np.ceil(micro_batches / accumulate)))]
     args.max_steps = sum(steps)
     return [
-        Phase(path, data, budget, count * accumulate)
-        for path, (data, _), budget, count in zip(data_args.dataset, prepared, budgets, steps, strict=True)
+        Phase(path, data, budget, count * accumulate, settings["max_seq_length"] if fixed else None)
+        for path, (data, settings), budget, count in zip(data_args.dataset, prepared, budgets, steps, strict=True)
     ]
 
 

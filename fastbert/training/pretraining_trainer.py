@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+
+from fastbert.models import FastMaskedLM
+from fastbert.packing import token_bound
 
 from .batching import Batches
 from .throughput import Work
@@ -18,15 +22,21 @@ from .trainer import IGNORED, Resumable
 class PretrainingTrainer(Resumable):
     """Trainer over :class:`Batches`; ``peak`` is what one process can do, in FLOP/s.
 
+    ``bound`` is the number of tokens that no micro-batch exceeds: a model of ours packs each into as many rows. None
+    for a stock model.
+
     One pass over the batches is the whole run, so that its number tells the trainer which micro-batch comes next, and a
     resumed run skips the others without making them.
     """
 
-    def __init__(self, *args: Any, batches: Batches, work: Work, peak: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, batches: Batches, work: Work, peak: float, bound: int | None, **kwargs: Any) -> None:
         super().__init__(*args, train_dataset=batches, train_lengths=[], **kwargs)
         self.batches = batches
         self.work = work
         self.peak = peak
+        self.bound = bound
+        # Else a compiled model would hand out the logits of every token, [B, S, vocabulary], which nobody reads.
+        self.skip_logits = isinstance(self.accelerator.unwrap_model(self.model), FastMaskedLM)
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens = self._flops = 0
         self._since = time.perf_counter()
@@ -62,7 +72,10 @@ class PretrainingTrainer(Resumable):
     ) -> Any:
         """The loss of a micro-batch; in training, its share of the step's, each of both losses by its own items."""
         items = self.items(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
+        if self.skip_logits:
+            inputs = inputs | {"skip_logits": True}
+        with token_bound(self.bound) if self.bound else contextlib.nullcontext():
+            loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
         if model.training:
             losses = self._losses(loss, outputs, inputs, items)
             loss = (losses * self.weights(items)).sum()

@@ -310,6 +310,38 @@ def test_full_sentences_and_whole_words(corpus: Path, base_model: Path, tmp_path
     assert curve(tmp_path / "roberta")[-1]["loss"] > 0
 
 
+def test_every_step_has_the_same_shapes(
+    data: Path, long_data: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder's rows are the budget, whatever a batch holds; compiled, the padded tensors keep their shape, too."""
+    from fastbert import encoder
+
+    seen: set[int] = set()
+    layer = encoder.layer
+
+    def watched(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.add(x.shape[0])
+        return layer(x, *args)
+
+    monkeypatch.setattr(encoder, "layer", watched)
+    more = {"config_overrides": NO_DROPOUT, "max_steps": 5, "phase_steps": [3, 2], "save_strategy": "no"}
+    assert main(flags([data, long_data], base_model, tmp_path / "eager", **more)) == 0
+    assert seen == {8 * 32}
+    monkeypatch.undo()
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    more |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    assert main(flags([data, long_data], base_model, tmp_path / "compiled", **more)) == 0
+    assert counters["stats"]["unique_graphs"] == 2, "one for each phase"
+    assert not counters["graph_break"]
+    eager, compiled = curve(tmp_path / "eager"), curve(tmp_path / "compiled")
+    assert len({entry["tokens"] for entry in eager}) > 1
+    for one, two in zip(eager, compiled, strict=True):
+        for name in ("tokens", "loss", "mlm_loss", "nsp_loss", "nsp_accuracy", "grad_norm"):
+            assert abs(one[name] - two[name]) < 1e-4 * abs(one[name]), name
+
+
 def test_epochs_instead_of_steps(data: Path, base_model: Path, tmp_path: Path) -> None:
     more = {"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 64}
     assert main(flags(data, base_model, tmp_path / "out", **more)) == 0
