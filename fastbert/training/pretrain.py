@@ -273,8 +273,15 @@ def _phases(
     tokens = data_args.tokens_per_batch or args.per_device_train_batch_size * prepared[0][1]["max_seq_length"]
     seed = args.data_seed if args.data_seed is not None else args.seed
     budgets = []
-    for path, (data, _) in zip(data_args.dataset, prepared, strict=True):
+    for path, (data, settings) in zip(data_args.dataset, prepared, strict=True):
         lengths = row_lengths(data)
+        longest = settings["max_seq_length"]
+        if lengths.min() < 1 or lengths.max() > longest:
+            row = int(np.argmax((lengths < 1) | (lengths > longest)))
+            raise CommandError(
+                f"--dataset {path}: row {row} has {lengths[row]} tokens, allowed are 1 to {longest}; "
+                "the data are broken, make them anew with the same fastbert prepare and --overwrite"
+            )
         if tokens < lengths.max():
             raise CommandError(f"--tokens_per_batch {tokens}: --dataset {path} has a row of {lengths.max()} tokens")
         budgets.append(TokenBudget(lengths, tokens, seed))
