@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastbert.cli import main
 from fastbert.training.checkpoints import checkpoint_problem, checkpoints, last_complete
@@ -136,16 +137,29 @@ def test_plain_transformers_opens_it_and_the_other_way_round(
     ids = torch.randint(5, 100, (3, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 12:] = 0
-    stock = transformers.BertForPreTraining.from_pretrained(trained).eval()
-    fast = fastbert.BertForPreTraining.from_pretrained(trained).eval()
-    with torch.no_grad():
-        one, two = stock(ids, attention_mask=mask), fast(ids, attention_mask=mask)
-    torch.testing.assert_close(one.seq_relationship_logits, two.seq_relationship_logits)
-    torch.testing.assert_close(one.prediction_logits[mask.bool()], two.prediction_logits[mask.bool()])
+    for name, fields in (
+        ("BertForPreTraining", ("prediction_logits", "seq_relationship_logits")),
+        ("BertForMaskedLM", ("logits",)),
+        ("BertForNextSentencePrediction", ("logits",)),
+    ):
+        stock = getattr(transformers, name).from_pretrained(trained).eval()
+        stock.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            one = stock(ids, attention_mask=mask)
+            for folder in (trained, tmp_path / name):
+                two = getattr(fastbert, name).from_pretrained(folder).eval()(ids, attention_mask=mask)
+                for field in fields:
+                    keep = mask.bool() if one[field].dim() == 3 else slice(None)
+                    torch.testing.assert_close(two[field][keep], one[field][keep])
+    assert (
+        load_file(trained / "model.safetensors").keys()
+        == load_file(tmp_path / "BertForPreTraining" / "model.safetensors").keys()
+    )
     assert transformers.AutoTokenizer.from_pretrained(trained).mask_token == "[MASK]"
 
-    stock.save_pretrained(tmp_path / "stock")
-    more = {"tokenizer_name": base_model, "config_overrides": None, "model_name_or_path": tmp_path / "stock"}
+    stock = transformers.BertForPreTraining.from_pretrained(trained)
+    more = {"tokenizer_name": base_model, "config_overrides": None}
+    more |= {"model_name_or_path": tmp_path / "BertForPreTraining"}
     assert main(flags(data, base_model, tmp_path / "on", max_steps=2, **more)) == 0
     assert curve(tmp_path / "on")[0]["mlm_loss"] < report(trained)["history"][1]["mlm_loss"], "it goes on, not anew"
     found = transformers.BertForPreTraining.from_pretrained(tmp_path / "on")
@@ -308,6 +322,37 @@ def test_full_sentences_and_whole_words(corpus: Path, base_model: Path, tmp_path
     roberta = more | {"model_type": "roberta", "whole_word_mask": False, "bf16": False, "max_steps": 2}
     assert main(flags(folder, base_model, tmp_path / "roberta", **roberta)) == 0
     assert curve(tmp_path / "roberta")[-1]["loss"] > 0
+
+
+def test_flags_do_what_they_say(data: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputing gives the same bits, with dropout, bf16 others that are close; the optimizer is the fused one."""
+    from fastbert import encoder
+
+    calls: list[torch.dtype] = []
+    attention = encoder.ops.attention
+
+    def watched(qkv: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(qkv.dtype)
+        return attention(qkv, *args, **kwargs)
+
+    monkeypatch.setattr(encoder.ops, "attention", watched)
+    seen = {}
+    for name, more in (
+        ("plain", {}),
+        ("checkpointing", {"gradient_checkpointing": True}),
+        ("bf16", {"bf16": True, "max_grad_norm": 0.1, "optim": "adamw_torch"}),
+    ):
+        assert main(flags(data, base_model, tmp_path / name, max_steps=3, **more)) == 0
+        seen[name] = list(calls)
+        calls.clear()
+    assert seen["plain"] == [torch.float32] * 3 * 2
+    assert seen["checkpointing"] == [torch.float32] * 3 * 2 * 2
+    assert seen["bf16"] == [torch.bfloat16] * 3 * 2
+    assert curve(tmp_path / "checkpointing") == curve(tmp_path / "plain")
+    for one, two in zip(curve(tmp_path / "plain"), curve(tmp_path / "bf16"), strict=True):
+        assert 0 < abs(one["loss"] - two["loss"]) < 0.02
+    states = [torch.load(tmp_path / name / "checkpoint-3" / "optimizer.pt") for name in ("plain", "bf16")]
+    assert [bool(state["param_groups"][0]["fused"]) for state in states] == [True, False]
 
 
 def test_every_step_has_the_same_shapes(
