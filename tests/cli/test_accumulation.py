@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,36 @@ def test_the_gradient_of_the_whole_batch(
         out = tmp_path / f"by-{size}"
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         assert main(kit.finetune_flags(without_dropout, train, out, **flags, **sizes)) == 0
+        loss = json.loads((out / "report.json").read_text(encoding="utf-8"))["history"]["train"][0]["loss"]
+        results.append((loss, load_file(out / "model.safetensors")))
+    (loss, whole), (loss_in_parts, in_parts) = results
+    assert abs(loss - loss_in_parts) < 1e-5 * abs(loss)
+    for name, weight in whole.items():
+        torch.testing.assert_close(in_parts[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["tokens", "choices"])
+def test_two_processes_have_one_loss(
+    kit: Any, run_commands: Any, without_dropout: Path, tmp_path: Path, task: str
+) -> None:
+    """Over gloo, 4 + 4 rows, against 8 at once: the processes have other numbers of labels."""
+    rows = rows_of(task)
+    train = kit.write_rows(tmp_path / "train.jsonl", [*rows, rows[2]])
+    flags = {"max_steps": 1, "eval_strategy": "no", "train_sampling_strategy": "sequential", "logging_steps": 1}
+    flags |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m"]
+    results = []
+    for size in (8, 4):
+        out = tmp_path / f"by-{size}"
+        command = kit.finetune_flags(without_dropout, train, out, **flags, per_device_train_batch_size=size)
+        if size == 4:
+            run_commands([[*launch, "fastbert.cli", *command]], seconds=400)
+        else:
+            assert main(command) == 0
         loss = json.loads((out / "report.json").read_text(encoding="utf-8"))["history"]["train"][0]["loss"]
         results.append((loss, load_file(out / "model.safetensors")))
     (loss, whole), (loss_in_parts, in_parts) = results
