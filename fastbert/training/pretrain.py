@@ -29,7 +29,17 @@ from .prepare import SETTINGS, tokenizer_digest
 from .pretraining_arguments import Parsed, PretrainArguments, PretrainDataArguments, PretrainModelArguments, parse
 from .pretraining_trainer import PretrainingTrainer, TimingCallback
 from .report import CURVES, REPORT, versions, write_json
-from .runs import RUN, check_same_run, fastbert_report, guarded, prepare_output, resume_command, save_model, say
+from .runs import (
+    RUN,
+    check_loggers,
+    check_same_run,
+    fastbert_report,
+    guarded,
+    prepare_output,
+    resume_command,
+    save_model,
+    say,
+)
 from .shards import PAIRS
 from .throughput import Work, peak_flops
 from .trainer import LossProgressCallback, NanCallback, StopOnSignal
@@ -47,6 +57,7 @@ def main(argv: list[str]) -> int:
 def _run(parsed: Parsed, argv: list[str]) -> int:
     model_args, data_args, args = parsed
     quiet_transformers()
+    check_loggers(args)
     started = time.perf_counter()
     output = Path(str(args.output_dir))
     name = model_args.tokenizer_name or cast(str, model_args.model_name_or_path)

@@ -404,6 +404,7 @@ def test_epochs_instead_of_steps(data: Path, base_model: Path, tmp_path: Path) -
         ({"tokens_per_batch": 20}, "--tokens_per_batch 20: --dataset"),
         ({"model_type": "roberta"}, "roberta has no next sentence prediction"),
         ({"model_type": "nobert"}, "--model_type"),
+        ({"report_to": "tensorbored"}, "--report_to tensorbored: "),
         ({"fsdp": "full_shard"}, "--fsdp: accelerate shards a model on GPUs only"),
     ],
 )
