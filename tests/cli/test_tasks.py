@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
+import fastbert
 from fastbert.cli import main
 from fastbert.training.arguments import TASK_NAMES, parse
 from fastbert.training.checkpoints import checkpoints
@@ -52,6 +55,25 @@ def test_every_task_can_be_named() -> None:
     assert tuple(TASKS) == TASK_NAMES
 
 
+def opens_in_stock(folder: Path) -> None:
+    """Plain transformers finds every weight in its place, and computes what fastbert does."""
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    stock, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = torch.randint(5, 60, (2, 3, 12) if "Choice" in name else (6, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, ..., 7:] = 0
+    with torch.no_grad():
+        found, wanted = (
+            model.eval()(ids, attention_mask=mask).to_tuple()
+            for model in (getattr(fastbert, name).from_pretrained(folder), stock)
+        )
+    for one, two in zip(found, wanted, strict=True):
+        keep = mask.bool() if one.shape[:2] == mask.shape else slice(None)
+        torch.testing.assert_close(one[keep], two[keep])
+
+
 @pytest.mark.parametrize("row", [TOKENS, QUESTION, CHOICE], ids=["tokens", "questions", "choices"])
 def test_a_resumed_run_ends_with_the_same_weights(
     kit: Any, base_model: Path, tmp_path: Path, row: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -71,6 +93,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["resumed_from"] == "checkpoint-3"
     assert last.read_bytes() == whole
+    opens_in_stock(out)
     kit.write_rows(train, [*rows, row])
     assert main([*flags, "--resume_from_checkpoint", "true"]) == 1
     assert "that run had other" in capsys.readouterr().err
