@@ -153,7 +153,11 @@ class ResolvedMlm(guards.Resolved):
 
 
 class FastMaskedLM(FastModel):
-    """The masked language model: with labels, loss at the labelled positions, and logits on demand."""
+    """The masked language model: with labels, loss at the labelled positions, and logits on demand.
+
+    Compiled code cannot compute logits on demand: there they are made of every token, and so is the loss, unless
+    `skip_logits=True` says that nobody wants them.
+    """
 
     _fastbert: patch.State
     logits_field = "logits"
@@ -162,10 +166,11 @@ class FastMaskedLM(FastModel):
     def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
+        skip_logits = kwargs.pop("skip_logits", False)
         labels = kwargs.get("labels")
         return_dict = kwargs.get("return_dict")
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if labels is None or not return_dict or torch.compiler.is_compiling():
+        if labels is None or not return_dict or (torch.compiler.is_compiling() and not skip_logits):
             return rescaled(stock(self, **kwargs), labels, num_items)
         weights, eps = self._head_weights()
         if weights is None:
@@ -173,6 +178,8 @@ class FastMaskedLM(FastModel):
         kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "return_dict")}
         outputs = self.base_model(**kwargs, return_dict=True)
         loss, _ = self._mlm_loss(outputs[0], labels, weights, eps, num_items)
+        if skip_logits:
+            return self.output(loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         return lazy_output(
             self.output,
             self.logits_field,
@@ -194,12 +201,15 @@ class FastMaskedLM(FastModel):
 
     def _head_weights(self) -> tuple[tuple[Tensor, ...] | None, float]:
         """The weights for ops.mlm_loss, or None if something speaks against it."""
-        if guards.call_reason(self.config, {}) is not None:
+        # Compiled code cannot see yet what transformers records; where a loss alone is wanted, nothing.
+        if not torch.compiler.is_compiling() and guards.call_reason(self.config, {}) is not None:
             return None, 0.0
         state = self._fastbert
-        if state.resolved is None or not state.resolved.current(self):
-            state.resolved = ResolvedMlm(self, MLM_HEADS[self.family.name])
         resolved = state.resolved
+        if torch.compiler.is_compiling():
+            resolved = ResolvedMlm(self, MLM_HEADS[self.family.name])
+        elif resolved is None or not resolved.current(self):
+            resolved = state.resolved = ResolvedMlm(self, MLM_HEADS[self.family.name])
         weights = None if resolved.reason is not None else resolved.weights.read()
         if weights is None or guards.wrong_weights(weights) is not None:
             return None, 0.0
@@ -239,12 +249,14 @@ class FastPreTraining(FastMaskedLM):
     def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
+        skip_logits = kwargs.pop("skip_logits", False)
         labels, next_sentence_label = kwargs.get("labels"), kwargs.get("next_sentence_label")
         return_dict = kwargs.get("return_dict")
         return_dict = self.config.return_dict if return_dict is None else return_dict
         weights = None
         wanted = labels is not None and next_sentence_label is not None and return_dict
-        if wanted and not torch.compiler.is_compiling() and guards.foreign_hook(self.cls) is None:
+        compiled = torch.compiler.is_compiling() and not skip_logits
+        if wanted and not compiled and guards.foreign_hook(self.cls) is None:
             weights, eps = self._head_weights()
         if weights is None:
             return rescaled(stock(self, **kwargs), labels, num_items)
@@ -256,6 +268,13 @@ class FastPreTraining(FastMaskedLM):
         nsp = nn.functional.cross_entropy(scores.view(-1, 2), next_sentence_label.view(-1))
         if num_items is not None:  # how many sequences there are in all nobody says: weigh them like the labels
             nsp = nsp * (count / num_items)
+        if skip_logits:
+            return self.output(
+                loss=loss + nsp,
+                seq_relationship_logits=scores,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
         return lazy_output(
             self.output,
             self.logits_field,
@@ -268,7 +287,7 @@ class FastPreTraining(FastMaskedLM):
 
     @property
     def output(self) -> type[ModelOutput]:  # type: ignore[override]
-        return getattr(inspect.getmodule(self.stock), f"{self.stock.__name__}Output")
+        return getattr(sys.modules[self.stock.__module__], f"{self.stock.__name__}Output")
 
     def _make_logits(self, hidden: Tensor) -> Tensor:
         return self.cls.predictions(hidden)

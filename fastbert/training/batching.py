@@ -4,8 +4,10 @@ Micro-batch number i of a run is a function of the data, the seed and i alone: w
 So a run that resumes at step i goes on exactly as it would have, whatever loads the batches and in how many processes,
 and one run may go over data prepared at several lengths (phases).
 
-Rows are padded to the longest of their batch; the encoder takes the padding out again, so that a step costs what its
-real tokens cost, and those are what the budget holds to.
+Rows are padded to the longest of their batch; the encoder takes the padding out again and works on a fixed number of
+rows, the budget (``fastbert.token_bound``), which the real tokens of every batch come close to. So every step of every
+process costs the same. Where the padded tensors must not change their shape either, for a compiled step or a CUDA
+graph, batches get empty rows up to the most that any has.
 """
 
 from __future__ import annotations
@@ -19,15 +21,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling
 
 from .errors import CommandError
+from .trainer import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 LOOKAHEAD = 64  # rows among which the one is sought that fills a batch best
+MOST_ROWS = 1.5  # of a batch, by what it has on average: rarely reached, so that batches are full of tokens first
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the tokens to predict; the rest stay as they are
 _ORDER, _MASKS = 0, 1  # streams of random numbers that a seed has
 
@@ -40,10 +45,11 @@ def row_lengths(dataset: Dataset) -> np.ndarray:
 
 
 class TokenBudget:
-    """Batches of about ``tokens`` tokens, epoch after epoch, each in an order of its own.
+    """Batches of about ``tokens`` tokens, and no more, epoch after epoch, each in an order of its own.
 
     Rows are taken in random order as long as they fit; then, as long as there is one, the longest that still fits among
-    the next ``LOOKAHEAD``. What is left at the end of an epoch and fills no batch is not used in it.
+    the next ``LOOKAHEAD``. No batch has more than ``most_rows``. What is left at the end of an epoch and fills no batch
+    is not used in it.
     """
 
     def __init__(self, lengths: np.ndarray, tokens: int, seed: int) -> None:
@@ -51,6 +57,7 @@ class TokenBudget:
             raise ValueError(f"tokens must be at least {lengths.max()}, the length of the longest row; got {tokens}")
         self.lengths = lengths
         self.tokens = tokens
+        self.most_rows = int(MOST_ROWS * tokens / lengths.mean()) + 1
         self.seed = seed
         self._starts = [0]  # number of the first batch of each epoch
         self._epoch: tuple[int, list[np.ndarray]] | None = None
@@ -82,7 +89,7 @@ class TokenBudget:
         while waiting:
             batch: list[int] = []
             rest = self.tokens
-            while waiting:
+            while waiting and len(batch) < self.most_rows:
                 place = 0
                 if waiting[0][1] > rest:
                     place = max(range(len(waiting)), key=lambda i: waiting[i][1] if waiting[i][1] <= rest else -1)
@@ -146,12 +153,17 @@ def _offsets(inside: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Phase:
-    """Data of one length, and how many micro-batches of each process come from it."""
+    """Data of one length, and how many micro-batches of each process come from it.
+
+    ``width`` is the length that rows are padded to, and makes all batches ``budget.most_rows`` rows; None: they are as
+    large as their content.
+    """
 
     name: str
     dataset: Dataset
     budget: TokenBudget
     batches: int
+    width: int | None = None
 
 
 class Batches(torch.utils.data.Dataset):
@@ -170,7 +182,6 @@ class Batches(torch.utils.data.Dataset):
         pad: int,
         rank: int = 0,
         ranks: int = 1,
-        pad_to: int | None = None,
     ) -> None:
         self.phases = list(phases)
         self.masking = masking
@@ -179,7 +190,6 @@ class Batches(torch.utils.data.Dataset):
         self.pad = pad
         self.rank = rank
         self.ranks = ranks
-        self.pad_to = pad_to
         self._views = [phase.dataset.with_format("arrow") for phase in phases]
 
     def __len__(self) -> int:
@@ -204,8 +214,7 @@ class Batches(torch.utils.data.Dataset):
     def _collate(self, table: Any, phase: int, seed: int) -> dict[str, torch.Tensor]:
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
         lengths = columns["input_ids"].value_lengths().to_numpy()
-        width = self.pad_to or int(lengths.max())
-        real = np.arange(width) < lengths[:, None]
+        real = np.arange(int(lengths.max())) < lengths[:, None]
 
         def padded(name: str, fill: int) -> torch.Tensor:
             values = np.full(real.shape, fill, np.int64)
@@ -224,4 +233,13 @@ class Batches(torch.utils.data.Dataset):
             found["token_type_ids"] = padded("token_type_ids", 0)
         if "next_sentence_label" in columns:
             found["next_sentence_label"] = torch.from_numpy(columns["next_sentence_label"].to_numpy().astype(np.int64))
-        return found
+        width = self.phases[phase].width
+        if width is None:
+            return found
+        # Only now: what is masked is drawn by place, and would be other tokens in another shape.
+        right, below = width - real.shape[1], self.phases[phase].budget.most_rows - len(real)
+        fills = {"input_ids": self.pad, "labels": IGNORED, "next_sentence_label": IGNORED}
+        return {
+            name: F.pad(value, (0, right, 0, below) if value.dim() == 2 else (0, below), value=fills.get(name, 0))
+            for name, value in found.items()
+        }

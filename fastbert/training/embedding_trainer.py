@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss, MultipleNegativesRankingLoss
@@ -53,6 +54,21 @@ class EmbeddingTrainer(Resumable, SentenceTransformerTrainer):
             callbacks=callbacks,
             train_lengths=[],
         )
+
+    def items(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The rows."""
+        rows = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+        return torch.tensor([len(rows)], device=rows.device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The loss of a micro-batch; in training, its share of the step's."""
+        items = self.items(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
+        if model.training:
+            loss = loss * self.weights(items)[0]
+        return (loss, outputs) if return_outputs else loss
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Random batches; without duplicates where every other text of a batch counts as wrong."""

@@ -20,7 +20,17 @@ from .errors import CommandError
 from .loading import check_vocabulary, load_config, load_tokenizer, quiet_transformers, sequence_limit
 from .report import CURVES, REPORT, history, plot, versions, write_json
 from .rows import RowFile, splits_of
-from .runs import RUN, check_same_run, fastbert_report, guarded, prepare_output, resume_command, save_model, say
+from .runs import (
+    RUN,
+    check_loggers,
+    check_same_run,
+    fastbert_report,
+    guarded,
+    prepare_output,
+    resume_command,
+    save_model,
+    say,
+)
 from .task import Task
 from .tasks import choose_task
 from .trainer import (
@@ -46,6 +56,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     started = time.perf_counter()
     if not data_args.train_file:
         raise CommandError("--train_file is needed")
+    check_loggers(args)
     output = Path(str(args.output_dir))
     hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
     tokenizer_name = model_args.tokenizer_name or model_args.model_name_or_path

@@ -47,13 +47,16 @@ class UnknownLabels:
 
     def check(self, known: Sequence[str], source: str, argument: str, what: str = "labels", unit: str = "row") -> None:
         """Raise CommandError if any was added."""
-        if not self.counts:
-            return
+        if self.counts:
+            raise CommandError(self.told(known, source, argument, what, unit))
+
+    def told(self, known: Sequence[str], source: str, argument: str, what: str, unit: str) -> str:
+        """Which labels were added, how often and where first, and which are known."""
         listed = ", ".join(
             f"{name!r} ({count} {unit}{'s' if count > 1 else ''}, first at line {self.first[name]})"
             for name, count in self.counts.most_common(20)
         )
-        raise CommandError(
+        return (
             f"{argument} {source}: {what} that the training data does not have: {listed}"
             f"{' …' if len(self.counts) > 20 else ''}. The training data has: {_shortened(known)}"
         )

@@ -145,7 +145,9 @@ def main(argv: list[str]) -> int:
         if isinstance(error, BrokenProcessPool):
             raise CommandError(f"a worker process was killed (out of memory?). {again}") from error
         if not is_disk_full(error):
-            raise CommandError(f"{error.filename or args.output}: {error.strerror or first_line(error)}") from error
+            name = str(error.filename or args.output)
+            where = f"--output {name}" if Path(name).is_relative_to(args.output) else name
+            raise CommandError(f"{where}: {error.strerror or first_line(error)}") from error
         raise CommandError(f"--output {args.output}: no space left. Free some; {again}") from error
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)

@@ -29,7 +29,17 @@ from .prepare import SETTINGS, tokenizer_digest
 from .pretraining_arguments import Parsed, PretrainArguments, PretrainDataArguments, PretrainModelArguments, parse
 from .pretraining_trainer import PretrainingTrainer, TimingCallback
 from .report import CURVES, REPORT, versions, write_json
-from .runs import RUN, check_same_run, fastbert_report, guarded, prepare_output, resume_command, save_model, say
+from .runs import (
+    RUN,
+    check_loggers,
+    check_same_run,
+    fastbert_report,
+    guarded,
+    prepare_output,
+    resume_command,
+    save_model,
+    say,
+)
 from .shards import PAIRS
 from .throughput import Work, peak_flops
 from .trainer import LossProgressCallback, NanCallback, StopOnSignal
@@ -47,6 +57,7 @@ def main(argv: list[str]) -> int:
 def _run(parsed: Parsed, argv: list[str]) -> int:
     model_args, data_args, args = parsed
     quiet_transformers()
+    check_loggers(args)
     started = time.perf_counter()
     output = Path(str(args.output_dir))
     name = model_args.tokenizer_name or cast(str, model_args.model_name_or_path)
@@ -63,7 +74,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
                 f"--dataset {path}: rows have up to {settings['max_seq_length']} tokens, the model has "
                 f"{sequence_limit(config, tokenizer, None)} positions"
             )
-    phases = _phases(data_args, args, prepared)
+    phases = _phases(data_args, args, prepared, fixed=bool(args.torch_compile and model_args.optimize))
     masking = Masking(tokenizer, data_args.mlm_probability, data_args.whole_word_mask)
     checkpoint = prepare_output(output, args)
     if args.distributed_state is not None:
@@ -90,7 +101,6 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         cast(int, tokenizer.pad_token_id),
         rank=args.process_index,
         ranks=args.world_size,
-        pad_to=max(settings["max_seq_length"] for _, settings in prepared) if args.torch_compile else None,
     )
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     peak, peak_kind = peak_flops(args.device, dtype)
@@ -104,7 +114,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         batches=batches,
         work=Work(config),
         peak=peak,
-        stock=not model_args.optimize,
+        bound=phases[0].budget.tokens if model_args.optimize else None,
     )
     timing.trainer = trainer
     if trainer.is_fsdp_enabled:  # whole checkpoints that transformers opens, not one piece for each process
@@ -262,14 +272,27 @@ def _model(model_args: PretrainModelArguments, config: PreTrainedConfig, pairs: 
 
 
 def _phases(
-    data_args: PretrainDataArguments, args: PretrainArguments, prepared: list[tuple[Any, dict[str, Any]]]
+    data_args: PretrainDataArguments,
+    args: PretrainArguments,
+    prepared: list[tuple[Any, dict[str, Any]]],
+    fixed: bool,
 ) -> list[Phase]:
-    """Datasets with their number of micro-batches; sets args.max_steps. Raises CommandError."""
+    """Datasets with their number of micro-batches, of a ``fixed`` shape or not; sets args.max_steps.
+
+    Raises CommandError.
+    """
     tokens = data_args.tokens_per_batch or args.per_device_train_batch_size * prepared[0][1]["max_seq_length"]
     seed = args.data_seed if args.data_seed is not None else args.seed
     budgets = []
-    for path, (data, _) in zip(data_args.dataset, prepared, strict=True):
+    for path, (data, settings) in zip(data_args.dataset, prepared, strict=True):
         lengths = row_lengths(data)
+        longest = settings["max_seq_length"]
+        if lengths.min() < 1 or lengths.max() > longest:
+            row = int(np.argmax((lengths < 1) | (lengths > longest)))
+            raise CommandError(
+                f"--dataset {path}: row {row} has {lengths[row]} tokens, allowed are 1 to {longest}; "
+                "the data are broken, make them anew with the same fastbert prepare and --overwrite"
+            )
         if tokens < lengths.max():
             raise CommandError(f"--tokens_per_batch {tokens}: --dataset {path} has a row of {lengths.max()} tokens")
         budgets.append(TokenBudget(lengths, tokens, seed))
@@ -285,8 +308,8 @@ def _phases(
         steps = [max(1, int(np.ceil(micro_batches / accumulate)))]
     args.max_steps = sum(steps)
     return [
-        Phase(path, data, budget, count * accumulate)
-        for path, (data, _), budget, count in zip(data_args.dataset, prepared, budgets, steps, strict=True)
+        Phase(path, data, budget, count * accumulate, settings["max_seq_length"] if fixed else None)
+        for path, (data, settings), budget, count in zip(data_args.dataset, prepared, budgets, steps, strict=True)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -10,26 +11,32 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from fastbert.models import FastMaskedLM
+from fastbert.packing import token_bound
+
 from .batching import Batches
 from .throughput import Work
-from .trainer import Resumable
+from .trainer import IGNORED, Resumable
 
 
 class PretrainingTrainer(Resumable):
     """Trainer over :class:`Batches`; ``peak`` is what one process can do, in FLOP/s.
 
+    ``bound`` is the number of tokens that no micro-batch exceeds: a model of ours packs each into as many rows. None
+    for a stock model.
+
     One pass over the batches is the whole run, so that its number tells the trainer which micro-batch comes next, and a
     resumed run skips the others without making them.
     """
 
-    def __init__(self, *args: Any, batches: Batches, work: Work, peak: float, stock: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, batches: Batches, work: Work, peak: float, bound: int | None, **kwargs: Any) -> None:
         super().__init__(*args, train_dataset=batches, train_lengths=[], **kwargs)
-        if stock:
-            # The stock heads swallow num_items_in_batch: with it, accumulation would add up the means of micro-batches.
-            self.model_accepts_loss_kwargs = False
         self.batches = batches
         self.work = work
         self.peak = peak
+        self.bound = bound
+        # Else a compiled model would hand out the logits of every token, [B, S, vocabulary], which nobody reads.
+        self.skip_logits = isinstance(self.accelerator.unwrap_model(self.model), FastMaskedLM)
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens = self._flops = 0
         self._since = time.perf_counter()
@@ -50,37 +57,48 @@ class PretrainingTrainer(Resumable):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         lengths = inputs["attention_mask"].sum(1).tolist()
         self._tokens += sum(lengths)
-        self._flops += self.work.of(lengths, int((inputs["labels"] != -100).sum()))
+        self._flops += self.work.of(lengths, int((inputs["labels"] != IGNORED).sum()))
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def items(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Labelled tokens and, where they are pairs, sequences."""
+        counts = [(inputs["labels"] != IGNORED).sum()]
+        if "next_sentence_label" in inputs:
+            counts.append((inputs["next_sentence_label"] != IGNORED).sum())
+        return torch.stack(counts)
+
     def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        """The loss of a micro-batch; in training, its share of the step's, each of both losses by its own items."""
+        items = self.items(inputs)
+        if self.skip_logits:
+            inputs = inputs | {"skip_logits": True}
+        with token_bound(self.bound) if self.bound else contextlib.nullcontext():
+            loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
         if model.training:
-            self._count(loss.detach(), outputs, inputs, num_items_in_batch)
+            losses = self._losses(loss, outputs, inputs, items)
+            loss = (losses * self.weights(items)).sum()
+            self._count(losses.detach(), outputs, inputs, items)
         return (loss, outputs) if return_outputs else loss
 
-    def _count(self, loss: torch.Tensor, outputs: Any, inputs: dict[str, Any], num_items: Any) -> None:
-        """Add up both losses of a micro-batch, on the device: they are read when they are logged."""
-        labels = (inputs["labels"] != -100).sum()
-        if num_items is not None and self.model_accepts_loss_kwargs:  # a share of the whole batch's loss
-            loss = loss * num_items / labels
-            if self.args.average_tokens_across_devices:
-                loss = loss / self.accelerator.num_processes
-        found = {"labels": labels}
+    def _losses(self, loss: torch.Tensor, outputs: Any, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
+        """The model's loss in its terms, each a mean over its items: masked tokens and, if there, next sentence."""
+        terms = [loss.mean()]  # of several GPUs, where one process has them
         if "next_sentence_label" in inputs:
-            scores, wanted = outputs["seq_relationship_logits"].detach().float(), inputs["next_sentence_label"].view(-1)
-            nsp = F.cross_entropy(scores.view(-1, 2), wanted)
-            found["nsp_loss"] = nsp * len(wanted)
-            found["nsp_right"] = (scores.view(-1, 2).argmax(1) == wanted).sum()
-            found["sequences"] = torch.tensor(len(wanted), device=loss.device)
-            loss = loss - nsp
-        found["mlm_loss"] = loss * labels
+            scores = outputs["seq_relationship_logits"].float().view(-1, 2)
+            nsp = F.cross_entropy(scores, inputs["next_sentence_label"].view(-1))
+            terms = [terms[0] - nsp, nsp]
+        return torch.where(items > 0, torch.stack(terms), 0.0)  # a mean over nothing is NaN
+
+    def _count(self, losses: torch.Tensor, outputs: Any, inputs: dict[str, Any], items: torch.Tensor) -> None:
+        """Add up both losses of a micro-batch, on the device: they are read when they are logged."""
+        sums = losses * items
+        found = {"labels": items[0], "mlm_loss": sums[0]}
+        if "next_sentence_label" in inputs:
+            guess = outputs["seq_relationship_logits"].detach().view(-1, 2).argmax(1)
+            right = (guess == inputs["next_sentence_label"].view(-1)).sum()
+            found |= {"sequences": items[1], "nsp_loss": sums[1], "nsp_right": right}
         for name, value in found.items():
             value = value.double() if value.device.type != "mps" else value.float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value

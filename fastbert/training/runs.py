@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
 from .checkpoints import checkpoint_problem, checkpoints, last_complete
 from .errors import CommandError, first_line, is_disk_full
 from .report import CURVES, REPORT
@@ -51,6 +53,16 @@ def say(text: str) -> None:
     """One line on stderr, of the first process."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+def check_loggers(args: Arguments) -> None:
+    """Raise CommandError for a logger of ``--report_to`` that is not known, or not installed."""
+    for name in args.report_to or ():
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise CommandError(f"--report_to {name}: {first_line(error)}") from error
 
 
 def prepare_output(output: Path, args: Arguments) -> Path | None:

@@ -20,6 +20,7 @@ from .errors import CommandError
 from .labels import Labels, UnknownLabels, label_name, sorted_names
 from .runs import say
 from .task import Task
+from .trainer import IGNORED
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .rows import RowFile
 
 OUTSIDE = "O"
-IGNORED = -100  # of no account in the loss
 DEFAULT_OVERLAP = 128  # tokens that two windows of a long sentence share
 KIND = "token_classification"
 ENTITY_METRICS = {"f1": True, "precision": True, "recall": True, "accuracy": True, "loss": False}
@@ -199,7 +199,7 @@ def _one_column(
 
 @dataclass
 class SentenceSplit(Split):
-    """Sentences in windows; ``tags`` are the numbers of each sentence's tags."""
+    """Sentences in windows; ``tags`` are the numbers of each sentence's tags, those that training lacks at the end."""
 
     windows: list[Window] = field(default_factory=list)
     tags: list[list[int]] = field(default_factory=list)
@@ -234,6 +234,10 @@ class TokenClassification(Task):
     label_smoothing = True
     in_order = True
     labels: Labels | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.unseen: list[str] = []  # tags of validation and test data that the training data lacks
 
     @classmethod
     def tokenizer_options(cls, config: PreTrainedConfig) -> dict[str, Any]:
@@ -295,21 +299,43 @@ class TokenClassification(Task):
             )
             if len(self._names) < 2:
                 raise CommandError(f"{argument} {reader.source}: only one tag in {self.tags!r}, {self._names[0]!r}")
-        unknown = UnknownLabels()
-        for sentence, line in zip(tags, reader.lines, strict=True):
-            for tag in sentence:
-                if tag not in self.labels.index:
-                    unknown.add(tag, line)
-        unknown.check(self._names, reader.source, argument, "tags", "word")
-        numbers = [[self.labels.index[tag] for tag in sentence] for sentence in tags]
+        unknown = self._unseen_tags(tags, reader.lines, reader.source, argument)
+        index = {tag: number for number, tag in enumerate([*self._names, *self.unseen])}
+        numbers = [[index[tag] for tag in sentence] for sentence in tags]
         labels = [self._labels(window, numbers[window.row]) for window in windows]
         features = pa.concat_tables(tables).append_column("labels", pa.array(labels, type=pa.list_(pa.int64())))
         split = SentenceSplit(reader.source, reader.lines, features, reader.bad, windows=windows, tags=numbers)
-        return split.counted()
+        split.counted()
+        if unknown:
+            split.counts["words_with_unseen_tags"] = unknown
+        return split
+
+    def _unseen_tags(self, tags: list[list[str]], lines: list[int], source: str, argument: str) -> int:
+        """Note the tags that the training data lacks, and say so; how many words have one.
+
+        A test is not lost for them: they count as missed, as in the scorers of the shared tasks. Raises CommandError
+        where no tag is known, which is another file or column.
+        """
+        assert self.labels is not None
+        unknown = UnknownLabels()
+        for sentence, line in zip(tags, lines, strict=True):
+            for tag in sentence:
+                if tag not in self.labels.index:
+                    unknown.add(tag, line)
+        words = unknown.counts.total()
+        if words == sum(map(len, tags)):
+            unknown.check(self._names, source, argument, "tags", "word")
+        if words:
+            told = unknown.told(self._names, source, argument, "tags", "word")
+            say(f"{told}. The model cannot give the others: they count as missed")
+            self.unseen += sorted(unknown.counts.keys() - set(self.unseen))
+        return words
 
     def _labels(self, window: Window, tags: list[int]) -> list[int]:
         found = [IGNORED] * len(window.pieces)
         for word, place in zip(window.words, window.places, strict=True):
+            if tags[word] >= len(self._names):
+                continue  # no output stands for it
             found[place] = tags[word]
             if self.data_args.label_all_tokens:
                 rest = place + 1
@@ -363,7 +389,8 @@ class TokenClassification(Task):
         for window, best in zip(split.windows, np.asarray(predictions), strict=True):
             for word, place in zip(window.words, window.places, strict=True):
                 guess[window.row][word] = int(best[place])
-        return tuple([[self._names[i] for i in sentence] for sentence in side] for side in (split.tags, guess))  # type: ignore[return-value]
+        names = [*self._names, *self.unseen]
+        return tuple([[names[i] for i in sentence] for sentence in side] for side in (split.tags, guess))  # type: ignore[return-value]
 
     def compute_metrics(self, name: str, prediction: EvalPrediction) -> dict[str, float]:
         truth, guess = self._tags(name, prediction.predictions)

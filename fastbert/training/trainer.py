@@ -26,6 +26,8 @@ from .errors import CommandError, first_line, is_disk_full
 if TYPE_CHECKING:
     from transformers import EvalPrediction
 
+IGNORED = -100  # a label that is of no account in the loss
+
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
     """LengthGroupedSampler whose order depends on the seed and the epoch only, so that a resumed epoch repeats it."""
@@ -46,17 +48,43 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 class Resumable(Trainer):
     """Trainer whose checkpoints are whole or not there, and whose order of the data a resumed run repeats.
 
-    ``train_lengths`` are the token counts of the training features.
+    The loss of a step is a mean over the items of all its micro-batches, those of other processes included unless
+    ``--average_tokens_across_devices false``: the mean of the micro-batches' means would give the tokens of a small
+    one more weight. ``train_lengths`` are the token counts of the training features.
     """
 
     def __init__(self, *args: Any, train_lengths: list[int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.train_lengths = train_lengths
         self.train_sampler: Any = None  # has set_epoch, and an order that depends on seed and epoch only
+        # The losses are weighed here: the stock heads swallow num_items_in_batch, and those of ours that heed it know
+        # of one count only.
+        self.model_accepts_loss_kwargs = False
+        self._step_items: Any = None
 
     def test(self) -> tuple[dict[str, float], Any, Any] | None:
         """Metrics, predictions and labels of the test data; None if there is none."""
         raise NotImplementedError
+
+    def items(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """What each term of the loss of a micro-batch is a mean over, counted: int64 [terms]."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step, whose items are counted."""
+        samples, num_items = super().get_batch_samples(*args, **kwargs)
+        if samples:
+            self._step_items = sum(self.items(inputs).to(self.args.device) for inputs in samples)
+            if self.args.average_tokens_across_devices:
+                self._step_items = self.accelerator.reduce(self._step_items, "sum")
+        return samples, num_items
+
+    def weights(self, items: torch.Tensor) -> torch.Tensor:
+        """What the means of a micro-batch with these ``items`` count for in the loss of the step: float32 [terms]."""
+        weights = items / self._step_items.clamp(min=1)
+        if self.args.average_tokens_across_devices:
+            weights = weights * self.accelerator.num_processes  # over which the gradients are averaged
+        return weights * self.current_gradient_accumulation_steps  # by which training_step divides
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -105,9 +133,24 @@ class FinetuneTrainer(Resumable):
         self.metrics_of = metrics_of
         self.in_order = in_order
         self.test_dataset = test_dataset
-        # BERT's classification heads swallow num_items_in_batch unused: with it, accumulation would add up the mean
-        # losses of the micro-batches instead of averaging them.
-        self.model_accepts_loss_kwargs = False
+
+    def items(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The labels; of questions, the rows."""
+        labels = inputs["labels"] if "labels" in inputs else inputs["start_positions"]
+        if labels.is_floating_point():  # -100 is a number like any other
+            return torch.tensor([labels.numel()], device=labels.device)
+        return (labels != IGNORED).sum().view(1)
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The loss of a micro-batch; in training, its share of the step's."""
+        items = self.items(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
+        if model.training:
+            loss = loss * self.weights(items)[0]
+        loss = torch.where(items[0] > 0, loss, 0.0)  # words without a token: a mean over nothing is NaN
+        return (loss, outputs) if return_outputs else loss
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
         return (

@@ -29,6 +29,16 @@ def test_batches_are_full() -> None:
     assert sizes.mean() > 0.99 * 1024
     assert sizes.std() < 0.01 * 1024
     assert sizes.min() > 0.9 * 1024
+    assert max(len(budget.rows(number)) for number in range(budget.per_epoch())) < budget.most_rows
+
+
+def test_no_batch_has_more_rows_than_the_most() -> None:
+    """Long rows first, so that many short ones are left."""
+    found = np.array([100] * 300 + [5] * 300, np.int32)
+    budget = TokenBudget(found, 400, seed=0)
+    rows = [len(budget.rows(number)) for number in range(budget.per_epoch())]
+    assert max(rows) == budget.most_rows == int(1.5 * 400 / 52.5) + 1
+    assert sum(rows) > 0.95 * len(found)
 
 
 @settings(max_examples=50, deadline=None)
@@ -175,6 +185,23 @@ def test_a_batch_is_a_function_of_its_number(tokenizer: Any) -> None:
         assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
     with pytest.raises(IndexError):
         whole[18]
+
+
+def test_a_fixed_shape(tokenizer: Any) -> None:
+    """The same content and the same masks, in rows and a width that all batches of a phase have."""
+    whole, fixed = batches(tokenizer), batches(tokenizer)
+    for phase, width in zip(fixed.phases, (16, 48), strict=True):
+        phase.width = width
+    for number in range(18):
+        phase = fixed.phases[number >= 12]
+        for name, value in fixed[number].items():
+            tight = whole[number][name]
+            shape = (phase.budget.most_rows, phase.width)[: value.dim()]
+            assert value.shape == shape
+            inner = value[tuple(slice(size) for size in tight.shape)]
+            assert torch.equal(inner, tight)
+            fill = {"labels": -100, "next_sentence_label": -100, "input_ids": tokenizer.pad_token_id}.get(name, 0)
+            assert (value == fill).sum() == (tight == fill).sum() + value.numel() - tight.numel()
 
 
 def test_ranks_share_the_batches_out(tokenizer: Any) -> None:

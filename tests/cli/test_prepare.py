@@ -178,13 +178,14 @@ def test_special_tokens_in_a_text_are_text(base_model: Path, tmp_path: Path) -> 
 
 def test_killed_and_gone_on_with(kit: Any, corpus: Path, prepared: Path, base_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = flags(corpus, base_model, out)
-    kit.signal_when(kit.start(arguments), lambda: (out / "progress" / "00001.json").exists(), signal.SIGKILL)
+    first = [out / "progress" / name for name in ("00000.json", "00001.json")]
+    process = kit.start(flags(corpus, base_model, out, workers=2))
+    kit.signal_when(process, lambda: all(path.exists() for path in first), signal.SIGKILL)
     assert not (out / "state.json").exists()
     before = (out / "data-00000.arrow").stat().st_mtime_ns
     (out / "data-00001.arrow").write_bytes(b"half")
     (out / "data-00007.arrow.part").write_bytes(b"half")
-    assert main(arguments) == 0
+    assert main(flags(corpus, base_model, out)) == 0
     assert (out / "data-00000.arrow").stat().st_mtime_ns == before, "a finished shard is not made again"
     assert content(out) == content(prepared)
 
@@ -253,7 +254,9 @@ def test_full_disk(
         ("a.txt", b"A dog.\n\nA c\xe9t.\n", "line 3: invalid UTF-8 at byte 4"),
         ("a.txt", b"A dog.\n\nA \0cat.\n", "line 3: a zero byte"),
         ("a.txt.gz", gzip.compress(b"A dog.\n\nA cat.\n" * 99, mtime=0)[:-20], "cannot be read"),
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd" + bytes(range(200)), "cannot be read"),
         ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
+        ("a.jsonl", bytes(range(256)), "not UTF-8 text"),
         ("a.csv.gz", gzip.compress(b"text\nA dog.\n", mtime=0), "only text and JSONL may be compressed"),
         ("one.txt", b"A dog. It barks.\nAnd runs.\n", "holds one document"),
     ],

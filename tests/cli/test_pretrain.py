@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastbert.cli import main
 from fastbert.training.checkpoints import checkpoint_problem, checkpoints, last_complete
@@ -136,16 +137,29 @@ def test_plain_transformers_opens_it_and_the_other_way_round(
     ids = torch.randint(5, 100, (3, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 12:] = 0
-    stock = transformers.BertForPreTraining.from_pretrained(trained).eval()
-    fast = fastbert.BertForPreTraining.from_pretrained(trained).eval()
-    with torch.no_grad():
-        one, two = stock(ids, attention_mask=mask), fast(ids, attention_mask=mask)
-    torch.testing.assert_close(one.seq_relationship_logits, two.seq_relationship_logits)
-    torch.testing.assert_close(one.prediction_logits[mask.bool()], two.prediction_logits[mask.bool()])
+    for name, fields in (
+        ("BertForPreTraining", ("prediction_logits", "seq_relationship_logits")),
+        ("BertForMaskedLM", ("logits",)),
+        ("BertForNextSentencePrediction", ("logits",)),
+    ):
+        stock = getattr(transformers, name).from_pretrained(trained).eval()
+        stock.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            one = stock(ids, attention_mask=mask)
+            for folder in (trained, tmp_path / name):
+                two = getattr(fastbert, name).from_pretrained(folder).eval()(ids, attention_mask=mask)
+                for field in fields:
+                    keep = mask.bool() if one[field].dim() == 3 else slice(None)
+                    torch.testing.assert_close(two[field][keep], one[field][keep])
+    assert (
+        load_file(trained / "model.safetensors").keys()
+        == load_file(tmp_path / "BertForPreTraining" / "model.safetensors").keys()
+    )
     assert transformers.AutoTokenizer.from_pretrained(trained).mask_token == "[MASK]"
 
-    stock.save_pretrained(tmp_path / "stock")
-    more = {"tokenizer_name": base_model, "config_overrides": None, "model_name_or_path": tmp_path / "stock"}
+    stock = transformers.BertForPreTraining.from_pretrained(trained)
+    more = {"tokenizer_name": base_model, "config_overrides": None}
+    more |= {"model_name_or_path": tmp_path / "BertForPreTraining"}
     assert main(flags(data, base_model, tmp_path / "on", max_steps=2, **more)) == 0
     assert curve(tmp_path / "on")[0]["mlm_loss"] < report(trained)["history"][1]["mlm_loss"], "it goes on, not anew"
     found = transformers.BertForPreTraining.from_pretrained(tmp_path / "on")
@@ -164,33 +178,47 @@ def test_the_same_losses_as_stock(data: Path, base_model: Path, tmp_path: Path) 
             assert abs(one[name] - two[name]) < 1e-4 * abs(one[name]), name
 
 
-def test_accumulation_is_the_gradient_of_the_whole_batch(data: Path, base_model: Path, tmp_path: Path) -> None:
-    """One step of plain gradient descent over two micro-batches, against the formula on the two together."""
+@pytest.mark.parametrize("optimize", ["true", "false"])
+def test_accumulation_is_the_gradient_of_the_whole_batch(
+    data: Path, base_model: Path, tmp_path: Path, optimize: str
+) -> None:
+    """One step of plain gradient descent over three micro-batches, against the formula on all together."""
     import datasets
     import transformers
 
     from fastbert.training.batching import Batches, Masking, Phase, TokenBudget, row_lengths
 
-    more = {"config_overrides": NO_DROPOUT, "max_steps": 1, "gradient_accumulation_steps": 2, "warmup_steps": 0}
+    more = {"config_overrides": NO_DROPOUT, "max_steps": 1, "gradient_accumulation_steps": 3, "warmup_steps": 0}
     more |= {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0}
+    more |= {"optimize": optimize, "tokens_per_batch": 1000}
     assert main(flags(data, base_model, tmp_path / "out", **more)) == 0
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(base_model)
     rows = datasets.load_from_disk(str(data))
-    phase = Phase("data", rows, TokenBudget(row_lengths(rows), 8 * 32, 42), 2)
+    phase = Phase("data", rows, TokenBudget(row_lengths(rows), 1000, 42), 3)
     batches = Batches([phase], Masking(tokenizer, 0.15, False), 42, len(tokenizer), tokenizer.pad_token_id)
     transformers.set_seed(42)
     config = transformers.BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     config.update_from_string(NO_DROPOUT)
     model = transformers.BertForPreTraining(config).train()
-    counts = [int((batches[i]["labels"] != -100).sum()) for i in range(2)]
-    assert counts[0] != counts[1], "else a mean of means would pass too"
-    loss = sum(model(**batches[i]).loss * counts[i] / sum(counts) for i in range(2))
-    loss.backward()
-    assert abs(curve(tmp_path / "out")[0]["loss"] - loss.item()) < 1e-4
-    found = transformers.BertForPreTraining.from_pretrained(tmp_path / "out").state_dict()
+    found: list[torch.Tensor] = []
+    for name in ("labels", "next_sentence_label"):
+        logits, labels = [], []
+        for batch in (batches[i] for i in range(3)):
+            outputs = model(**batch)
+            output = outputs.prediction_logits if name == "labels" else outputs.seq_relationship_logits
+            logits.append(output.view(-1, output.shape[-1]))
+            labels.append(batch[name].view(-1))
+        counts = [int((part != -100).sum()) for part in labels]
+        assert len(set(counts)) > 1, "else a mean of means would pass too"
+        found.append(torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels)))
+    (found[0] + found[1]).backward()
+    logged = curve(tmp_path / "out")[0]
+    for name, loss in zip(("loss", "mlm_loss", "nsp_loss"), (found[0] + found[1], *found), strict=True):
+        assert abs(logged[name] - loss.item()) < 1e-5 * loss.item(), name
+    trained = transformers.BertForPreTraining.from_pretrained(tmp_path / "out").state_dict()
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(found[name], (weight - weight.grad).detach(), rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(trained[name], (weight - weight.grad).detach(), rtol=1e-4, atol=1e-5, msg=name)
 
 
 TWO_PHASES = {"phase_steps": [9, 5], "max_steps": 14, "save_steps": 4, "gradient_accumulation_steps": 2}
@@ -215,17 +243,13 @@ def test_phases(uninterrupted: Path) -> None:
 def test_killed_and_resumed_to_the_bit(
     kit: Any, data: Path, long_data: Path, base_model: Path, uninterrupted: Path, tmp_path: Path, step: int
 ) -> None:
-    """From the middle of the first phase (killed), and from the second (a copy of the run at that moment)."""
+    """kill -9 while a checkpoint is being written in the first phase, and in the middle of the second."""
     out = tmp_path / "out"
     arguments = flags([data, long_data], base_model, out, **TWO_PHASES)
-    if step == 8:
-        kit.signal_when(kit.start(arguments), lambda: (out / "checkpoint-8").exists(), signal.SIGKILL)
-        assert not (out / "report.json").exists()
-    else:
-        shutil.copytree(uninterrupted, out)
-        shutil.rmtree(out / "checkpoint-14")
-        for path in (out / "report.json", out / "model.safetensors"):
-            path.unlink()
+    folder = out / f"checkpoint-{step}"
+    ready = folder if step == 8 else folder / "trainer_state.json"  # which is written last
+    kit.signal_when(kit.start(arguments), ready.exists, signal.SIGKILL)
+    assert not (out / "report.json").exists()
     assert main([*arguments, "--resume_from_checkpoint", "true"]) == 0
     assert report(out)["resumed_from"] in (("checkpoint-4", "checkpoint-8") if step == 8 else ("checkpoint-12",))
     assert curve(out) == curve(uninterrupted)
@@ -300,6 +324,69 @@ def test_full_sentences_and_whole_words(corpus: Path, base_model: Path, tmp_path
     assert curve(tmp_path / "roberta")[-1]["loss"] > 0
 
 
+def test_flags_do_what_they_say(data: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputing gives the same bits, with dropout, bf16 others that are close; the optimizer is the fused one."""
+    from fastbert import encoder
+
+    calls: list[torch.dtype] = []
+    attention = encoder.ops.attention
+
+    def watched(qkv: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(qkv.dtype)
+        return attention(qkv, *args, **kwargs)
+
+    monkeypatch.setattr(encoder.ops, "attention", watched)
+    seen = {}
+    for name, more in (
+        ("plain", {}),
+        ("checkpointing", {"gradient_checkpointing": True}),
+        ("bf16", {"bf16": True, "max_grad_norm": 0.1, "optim": "adamw_torch"}),
+    ):
+        assert main(flags(data, base_model, tmp_path / name, max_steps=3, **more)) == 0
+        seen[name] = list(calls)
+        calls.clear()
+    assert seen["plain"] == [torch.float32] * 3 * 2
+    assert seen["checkpointing"] == [torch.float32] * 3 * 2 * 2
+    assert seen["bf16"] == [torch.bfloat16] * 3 * 2
+    assert curve(tmp_path / "checkpointing") == curve(tmp_path / "plain")
+    for one, two in zip(curve(tmp_path / "plain"), curve(tmp_path / "bf16"), strict=True):
+        assert 0 < abs(one["loss"] - two["loss"]) < 0.02
+    states = [torch.load(tmp_path / name / "checkpoint-3" / "optimizer.pt") for name in ("plain", "bf16")]
+    assert [bool(state["param_groups"][0]["fused"]) for state in states] == [True, False]
+
+
+def test_every_step_has_the_same_shapes(
+    data: Path, long_data: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder's rows are the budget, whatever a batch holds; compiled, the padded tensors keep their shape, too."""
+    from fastbert import encoder
+
+    seen: set[int] = set()
+    layer = encoder.layer
+
+    def watched(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.add(x.shape[0])
+        return layer(x, *args)
+
+    monkeypatch.setattr(encoder, "layer", watched)
+    more = {"config_overrides": NO_DROPOUT, "max_steps": 5, "phase_steps": [3, 2], "save_strategy": "no"}
+    assert main(flags([data, long_data], base_model, tmp_path / "eager", **more)) == 0
+    assert seen == {8 * 32}
+    monkeypatch.undo()
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    more |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    assert main(flags([data, long_data], base_model, tmp_path / "compiled", **more)) == 0
+    assert counters["stats"]["unique_graphs"] == 2, "one for each phase"
+    assert not counters["graph_break"]
+    eager, compiled = curve(tmp_path / "eager"), curve(tmp_path / "compiled")
+    assert len({entry["tokens"] for entry in eager}) > 1
+    for one, two in zip(eager, compiled, strict=True):
+        for name in ("tokens", "loss", "mlm_loss", "nsp_loss", "nsp_accuracy", "grad_norm"):
+            assert abs(one[name] - two[name]) < 1e-4 * abs(one[name]), name
+
+
 def test_epochs_instead_of_steps(data: Path, base_model: Path, tmp_path: Path) -> None:
     more = {"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 64}
     assert main(flags(data, base_model, tmp_path / "out", **more)) == 0
@@ -317,6 +404,7 @@ def test_epochs_instead_of_steps(data: Path, base_model: Path, tmp_path: Path) -
         ({"tokens_per_batch": 20}, "--tokens_per_batch 20: --dataset"),
         ({"model_type": "roberta"}, "roberta has no next sentence prediction"),
         ({"model_type": "nobert"}, "--model_type"),
+        ({"report_to": "tensorbored"}, "--report_to tensorbored: "),
         ({"fsdp": "full_shard"}, "--fsdp: accelerate shards a model on GPUs only"),
     ],
 )
@@ -366,6 +454,48 @@ def test_bad_data(
     assert main(flags(data, tmp_path / "t", tmp_path / "out")) == 1
     assert "was prepared with another tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def damaged(data: Path, folder: Path, row: int, name: str, values: list[int]) -> Path:
+    """A copy of prepared data in which a column of one row is another, in a file that opens as ever."""
+    import pyarrow as pa
+
+    shutil.copytree(data, folder)
+    for path in sorted(folder.glob("data-*.arrow")):
+        with pa.memory_map(str(path)) as file:
+            rows = pa.ipc.open_stream(file).read_all().to_pylist()
+            schema = pa.ipc.open_stream(path.read_bytes()).schema
+        if 0 <= row < len(rows):
+            rows[row][name] = values
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        row -= len(rows)
+    return folder
+
+
+def test_a_broken_shard_loses_no_checkpoint(
+    data: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token that no tokenizer gives, in a row of the sixth step."""
+    import datasets
+
+    from fastbert.training.batching import TokenBudget, row_lengths
+
+    row = int(TokenBudget(row_lengths(datasets.load_from_disk(str(data))), 8 * 32, 42).rows(5)[0])
+    used, out, more = tmp_path / "data", tmp_path / "out", {"max_steps": 8, "save_steps": 2}
+    damaged(data, used, row, "input_ids", [10**6] * 5)
+    assert main(flags(used, base_model, out, **more)) == 1
+    assert f"--dataset {used}: holds the token id 1000000" in capsys.readouterr().err
+    assert last_complete(out) == out / "checkpoint-4"
+    shutil.rmtree(used)
+    shutil.copytree(data, used)
+    assert main([*flags(used, base_model, out, **more), "--resume_from_checkpoint", "true"]) == 0
+    assert main(flags(data, base_model, tmp_path / "whole", **more)) == 0
+    assert curve(out) == curve(tmp_path / "whole")
+
+    long = damaged(data, tmp_path / "long", 7, "input_ids", [5] * 33)
+    assert main(flags(long, base_model, tmp_path / "other", **more)) == 1
+    assert f"--dataset {long}: row 7 has 33 tokens, allowed are 1 to 32" in capsys.readouterr().err
 
 
 @pytest.mark.slow

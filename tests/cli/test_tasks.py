@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
+import fastbert
 from fastbert.cli import main
 from fastbert.training.arguments import TASK_NAMES, parse
 from fastbert.training.checkpoints import checkpoints
@@ -50,6 +55,25 @@ def test_every_task_can_be_named() -> None:
     assert tuple(TASKS) == TASK_NAMES
 
 
+def opens_in_stock(folder: Path) -> None:
+    """Plain transformers finds every weight in its place, and computes what fastbert does."""
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    stock, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = torch.randint(5, 60, (2, 3, 12) if "Choice" in name else (6, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, ..., 7:] = 0
+    with torch.no_grad():
+        found, wanted = (
+            model.eval()(ids, attention_mask=mask).to_tuple()
+            for model in (getattr(fastbert, name).from_pretrained(folder), stock)
+        )
+    for one, two in zip(found, wanted, strict=True):
+        keep = mask.bool() if one.shape[:2] == mask.shape else slice(None)
+        torch.testing.assert_close(one[keep], two[keep])
+
+
 @pytest.mark.parametrize("row", [TOKENS, QUESTION, CHOICE], ids=["tokens", "questions", "choices"])
 def test_a_resumed_run_ends_with_the_same_weights(
     kit: Any, base_model: Path, tmp_path: Path, row: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -69,6 +93,52 @@ def test_a_resumed_run_ends_with_the_same_weights(
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["resumed_from"] == "checkpoint-3"
     assert last.read_bytes() == whole
+    opens_in_stock(out)
     kit.write_rows(train, [*rows, row])
     assert main([*flags, "--resume_from_checkpoint", "true"]) == 1
     assert "that run had other" in capsys.readouterr().err
+
+
+def random_rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows with something to learn."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        words = [rng.choice(["dog", "cat", "soup", "the", "a", "very"]) for _ in range(rng.randint(4, 10))]
+        animal = rng.randrange(len(words))
+        words[animal] = rng.choice(["horse", "whale"])
+        text = " ".join(words)
+        if task == "tokens":
+            found.append({"tokens": words, "tags": ["B-ANI" if i == animal else "O" for i in range(len(words))]})
+        else:
+            answer = {"text": [words[animal]], "answer_start": [text.index(words[animal])]}
+            found.append({"context": text, "question": "the animal", "answers": answer})
+    return found
+
+
+@pytest.mark.parametrize("task", ["tokens", "questions"])
+def test_killed_and_resumed_to_the_bit(kit: Any, base_model: Path, tmp_path: Path, task: str) -> None:
+    """kill -9 while a checkpoint is being written. The best one, by the highest loss, is from before."""
+    train = kit.write_rows(tmp_path / "train.jsonl", random_rows(task, 24, seed=0))
+    test = kit.write_rows(tmp_path / "test.jsonl", random_rows(task, 8, seed=1))
+    steps = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    steps |= {"eval_strategy": "steps", "eval_steps": 3, "save_total_limit": 2, "learning_rate": 1e-3}
+    steps |= {
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+        "test_file": test,
+    }
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(kit.finetune_flags(base_model, train, whole, **steps)) == 0
+    flags = kit.finetune_flags(base_model, train, out, **steps)
+    kit.signal_when(kit.start(flags), lambda: (out / "checkpoint-9").exists(), signal.SIGKILL)
+    assert not (out / "report.json").exists()
+    assert main([*flags, "--resume_from_checkpoint", "true"]) == 0
+    found, wanted = (json.loads((f / "report.json").read_text(encoding="utf-8")) for f in (out, whole))
+    assert found["resumed_from"] in ("checkpoint-6", "checkpoint-9")
+    assert found["best"] == wanted["best"]
+    assert found["best"]["step"] <= 6
+    assert {n: found["test"][n] for n in ("loss", "f1")} == {n: wanted["test"][n] for n in ("loss", "f1")}
+    for name in ("train", "eval"):
+        assert [e["loss"] for e in found["history"][name]] == [e["loss"] for e in wanted["history"][name]]
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

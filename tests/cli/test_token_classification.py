@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -211,14 +212,44 @@ def test_wrong_flags(
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_tags(kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train = write_conll(tmp_path / "train.conll", sentences(8))
-    strange = [*sentences(2), {"tokens": ["a", "b"], "tags": ["B-MUS", "I-MUS"]}]
-    other = write_conll(tmp_path / "dev.conll", strange)
+def test_tags_that_training_lacks(
+    kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They count as missed and are reported; only a file in which no tag is known is an error."""
+    train = write_conll(tmp_path / "train.conll", sentences(60))
+    rows = sentences(10, seed=1)
+    strange = [*rows, {"tokens": ["a", "b"], "tags": ["B-MUS", "I-MUS"]}]
+    reports = []
+    for name, data, more in (
+        ("known", rows, {}),
+        ("strange", strange, {}),
+        ("all", strange, {"label_all_tokens": True}),
+    ):
+        test = write_conll(tmp_path / f"{name}.conll", data)
+        flags = kit.finetune_flags(base_model, train, tmp_path / name, test_file=test, validation_file=test, **more)
+        assert main([*flags, "--num_train_epochs", "2", "--learning_rate", "5e-3"]) == 0
+        reports.append(report(tmp_path / name))
+    errors = capsys.readouterr().err
+    for flag in ("--validation_file", "--test_file"):
+        assert (
+            f"{flag} {tmp_path / 'strange.conll'}: tags that the training data does not have: 'B-MUS' (1 word" in errors
+        )
+    assert "they count as missed" in errors
+    known, found, _ = reports
+    assert found["task"]["labels"] == known["task"]["labels"]
+    assert found["data"]["test"]["words_with_unseen_tags"] == 2
+    assert "words_with_unseen_tags" not in known["data"]["test"]
+    entities_known = sum(kind["support"] for kind in known["test_per_label"].values())
+    assert found["test_per_label"]["MUS"] == {"precision": 0.0, "recall": 0.0, "f1-score": 0.0, "support": 1}
+    recall = known["test"]["recall"] * entities_known / (entities_known + 1)
+    assert abs(found["test"]["recall"] - recall) < 1e-6
+    assert math.isfinite(found["test"]["loss"])
+
+    other = write_conll(tmp_path / "other.conll", [{"tokens": ["a", "b"], "tags": ["DET", "NOUN"]}])
     assert main(kit.finetune_flags(base_model, train, tmp_path / "out", validation_file=other)) == 1
     error = capsys.readouterr().err
     assert "--validation_file" in error
-    assert "tags that the training data does not have: 'B-MUS' (1 word, first at line" in error
+    assert "tags that the training data does not have: 'DET' (1 word, first at line" in error
     assert "'B-ANI'" in error
 
 

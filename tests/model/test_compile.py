@@ -102,3 +102,34 @@ def test_export_with_dynamic_batch_and_length(grad: bool) -> None:
         assert backend == "reference" or any("fastbert" in target for target in targets)
         for case in (inputs("holes", batch=3, seqlen=33), inputs("left", batch=1, seqlen=5)):
             torch.testing.assert_close(module(**case)[0], model(**case)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])
+def test_compiled_without_logits(head: str) -> None:
+    """`skip_logits`: the loss of the labelled positions, and no tensor of all tokens by the vocabulary in the graph."""
+    batch = inputs("right")
+    labels = batch["input_ids"].masked_fill(torch.rand(batch["input_ids"].shape) > 0.2, -100)
+    batch |= {"labels": labels.masked_fill(~real(batch), -100)}
+    if head == "ForPreTraining":
+        batch["next_sentence_label"] = torch.tensor([0, 1] * len(labels))[: len(labels)]
+    model = fastbert.optimize(build(head=head, train=True, vocab_size=500))
+    expected = model(**batch).loss
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    largest: list[int] = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        largest.append(max(value.numel() for value in values if isinstance(value, torch.Tensor)))
+        return graph.forward
+
+    logits = labels.numel() * model.config.vocab_size
+    for skip in (False, True):
+        model.zero_grad()
+        torch.compiler.reset()
+        outputs = torch.compile(model, fullgraph=True, backend=backend)(**batch, skip_logits=skip)
+        outputs.loss.backward()
+        torch.testing.assert_close(outputs.loss, expected)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=2e-6, rtol=1e-4, msg=name)
+    assert largest[0] >= logits > largest[1]
