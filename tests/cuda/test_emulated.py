@@ -134,6 +134,9 @@ ATTENTION_CASES = [
     *(case for case in attention_cases.CASES if case[2] in (32, 64, 128) and sum(case[0]) <= 200),
     ((5, 0, 17), 3, 64, "BhSS"),
     ((70, 3), 1, 128, "1hSS"),
+    ((96, 40), 1, 64, "B1SS"),
+    ((128,), 1, 128, None),
+    ((1, 113), 2, 32, "11SS"),
     ((3, 129, 0, 64), 2, 64, None),
     ((130,), 1, 128, None),
 ]
@@ -200,7 +203,7 @@ def test_attention_forbidden_keys(emulated: Any) -> None:
 
 
 @ORDERS
-@pytest.mark.parametrize("lengths", [(17, 40), (130, 3)], ids=["short", "long"])
+@pytest.mark.parametrize("lengths", [(17, 40), (128, 70), (130, 3)], ids=["short", "full", "long"])
 def test_attention_does_not_depend_on_the_order_of_threads(
     emulated: Any, lengths: tuple[int, ...], order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
