@@ -29,6 +29,11 @@ def test_no_kernel_spills(built: dict) -> None:
     assert not spilling
 
 
+def test_wgmma_is_not_serialized() -> None:
+    """Which the assembler does, and says, where it cannot see the whole of a pipeline of them."""
+    assert not [file.name for file in cuda_resources.reports() if "instructions are serialized" in file.read_text()]
+
+
 def could_have(note: dict, name: str) -> bool:
     """Whether a build has this kernel: not all can be built everywhere."""
     if name.startswith("ffn_") and not note["cutlass"]:

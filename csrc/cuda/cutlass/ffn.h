@@ -12,14 +12,14 @@ constexpr int kFfnRows = 128, kFfnColumns = 128;
 __host__ __device__ __forceinline__ int64_t ffn_tiles(int64_t size, int tile) { return (size + tile - 1) / tile; }
 
 // The standard normal distribution's share below v.
-__host__ __device__ __forceinline__ float share_below(float v) {
+__device__ __forceinline__ float share_below(float v) {
   return 0.5f * (1.0f + erff(v * 0.7071067811865476f));
 }
 
-__host__ __device__ __forceinline__ float gelu(float v) { return v * share_below(v); }
+__device__ __forceinline__ float gelu(float v) { return v * share_below(v); }
 
 // gelu(v), and its derivative: v times the density at v comes on top of the share.
-__host__ __device__ __forceinline__ float gelu(float v, float* derivative) {
+__device__ __forceinline__ float gelu(float v, float* derivative) {
   const float share = share_below(v);
   *derivative = share + v * (0.3989422804014327f * expf(-0.5f * v * v));
   return v * share;
@@ -27,8 +27,8 @@ __host__ __device__ __forceinline__ float gelu(float v, float* derivative) {
 
 // What the epilogues make of N neighbouring elements of a product.
 template <int N>
-__host__ __device__ __forceinline__ void ffn_forward(const float (&product)[N], const float (&bias)[N], float (&pre)[N],
-                                                     float (&act)[N]) {
+__device__ __forceinline__ void ffn_forward(const float (&product)[N], const float (&bias)[N], float (&pre)[N],
+                                            float (&act)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     pre[i] = product[i] + bias[i];
@@ -36,8 +36,8 @@ __host__ __device__ __forceinline__ void ffn_forward(const float (&product)[N], 
   }
 }
 template <int N>
-__host__ __device__ __forceinline__ void ffn_backward(const float (&product)[N], const float (&pre)[N],
-                                                      float (&dpre)[N], float (&act)[N]) {
+__device__ __forceinline__ void ffn_backward(const float (&product)[N], const float (&pre)[N], float (&dpre)[N],
+                                             float (&act)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     float derivative;

@@ -184,6 +184,7 @@ void start(const Queue& queue, const char* name, void (*kernel)(typename PRODUCT
   arguments.epilogue = {operands, shape.inner};
   arguments.ptr_A = a, arguments.lda = shape.depth;
   arguments.ptr_B = b, arguments.ldb = b_stride;
+  arguments.batch_stride_A = arguments.batch_stride_B = 0;
   const typename PRODUCT::Params params(arguments, 0, 0);  // the numbers that only stream-K needs
   const dim3 grid = typename PRODUCT::ThreadblockSwizzle().get_grid_shape(params.grid_tiled_shape);
   launch(queue, name, kernel, grid, kThreads, static_cast<int>(sizeof(typename PRODUCT::SharedStorage)), params);

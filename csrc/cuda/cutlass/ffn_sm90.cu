@@ -198,7 +198,8 @@ struct Product {
   using Epilogue = typename collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, collective::EpilogueTileAuto, float, float,
       SOURCE, RowMajor, kVector, Element<T>, RowMajor, kVector, Schedule, EPILOGUE>::CollectiveOp;
-  using Stages = cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>;
+  using Stages =
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>;
   using Main = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element<T>, RowMajor, kVector, Element<T>, LAYOUT, kVector,
       float, Tile, Cluster, Stages, cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
@@ -265,8 +266,9 @@ void ffn_sm90(const Queue& queue, const FfnShape& shape, Format format, const Ff
   const auto run = [&](auto type) {
     using T = decltype(type);
     using E = Element<T>;
+    const int64_t sums_stride = ffn_tiles(shape.inner, kFfnColumns) * kFfnColumns;
     typename BackwardEpilogue<T>::Arguments epilogue{
-        {}, {}, {}, {static_cast<E*>(a.act), row_major(shape.inner)}, {}, {a.columns, ffn_tiles(shape.inner, kFfnColumns) * kFfnColumns}, {}};
+        {}, {}, {}, {static_cast<E*>(a.act), row_major(shape.inner)}, {}, {a.columns, sums_stride}, {}};
     start<BackwardProduct<T>, E>(queue, "ffn_bwd_cuda", ffn_bwd_sm90_kernel<T>, shape, a.dy, a.w2,
                                  cute::make_stride(_1{}, static_cast<int64_t>(shape.inner), static_cast<int64_t>(0)),
                                  epilogue, a.pre, a.dpre);
