@@ -2,7 +2,8 @@
 is nvcc, the CUDA kernels beside it, ``fastbert/_C_cuda``.
 
 ``csrc/*.cpp`` are compiled once; ``csrc/cpu/*.cpp`` once per instruction set that the compiler knows, so that one
-binary serves every CPU and chooses at load; ``csrc/cuda/*.cu`` for several generations of GPUs. Objects are kept in
+binary serves every CPU and chooses at load; ``csrc/cuda/*.cu`` for several generations of GPUs, those in
+``csrc/cuda/cutlass`` if the headers of CUTLASS are installed (``pip install nvidia-cutlass``). Objects are kept in
 ``build/`` and compiled again only when their source, a header of ours, the flags, the compiler or torch has changed.
 Environment:
 
@@ -64,6 +65,7 @@ COMMON_FLAGS = [
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 CUDA_ARCHS = ("80", "90", "100")
+CUTLASS_FLOOR = (4, 2)
 X86_ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 
@@ -85,6 +87,23 @@ def find_torch() -> tuple[Path, str]:
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < TORCH_FLOOR:
         raise LeftOut(f"torch {found} is too old: the extension needs torch {'.'.join(map(str, TORCH_FLOOR))} or later")
     return Path(spec.origin).parent, found
+
+
+def find_cutlass() -> tuple[Path, str]:
+    """The headers of CUTLASS, which come with the Python package nvidia-cutlass, and their version."""
+    spec = importlib.util.find_spec("cutlass_library")
+    include = Path(spec.origin).parent / "source" / "include" if spec is not None and spec.origin else Path()
+    if not (include / "cutlass" / "cutlass.h").exists():
+        raise LeftOut(
+            "the headers of CUTLASS are not installed (pip install nvidia-cutlass) in the environment that builds"
+        )
+    text = (include / "cutlass" / "version.h").read_text(encoding="utf-8")
+    found = tuple(int(re.search(rf"#define CUTLASS_{part} (\d+)", text)[1]) for part in ("MAJOR", "MINOR", "PATCH"))
+    if found[:2] < CUTLASS_FLOOR:
+        raise LeftOut(
+            f"CUTLASS {found[0]}.{found[1]} is too old: {'.'.join(map(str, CUTLASS_FLOOR))} or later is needed"
+        )
+    return include, ".".join(map(str, found))
 
 
 class Compiler:
@@ -259,6 +278,12 @@ class CudaBuild(Build):
         self.nvcc_version = re.search(r"V([\d.]+)", told.stdout)[1]
         self.compilers += f" nvcc {self.nvcc_version}"
         self.archs = self.choose_archs()
+        self.cutlass: tuple[Path, str] | None = None
+        self.cutlass_reason = ""
+        try:
+            self.cutlass = find_cutlass()
+        except LeftOut as why:
+            self.cutlass_reason = str(why)
 
     @staticmethod
     def find_nvcc() -> str:
@@ -282,16 +307,33 @@ class CudaBuild(Build):
         return sorted(set(archs), key=lambda a: (int(a.rstrip("af")), a))
 
     def info(self) -> dict[str, object]:
-        return {"nvcc": self.nvcc_version, "cuda_archs": self.archs}
+        cutlass = {"cutlass": self.cutlass and self.cutlass[1], "cutlass_reason": self.cutlass_reason}
+        return {"nvcc": self.nvcc_version, "cuda_archs": self.archs, **cutlass}
 
     def units(self) -> Iterator[tuple[Path, Path, list[str]]]:
+        with_cutlass = [f"-DFASTBERT_CUTLASS={self.cutlass[1]}"] if self.cutlass else []
         for source in sorted((CSRC / "cuda").glob("*.cpp")):
-            yield source, self.folder / "cuda" / f"{source.stem}.cpp.o", ["-isystem", str(self.torch / "include")]
+            flags = [*with_cutlass, "-isystem", str(self.torch / "include")]
+            yield source, self.folder / "cuda" / f"{source.stem}.cpp.o", flags
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
         if self.archs[-1].isdigit():  # what is bound to one GPU cannot be carried to a later one
             codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             yield source, self.folder / "cuda" / f"{source.stem}.o", codes
+        if self.cutlass is None:
+            return
+        sm90 = any(arch.startswith("90") for arch in self.archs)
+        for source in sorted((CSRC / "cuda" / "cutlass").glob("*.cu")):
+            # Without NDEBUG a kernel calls the function that reports a failed assert, and the call serialises wgmma.
+            flags = [*with_cutlass, "-DNDEBUG", "-isystem", str(self.cutlass[0])]
+            flags += ["-DFASTBERT_SM90"] if sm90 else []
+            if source.stem.endswith("_sm90"):  # wgmma and TMA: for this GPU alone
+                if not sm90:
+                    continue
+                flags.append("-gencode=arch=compute_90a,code=sm_90a")
+            else:
+                flags += codes
+            yield source, self.folder / "cuda" / f"{source.stem}.o", flags
 
     def command(self, source: Path, flags: list[str]) -> list[str]:
         if source.suffix != ".cu":

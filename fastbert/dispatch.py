@@ -76,14 +76,14 @@ def _load_cuda() -> str | None:
     return None
 
 
-def _build_reason(key: str = "reason") -> str:
+def _build_reason(key: str = "reason", unknown: str = "fastbert was installed without its C++ extension") -> str:
     """What the build noted down about why it left the extension, or the CUDA kernels, out."""
     try:
         note = json.loads(Path(__file__).with_name("_build.json").read_text(encoding="utf-8"))
         reason = note[key]
     except (OSError, ValueError, KeyError):
         reason = ""
-    return reason or "fastbert was installed without its C++ extension"
+    return reason or unknown
 
 
 extension_error: str | None = _load_extension()
@@ -100,22 +100,11 @@ def missing_leaf(name: str) -> str | None:
     """Why the op `fastbert::<name>` cannot be called, or None if it can."""
     if leaf(name) is not None:
         return None
-    error = cuda_error if name.endswith("_cuda") else extension_error
-    return error or f"not built (the C++ extension has no op {name})"
-
-
-def not_built(name: str) -> Implementation:
-    """A CUDA backend that this version does not have: reports and forced choices name it all the same."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(f"backend {name} is not built")
-
-    def supports(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-        if not torch.cuda.is_available():
-            return "no CUDA device"
-        return "not built" if device_type == "cuda" else f"needs a tensor on cuda, this one is on {device_type}"
-
-    return Implementation(name, run, supports)
+    if not name.endswith("_cuda"):
+        return extension_error or f"not built (the C++ extension has no op {name})"
+    return (
+        cuda_error or f"not built ({_build_reason('cutlass_reason', f'the library of CUDA kernels has no op {name}')})"
+    )
 
 
 def cpu_reason(missing: str | None, device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -184,7 +173,8 @@ def select(
     """The implementation that runs `op`.
 
     device: the type of the inputs' device ("cpu", "cuda", ...), or the device. dtype: of the first input.
-    requires: what else decides; attention: head_dim; the other ops: a tuple of the further operands' dtypes.
+    requires: what else decides; attention: head_dim; ffn: whether all sizes are multiples of 8; the other ops: a tuple
+        of the further operands' dtypes.
     backend: forces one, before FASTBERT_BACKEND does.
 
     Raises ValueError if a name is unknown, RuntimeError with the reason if a forced backend cannot run.

@@ -103,6 +103,34 @@ __device__ __forceinline__ uint32_t keep_tile(const DropoutMask& dropout, int st
   return keep;
 }
 
+// Short sequences: where none is longer, a block holds a head of one sequence, with all of its queries, keys and values.
+constexpr int kShort = 128;
+
+// Rows that such a block has room for: they are worked on 32 at a time.
+__host__ __device__ __forceinline__ int short_rows(int max_seqlen) { return (max_seqlen + 31) / 32 * 32; }
+
+// Its warps, for the shared memory that it takes; 0 if it does not fit. A warp works on 16 rows at a time. Four warps a
+// block if more than one block has room on a multiprocessor, so that one loads while another multiplies; else `most`.
+inline int short_warps(const Queue& queue, int max_seqlen, int shared, int most) {
+  constexpr int kReserved = 1024;  // of shared memory a block, by CUDA
+  if (max_seqlen > kShort || shared > shared_memory_per_block(queue)) return 0;
+  if (2 * (shared + kReserved) <= shared_memory_per_multiprocessor(queue)) most = 4;
+  const int needed = short_rows(max_seqlen) / 16;
+  return needed < most ? needed : most;
+}
+
+// The work of such a block. A longer sequence than was promised is cut, so that no memory but its own is touched.
+__device__ __forceinline__ Work short_work(const AttentionShape& shape) {
+  const int sequence = blockIdx.x, start = shape.cu_seqlens[sequence], length = shape.cu_seqlens[sequence + 1] - start;
+  return {sequence, start, length < shape.max_seqlen ? length : shape.max_seqlen, 0};
+}
+
+// A query's log-sum-exp in units of log2, plus infinity where nothing may come of it.
+__device__ __forceinline__ float lse_for_backward(const float* lse, int64_t at, bool valid) {
+  const float value = valid ? lse[at] * kLog2E : INFINITY;
+  return value == -INFINITY ? INFINITY : value;  // a query without a key
+}
+
 // Calls run(a value of the element type, the head size and whether there is a bias, as types).
 template <class F>
 void with_kernel(Format format, const AttentionShape& shape, const F& run) {
@@ -117,5 +145,28 @@ void with_kernel(Format format, const AttentionShape& shape, const F& run) {
   if (format == Format::kBFloat16) return sized(bf16{});
   return sized(fp16{});
 }
+
+template <class T>
+struct AttentionForward {
+  const T* qkv;  // [total, 3, heads, D]
+  T* out;        // [total, heads, D]
+  float* lse;    // [heads, total]
+  AttentionShape shape;
+};
+
+template <class T>
+struct AttentionBackward {
+  const T *dout, *qkv, *out;  // [total, heads, D], [total, 3, heads, D], [total, heads, D]
+  const float* lse;           // [heads, total]
+  float* delta;               // [heads, total]; not used for short sequences
+  T* dqkv;                    // [total, 3, heads, D]
+  float* dscores;             // [batch, heads, max_seqlen, max_seqlen] or null
+  AttentionShape shape;
+};
+
+// For short sequences; false if the GPU has too little shared memory for it, or a sequence may be longer.
+bool attention_short_fwd(const Queue&, const AttentionShape&, Format format, const void* qkv, void* out, float* lse);
+bool attention_short_bwd(const Queue&, const AttentionShape&, Format format, const void* dout, const void* qkv,
+                         const void* out, const float* lse, void* dqkv, float* dscores);
 
 }  // namespace fastbert::cuda

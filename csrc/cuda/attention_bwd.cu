@@ -12,26 +12,6 @@ constexpr int kWarps = 4, kRows = 16 * kWarps;
 template <int D, bool BIAS>
 constexpr int kColumnsOf = D < 128 ? 64 : BIAS ? 16 : 32;
 
-template <class T>
-struct Backward {
-  const T *dout, *qkv;       // [total, heads, D], [total, 3, heads, D]
-  const float *lse, *delta;  // [heads, total]
-  T* dqkv;                   // [total, 3, heads, D]
-  float* dscores;            // [batch, heads, max_seqlen, max_seqlen] or null
-  AttentionShape shape;
-};
-
-// What belongs to a query: its log-sum-exp in units of log2, plus infinity where nothing may come of it, and delta.
-struct Statistics {
-  float lse, delta;
-
-  __device__ __forceinline__ Statistics(const float* lse_, const float* delta_, int64_t at, bool valid) {
-    lse = valid ? lse_[at] * kLog2E : INFINITY;
-    if (lse == -INFINITY) lse = INFINITY;  // a query without a key
-    delta = valid ? delta_[at] : 0.0f;
-  }
-};
-
 template <int D, bool BIAS>
 constexpr int shared_bytes() {
   return (2 * kRows + 4 * kColumnsOf<D, BIAS>) * D * 2 + 4 * kColumnsOf<D, BIAS> * 4;
@@ -39,7 +19,7 @@ constexpr int shared_bytes() {
 
 // KEYS: the block's rows are keys.
 template <class T, int D, bool KEYS, bool BIAS>
-__global__ void __launch_bounds__(kWarps* kWarp, 1) attention_bwd_kernel(Backward<T> a) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1) attention_bwd_kernel(AttentionBackward<T> a) {
   constexpr int kColumns = kColumnsOf<D, BIAS>, N = kColumns / 8;
   const AttentionShape& shape = a.shape;
   const int head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp * 16;
@@ -67,8 +47,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_bwd_kernel(Backwar
       column_grads(tile).fetch(dout + first * dout_stride, dout_stride, kColumns, valid);
       float* const to = column_statistics + tile % 2 * 2 * kColumns;
       for (int i = threadIdx.x; i < kColumns; i += blockDim.x) {
-        const Statistics of(a.lse, a.delta, statistics + first + i, i < valid);
-        to[i] = of.lse, to[kColumns + i] = of.delta;
+        to[i] = lse_for_backward(a.lse, statistics + first + i, i < valid);
+        to[kColumns + i] = i < valid ? a.delta[statistics + first + i] : 0.0f;
       }
     } else {
       column_grads(tile).fetch(value + first * stride, stride, kColumns, valid);
@@ -87,8 +67,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_bwd_kernel(Backwar
 #pragma unroll
   for (int half = 0; half < 2 && !KEYS; ++half) {
     const int row = work.first + own + lane / 4 + half * 8;
-    const Statistics of(a.lse, a.delta, statistics + row, row < work.length);
-    row_lse[half] = of.lse, row_delta[half] = of.delta;
+    row_lse[half] = lse_for_backward(a.lse, statistics + row, row < work.length);
+    row_delta[half] = row < work.length ? a.delta[statistics + row] : 0.0f;
   }
 
   float first_sum[D / 8][4] = {}, second_sum[KEYS ? D / 8 : 1][4] = {};  // dq, or dk and dv
@@ -215,7 +195,7 @@ void attention_bwd(const Queue& queue, const AttentionShape& shape, Format forma
   const auto blocks = [](int64_t items, int threads) {
     return dim3(static_cast<unsigned>((items + threads - 1) / threads));
   };
-  if (shape.total > 0) {
+  if (shape.total > 0 && !attention_short_bwd(queue, shape, format, dout, qkv, out, lse, dqkv, dscores)) {
     with_kernel(format, shape, [&](auto type, auto size, auto has_bias) {
       using T = decltype(type);
       constexpr int D = decltype(size)::value;
@@ -223,7 +203,8 @@ void attention_bwd(const Queue& queue, const AttentionShape& shape, Format forma
       const T *const dout_data = static_cast<const T*>(dout), *const out_data = static_cast<const T*>(out);
       launch(queue, name, attention_delta_kernel<T, D>, blocks(shape.total * shape.heads * D / 8, kDeltaThreads),
              kDeltaThreads, 0, shape.total, shape.heads, dout_data, out_data, delta);
-      const Backward<T> a{dout_data, static_cast<const T*>(qkv), lse, delta, static_cast<T*>(dqkv), dscores, shape};
+      const AttentionBackward<T> a{
+          dout_data, static_cast<const T*>(qkv), out_data, lse, delta, static_cast<T*>(dqkv), dscores, shape};
       const dim3 grid(count_tiles(shape.total, shape.batch, kRows), shape.heads);
       launch(queue, name, attention_bwd_kernel<T, D, true, BIAS>, grid, kWarps * kWarp, shared_bytes<D, BIAS>(), a);
       launch(queue, name, attention_bwd_kernel<T, D, false, BIAS>, grid, kWarps * kWarp, shared_bytes<D, BIAS>(), a);

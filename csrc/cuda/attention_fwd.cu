@@ -1,40 +1,18 @@
 // Attention over packed sequences, forward: the online softmax of FlashAttention (Dao et al. 2022) on mma.sync. A warp has
-// 16 queries; tiles of 64 keys and values arrive by cp.async while those before them are worked on. Where no sequence is
-// longer than 128 tokens, one block holds a head of one sequence, with all its queries, keys and values.
+// 16 queries; tiles of 64 keys and values arrive by cp.async while those before them are worked on.
 #include "cuda/attention.h"
 
 namespace fastbert::cuda {
 namespace {
 
-constexpr int kKeys = 64;      // to a tile
-constexpr int kShort = 2 * kKeys;  // tokens that a block can hold
-constexpr int kLongWarps = 4, kMaxWarps = kShort / 16;
-
-template <class T>
-struct Forward {
-  const T* qkv;  // [total, 3, heads, D]
-  T* out;        // [total, heads, D]
-  float* lse;    // [heads, total]
-  AttentionShape shape;
-  bool whole;  // a block has all of a sequence
-};
-
-template <int D>
-constexpr int shared_bytes(int rows) {
-  return (rows + 4 * kKeys) * D * 2;
-}
+constexpr int kKeys = 64;  // to a tile
+constexpr int kWarps = 4, kRows = 16 * kWarps;
 
 template <class T, int D, bool BIAS>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 1) attention_fwd_kernel(Forward<T> a) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1) attention_fwd_kernel(AttentionForward<T> a) {
   const AttentionShape& shape = a.shape;
-  const int rows = blockDim.x / 2, head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp * 16;
-  Work work{static_cast<int>(blockIdx.x), 0, 0, 0};
-  if (a.whole) {
-    work.start = shape.cu_seqlens[work.sequence];
-    work.length = shape.cu_seqlens[work.sequence + 1] - work.start;
-  } else {
-    work = find_work(shape.cu_seqlens, shape.batch, blockIdx.x, rows);
-  }
+  const int head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp * 16;
+  const Work work = find_work(shape.cu_seqlens, shape.batch, blockIdx.x, kRows);
   if (work.none()) return;
   const int64_t stride = 3 * static_cast<int64_t>(shape.heads) * D;
   const T* const query = a.qkv + work.start * stride + head * D;
@@ -45,15 +23,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) attention_fwd_kernel(Forw
 
   T* const memory = reinterpret_cast<T*>(shared_memory());
   const Tile<T, D> queries{memory};
-  const auto keys = [&](int tile) { return Tile<T, D>{memory + (rows + tile % 2 * kKeys) * D}; };
-  const auto values = [&](int tile) { return Tile<T, D>{memory + (rows + (2 + tile % 2) * kKeys) * D}; };
+  const auto keys = [&](int tile) { return Tile<T, D>{memory + (kRows + tile % 2 * kKeys) * D}; };
+  const auto values = [&](int tile) { return Tile<T, D>{memory + (kRows + (2 + tile % 2) * kKeys) * D}; };
   const auto fetch = [&](int tile) {
     const int first = tile * kKeys;
     keys(tile).fetch(key + first * stride, stride, kKeys, work.length - first);
     values(tile).fetch(value + first * stride, stride, kKeys, work.length - first);
     commit_copies();
   };
-  queries.fetch(query + work.first * stride, stride, rows, work.length - work.first);
+  queries.fetch(query + work.first * stride, stride, kRows, work.length - work.first);
   fetch(0);
 
   float result[D / 8][4] = {};
@@ -124,16 +102,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) attention_fwd_kernel(Forw
 
 void attention_fwd(const Queue& queue, const AttentionShape& shape, Format format, const void* qkv, void* out,
                    float* lse) {
-  const bool whole = shape.max_seqlen <= kShort;
-  const int warps = whole ? (shape.max_seqlen + 15) / 16 : kLongWarps, rows = 16 * warps;
-  const int tiles = whole ? shape.batch : count_tiles(shape.total, shape.batch, rows);
-  if (shape.total == 0) return;
+  if (shape.total == 0 || attention_short_fwd(queue, shape, format, qkv, out, lse)) return;
   with_kernel(format, shape, [&](auto type, auto size, auto has_bias) {
     using T = decltype(type);
     constexpr int D = decltype(size)::value;
-    const Forward<T> a{static_cast<const T*>(qkv), static_cast<T*>(out), lse, shape, whole};
-    launch(queue, "attention_fwd_cuda", attention_fwd_kernel<T, D, decltype(has_bias)::value>, dim3(tiles, shape.heads), warps * kWarp,
-           shared_bytes<D>(rows), a);
+    const AttentionForward<T> a{static_cast<const T*>(qkv), static_cast<T*>(out), lse, shape};
+    launch(queue, "attention_fwd_cuda", attention_fwd_kernel<T, D, decltype(has_bias)::value>,
+           dim3(count_tiles(shape.total, shape.batch, kRows), shape.heads), kWarps * kWarp,
+           (kRows + 4 * kKeys) * D * 2, a);
   });
 }
 

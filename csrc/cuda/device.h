@@ -133,6 +133,14 @@ __device__ __forceinline__ void load(const Parameter& from, int first, float (&t
   }
 }
 
+// Hides from the compiler where `value` comes from: what depends on it is computed where it is used, and takes no
+// registers in between.
+__device__ __forceinline__ void recompute(int& value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(value));
+#endif
+}
+
 // The dynamic shared memory of the block.
 __device__ __forceinline__ char* shared_memory() {
 #ifdef __CUDACC__

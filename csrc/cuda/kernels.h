@@ -70,4 +70,22 @@ void attention_bwd(const Queue&, const AttentionShape&, Format format, const voi
                    const void* out, const float* lse, void* dqkv, float* delta, float* dbias,
                    const int64_t* bias_shape, float* dscores);
 
+// A product [rows, depth] [depth, inner] of ffn, with its activation in the epilogue.
+struct FfnShape {
+  int rows, depth, inner;  // depth and inner are multiples of 8
+};
+
+// act = gelu(x w1^T + b1), pre (or null) what gelu is applied to: [rows, inner]. x [rows, depth], w1 [inner, depth],
+// b1 [inner]. 16-bit formats only; every matrix lies on a multiple of 16 bytes.
+void ffn_fwd(const Queue&, const FfnShape&, Format format, const void* x, const void* w1, const void* b1, void* pre,
+             void* act);
+
+// Elements of the workspace of ffn_bwd.
+int64_t ffn_bwd_workspace(const FfnShape&);
+
+// dpre = (dy w2) gelu'(pre), act = gelu(pre): [rows, inner]. db1 [inner] sums dpre over the rows, always in one order.
+// dy [rows, depth], w2 [depth, inner].
+void ffn_bwd(const Queue&, const FfnShape&, Format format, const void* dy, const void* w2, const void* pre, void* dpre,
+             void* act, void* db1, float* workspace);
+
 }  // namespace fastbert::cuda

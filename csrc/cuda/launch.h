@@ -16,10 +16,26 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(text.str());
 }
 
-inline int multiprocessors(const Queue& queue) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device), "the number of multiprocessors");
-  return count;
+inline int attribute(const Queue& queue, cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, queue.device), "an attribute of the GPU");
+  return value;
+}
+
+inline int multiprocessors(const Queue& queue) { return attribute(queue, cudaDevAttrMultiProcessorCount); }
+
+// 80 for 8.0.
+inline int compute_capability(const Queue& queue) {
+  return 10 * attribute(queue, cudaDevAttrComputeCapabilityMajor) +
+         attribute(queue, cudaDevAttrComputeCapabilityMinor);
+}
+
+// In bytes.
+inline int shared_memory_per_block(const Queue& queue) {
+  return attribute(queue, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+inline int shared_memory_per_multiprocessor(const Queue& queue) {
+  return attribute(queue, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
 }
 
 // shared: bytes of dynamic shared memory a block.
@@ -38,6 +54,10 @@ void launch(const Queue& queue, const char* name, void (*kernel)(Parameters...),
 #else
 
 inline int multiprocessors(const Queue&) { return 3; }
+
+// Those of compute capability 8.0.
+inline int shared_memory_per_block(const Queue&) { return 163 * 1024; }
+inline int shared_memory_per_multiprocessor(const Queue&) { return 164 * 1024; }
 
 template <class... Parameters, class... Arguments>
 void launch(const Queue&, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int shared,

@@ -243,6 +243,68 @@ std::tuple<Tensor, Tensor> attention_bwd_op(Tensor dout, Tensor qkv, Tensor out,
   return {dqkv, dbias};
 }
 
+#ifdef FASTBERT_CUTLASS
+
+// Of the product with the activation in its epilogue: the last dimension of `rows` goes over to `inner`.
+FfnShape check_ffn(const Call& call, const char* name, const Tensor& rows, int64_t inner) {
+  const int64_t depth = rows.size(1);
+  if (depth == 0 || depth % 8 != 0 || inner % 8 != 0)
+    fail(call.op, ": ", name, " has shape ", shape_text(rows), " and w1 has ", inner,
+         " rows; the CUDA kernel takes multiples of 8 for the last dimension and for the rows of w1");
+  constexpr int64_t kMost = 1 << 30;
+  if (rows.size(0) > kMost || depth > kMost || inner > kMost)
+    fail(call.op, ": ", name, " has shape ", shape_text(rows), " and w1 has ", inner, " rows, at most ", kMost,
+         " are allowed");
+  return {static_cast<int>(rows.size(0)), static_cast<int>(depth), static_cast<int>(inner)};
+}
+
+Format check_ffn_weights(const Call& call, const Tensor& x, const Tensor& w1, const Tensor& w2) {
+  const ScalarType type = x.scalar_type();
+  if (type != ScalarType::BFloat16 && type != ScalarType::Half)
+    fail(call.op, ": x is ", dtype_text(type), "; the CUDA kernel takes bfloat16 and float16");
+  call.check("x", x, type, {-1, -1});
+  call.check("w1", w1, type, {-1, x.size(1)});
+  call.check("w2", w2, type, {-1, w1.size(0)});
+  return call.format("x", x);
+}
+
+// The products without an epilogue of their own belong to the vendor's library.
+Tensor multiply(const Tensor& a, const Tensor& b) { return torch::stable::matmul(a, b); }
+Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+std::tuple<Tensor, Tensor> ffn_fwd_op(Tensor x, Tensor w1, Tensor b1, Tensor w2, bool save) {
+  const Call call(FASTBERT_OP("ffn_fwd"), x);
+  const Format format = check_ffn_weights(call, x, w1, w2);
+  const FfnShape shape = check_ffn(call, "x", x, w1.size(0));
+  call.check("b1", b1, x.scalar_type(), {shape.inner});
+  const void *x_data = aligned(call, "x", x), *w1_data = aligned(call, "w1", w1), *b1_data = aligned(call, "b1", b1);
+  const Current current(call.device);
+  Tensor act = call.make({shape.rows, shape.inner}, x.scalar_type());
+  Tensor pre = save ? call.make({shape.rows, shape.inner}, x.scalar_type()) : call.make({0}, x.scalar_type());
+  ffn_fwd(current.queue, shape, format, x_data, w1_data, b1_data, data(pre), data(act));
+  return {multiply(act, transposed(w2)), pre};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_bwd_op(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2) {
+  const Call call(FASTBERT_OP("ffn_bwd"), x);
+  const Format format = check_ffn_weights(call, x, w1, w2);
+  const ScalarType type = x.scalar_type();
+  call.check("dy", dy, type, {x.size(0), w2.size(0)});
+  const FfnShape shape = check_ffn(call, "dy", dy, w1.size(0));
+  call.check("pre", pre, type, {shape.rows, shape.inner});
+  const void *dy_data = aligned(call, "dy", dy), *w2_data = aligned(call, "w2", w2),
+             *pre_data = aligned(call, "pre", pre);
+  const Current current(call.device);
+  Tensor dpre = call.make({shape.rows, shape.inner}, type), act = call.make({shape.rows, shape.inner}, type);
+  Tensor db1 = call.make({shape.inner}, type);
+  Tensor workspace = call.make({ffn_bwd_workspace(shape)}, ScalarType::Float);
+  ffn_bwd(current.queue, shape, format, dy_data, w2_data, pre_data, data(dpre), data(act), data(db1),
+          floats(workspace));
+  return {multiply(dpre, w1), multiply(transposed(dpre), x), db1, multiply(transposed(dy), act)};
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
@@ -258,6 +320,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
   m.def(FASTBERT_OP("attention_bwd")
         "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, "
         "float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias) -> (Tensor, Tensor)");
+#ifdef FASTBERT_CUTLASS
+  m.def(FASTBERT_OP("ffn_fwd") "(Tensor x, Tensor w1, Tensor b1, Tensor w2, bool save) -> (Tensor, Tensor)");
+  m.def(FASTBERT_OP("ffn_bwd")
+        "(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2) -> (Tensor, Tensor, Tensor, Tensor)");
+#endif
 }
 
 FASTBERT_IMPL(FASTBERT_KEY, m) {
@@ -265,6 +332,10 @@ FASTBERT_IMPL(FASTBERT_KEY, m) {
   m.impl(FASTBERT_OP("layernorm_bwd"), TORCH_BOX(&layernorm_bwd_op));
   m.impl(FASTBERT_OP("attention_fwd"), TORCH_BOX(&attention_fwd_op));
   m.impl(FASTBERT_OP("attention_bwd"), TORCH_BOX(&attention_bwd_op));
+#ifdef FASTBERT_CUTLASS
+  m.impl(FASTBERT_OP("ffn_fwd"), TORCH_BOX(&ffn_fwd_op));
+  m.impl(FASTBERT_OP("ffn_bwd"), TORCH_BOX(&ffn_bwd_op));
+#endif
 }
 
 }  // namespace fastbert::cuda

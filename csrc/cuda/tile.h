@@ -172,6 +172,24 @@ __device__ __forceinline__ void multiply_accumulators(float (&c)[D / 8][4], cons
   }
 }
 
+// c [16, D] += the transpose of 16 columns of a [depth, 64], from `column`, times b [depth, D]. depth: rounded up to 16.
+template <class T, int D>
+__device__ __forceinline__ void multiply_columns(float (&c)[D / 8][4], const Tile<T, 64>& a, int column,
+                                                 const Tile<T, D>& b, int depth) {
+  const Address a_corner = a.moved(a.corner_of_transposed(), 0, column / 16), b_corner = b.corner(0);
+  for (int k = 0; k < depth; k += 16) {
+    uint32_t left[4];
+    load_matrices<true>(a.moved(a_corner, k / 8, 0), left);
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      uint32_t right[4];
+      load_matrices<true>(b.moved(b_corner, k / 8, n), right);
+      multiply_add<T>(c[2 * n], left, right[0], right[1]);
+      multiply_add<T>(c[2 * n + 1], left, right[2], right[3]);
+    }
+  }
+}
+
 // Writes a warp's c [16, D] to `valid` rows of `to`, 16 bytes at a time, by way of 16 rows of a tile from `row` on that
 // no other warp uses.
 template <class T, int D>

@@ -37,7 +37,9 @@ def ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *, backend: 
     if checks.autocasting(x):
         x, weight1, bias1, weight2 = (checks.autocast(value) for value in (x, weight1, bias1, weight2))
     _check(x, weight1, bias1, weight2)
-    chosen = dispatch.select("ffn", device=x.device, dtype=x.dtype, backend=backend)
+    sizes = (*weight1.shape, weight2.size(0))
+    in_eights = all(size % 8 == 0 for size in sizes)
+    chosen = dispatch.select("ffn", device=x.device, dtype=x.dtype, requires=in_eights, backend=backend)
     return chosen.run(x, weight1, bias1, weight2)
 
 
@@ -61,6 +63,7 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
 
 
 _cpu = leaf.Leaf("ffn", "cpu")
+_cuda = leaf.Leaf("ffn", "cuda")
 _triton = leaf.define_triton(
     "ffn",
     "(Tensor x, Tensor w1, Tensor b1, Tensor w2, bool save) -> (Tensor, Tensor)",
@@ -82,6 +85,15 @@ def _run(kernels: leaf.Leaf, x: Tensor, weight1: Tensor, bias1: Tensor, weight2:
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     return dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
+
+
+def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    reason = dispatch.cuda_reason(_cuda.missing, device_type, (dtype,))
+    if reason is None and dtype is torch.float32:
+        return "multiplies 16-bit numbers only: fp32 feed-forward runs on triton or the reference"
+    if reason is None and requires is False:
+        return "reads eight numbers at a time: every size of the weights must be a multiple of 8"
+    return reason
 
 
 def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
@@ -114,7 +126,7 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dpre: None) -> tu
     return dx, dw1, db1, dw2, None
 
 
-for _kernels in (_cpu, _triton):
+for _kernels in (_cpu, _cuda, _triton):
     leaf.register(
         _kernels,
         forward_fake=_forward_fake,
@@ -127,7 +139,7 @@ implementations = dispatch.register(
     "ffn",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
-        dispatch.not_built("cuda"),
+        dispatch.Implementation("cuda", functools.partial(_run, _cuda), _supports_cuda, dispatch.NEVER_RUN),
         dispatch.Implementation("triton", functools.partial(_run, _triton), _supports_triton),
         dispatch.Implementation("reference", ffn_ref, dispatch.always),
     ),

@@ -38,13 +38,15 @@ def compile_emulated() -> Path:
         "-Wall",
         "-Wno-unknown-pragmas",
         "-DFASTBERT_EMULATED",
+        "-DFASTBERT_CUTLASS",
     ]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}", f"-I{HERE}", "-isystem"]
     flags.append(str(torch_folder / "include"))
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    headers = [*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.h"), HERE / "emulator.h", Path(__file__)]
+    cuda = CSRC / "cuda"
+    headers = [*CSRC.glob("*.h"), *cuda.rglob("*.h"), HERE / "emulator.h", Path(__file__)]
     newest = max(header.stat().st_mtime for header in headers)
-    sources = [*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp"), HERE / "emulator.cpp"]
+    sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), cuda / "cutlass" / "ffn.cu", *HERE.glob("*.cpp")]
     objects = {source: OBJECTS / f"{source.name}.o" for source in sorted(sources)}
     library = OBJECTS / "libemulated.so"
     stale = [s for s, o in objects.items() if not o.exists() or o.stat().st_mtime < max(newest, s.stat().st_mtime)]
@@ -69,7 +71,7 @@ class Emulated:
         torch.ops.load_library(library)
         self.library = ctypes.CDLL(str(library))
         self.library.fastbert_take_bank_conflicts.restype = ctypes.c_int64
-        self.leaves = {op: self.register(op) for op in ("layernorm", "attention")}
+        self.leaves = {op: self.register(op) for op in ("layernorm", "attention", "ffn")}
 
     @staticmethod
     def register(op: str) -> leaf.Leaf:

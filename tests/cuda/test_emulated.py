@@ -8,12 +8,15 @@ from typing import Any
 import accuracy
 import pytest
 import test_attention as attention_cases
+import test_ffn as ffn_cases
 import test_layernorm as layernorm_cases
 import torch
 from torch import Tensor
 
 from fastbert.ops import layernorm as public_layernorm
 from fastbert.ops.attention import _run as run_attention
+from fastbert.ops.ffn import _run as run_ffn
+from fastbert.ops.ffn import ffn_ref
 from fastbert.ops.layernorm import _run as run_layernorm
 
 # Every format, with and without dropout, but not every pair: the cases run thread by thread.
@@ -134,6 +137,9 @@ ATTENTION_CASES = [
     *(case for case in attention_cases.CASES if case[2] in (32, 64, 128) and sum(case[0]) <= 200),
     ((5, 0, 17), 3, 64, "BhSS"),
     ((70, 3), 1, 128, "1hSS"),
+    ((96, 40), 1, 64, "B1SS"),
+    ((128,), 1, 128, None),
+    ((1, 113), 2, 32, "11SS"),
     ((3, 129, 0, 64), 2, 64, None),
     ((130,), 1, 128, None),
 ]
@@ -200,7 +206,7 @@ def test_attention_forbidden_keys(emulated: Any) -> None:
 
 
 @ORDERS
-@pytest.mark.parametrize("lengths", [(17, 40), (130, 3)], ids=["short", "long"])
+@pytest.mark.parametrize("lengths", [(17, 40), (128, 70), (130, 3)], ids=["short", "full", "long"])
 def test_attention_does_not_depend_on_the_order_of_threads(
     emulated: Any, lengths: tuple[int, ...], order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,4 +232,67 @@ def test_attention_refuses(emulated: Any, change: dict, words: list[str]) -> Non
     given = {"qkv": torch.randn(9, 3, 1, 32).bfloat16()} | change
     with pytest.raises(RuntimeError) as caught:
         attention(emulated, (9,))(**given)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# Rows in one tile and in several, whole and in part; CUTLASS's own product is a plain loop here.
+FFN_CASES = [
+    *(case for case in ffn_cases.CASES if ffn_cases.in_eights(case) and case[0] * case[1] * case[2] <= 3_000_000),
+    (129, 96, 16, 40),
+    (300, 16, 136, 8),
+]
+
+
+def ffn(emulated: Any) -> Callable[..., Tensor]:
+    return lambda x, weight1, bias1, weight2: run_ffn(emulated.leaves["ffn"], x, weight1, bias1, weight2)
+
+
+@pytest.mark.parametrize("case", FFN_CASES, ids=lambda case: "x".join(map(str, case)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=accuracy.name_of)
+def test_ffn(emulated: Any, dtype: torch.dtype, case: tuple) -> None:
+    tensors = ffn_cases.tensors_for(*case, dtype)
+    accuracy.check_forward(ffn(emulated), ffn_cases.eager, ffn_ref, tensors)
+    accuracy.check_backward(ffn(emulated), ffn_cases.eager, ffn_ref, tensors)
+
+
+def test_ffn_gelu_everywhere(emulated: Any) -> None:
+    """The epilogues, from deep in the left tail over the zero to far right: a product with one in place of a matrix."""
+    values = torch.cat([torch.linspace(-14, 14, 2000), torch.tensor([-1e4, -88.0, -0.0, 1e-30, 88.0, 1e4, 1.0, 2.0])])
+    x = torch.zeros(values.numel(), 8, dtype=torch.bfloat16)
+    x[:, 0] = values
+    one = torch.zeros(8, 8, dtype=torch.bfloat16)
+    one[0, 0] = 1
+    tensors = {"x": x, "weight1": one, "bias1": torch.zeros(8, dtype=torch.bfloat16), "weight2": one}
+    accuracy.check_forward(ffn(emulated), ffn_cases.eager, ffn_ref, tensors)
+    accuracy.check_backward(ffn(emulated), ffn_cases.eager, ffn_ref, tensors)
+
+
+@ORDERS
+def test_ffn_does_not_depend_on_the_order_of_threads(
+    emulated: Any, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = ffn_cases.tensors_for(1300, 8, 40, 8, torch.bfloat16)
+    upstream = torch.randn(1300, 8, generator=accuracy.generator(3))
+    _, gradients = accuracy.evaluate(ffn(emulated), tensors, upstream)
+    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
+    _, other = accuracy.evaluate(ffn(emulated), tensors, upstream)
+    assert torch.equal(gradients["bias1"], other["bias1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.randn(4, 16)}, ["Float", "bfloat16 and float16"]),
+        (
+            {"x": torch.randn(4, 12).bfloat16(), "weight1": torch.randn(32, 12).bfloat16()},
+            ["[4, 12]", "multiples of 8"],
+        ),
+        ({"weight1": torch.randn(32, 24).bfloat16()}, ["w1", "[32, 24]"]),
+        ({"bias1": torch.randn(24).bfloat16()}, ["b1", "[24]", "[32]"]),
+        ({"x": torch.randn(65).bfloat16()[1:].view(4, 16)}, ["x", "multiple of 16"]),
+    ],
+)
+def test_ffn_refuses(emulated: Any, change: dict, words: list[str]) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        ffn(emulated)(**(ffn_cases.tensors_for(4, 16, 32, 16, torch.bfloat16) | change))
     assert all(word in str(caught.value) for word in words), str(caught.value)

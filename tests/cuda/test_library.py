@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import torch
 
 from fastbert import dispatch
 
-OPS = ("layernorm", "attention")
+HAS_CUTLASS = importlib.util.find_spec("cutlass_library") is not None
+OPS = ("layernorm", "attention", *(("ffn",) if HAS_CUTLASS else ()))
 built = pytest.mark.skipif(dispatch.cuda_error is not None, reason=str(dispatch.cuda_error))
 
 
@@ -48,6 +51,25 @@ def test_refuses_tensors_on_the_cpu(op: str) -> None:
 def test_off_unless_forced(op: str) -> None:
     """No device has run these kernels."""
     assert dispatch._candidates(op)["cuda"].off == dispatch.NEVER_RUN
+
+
+def test_says_why_an_op_was_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_build.json").write_text(json.dumps({"cutlass_reason": "no headers"}))
+    monkeypatch.setattr(dispatch, "cuda_error", None)
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    assert dispatch.missing_leaf("ffn_fwd_nowhere_cuda") == "not built (no headers)"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "in_eights", "words"),
+    [(torch.float32, True, "16-bit"), (torch.bfloat16, False, "multiple of 8"), (torch.bfloat16, True, None)],
+)
+def test_ffn_says_what_it_cannot_take(
+    dtype: torch.dtype, in_eights: bool, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "cuda_reason", lambda *_: None)
+    reason = dispatch._candidates("ffn")["cuda"].supports("cuda", dtype, in_eights)
+    assert reason is None if words is None else words in reason
 
 
 @built

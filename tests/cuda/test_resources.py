@@ -29,9 +29,23 @@ def test_no_kernel_spills(built: dict) -> None:
     assert not spilling
 
 
+def test_wgmma_is_not_serialized() -> None:
+    """Which the assembler does, and says, where it cannot see the whole of a pipeline of them."""
+    assert not [file.name for file in cuda_resources.reports() if "instructions are serialized" in file.read_text()]
+
+
+def could_have(note: dict, name: str) -> bool:
+    """Whether a build has this kernel: not all can be built everywhere."""
+    if name.startswith("ffn_") and not note["cutlass"]:
+        return False
+    return "_sm90_" not in name or any(arch.startswith("90") for arch in note["cuda_archs"])
+
+
 def test_the_kept_table_is_that_of_this_build(built: dict) -> None:
     kept = json.loads(cuda_resources.TABLE.read_text(encoding="utf-8"))
-    assert list(kept["kernels"]) == list(built["kernels"]), "`make kernel-tables` writes the table"
+    note = json.loads((cuda_resources.ROOT / "fastbert" / "_build.json").read_text(encoding="utf-8"))
+    expected = [name for name in kept["kernels"] if could_have(note, name)]
+    assert expected == list(built["kernels"]), "`make kernel-tables` writes the table"
     if kept["nvcc"] != built["nvcc"]:
         return  # another compiler gives other numbers
     for name, archs in built["kernels"].items():
