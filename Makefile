@@ -111,7 +111,7 @@ sanitize: env  ## the C++ under AddressSanitizer and UndefinedBehaviorSanitizer 
 
 .PHONY: dist
 dist: env  ## source archive and wheel, in dist/
-	@$(BIN)/python -m build --no-isolation --skip-dependency-check
+	@$(BIN)/python -m build --no-isolation
 
 .PHONY: constraints
 constraints: $(VENV)/.stamp-bench  ## write requirements/constraints.txt from what is installed

@@ -127,8 +127,7 @@ def judge(name: str, ours: Tensor, eager: Tensor, truth: Tensor, factor: float) 
         return
     truth = truth.double()
     error, error_eager = (ours.double() - truth).abs(), (eager.double() - truth).abs()
-    # Of a few numbers eager may be lucky with each.
-    rounding = torch.finfo(ours.dtype).eps * (2 if truth.numel() < 64 else 1)
+    rounding = torch.finfo(ours.dtype).eps
     allowed = factor * error_eager.max() + rounding * truth.abs().max()
     assert error.max() <= allowed, (
         f"{name}: error {error.max():.3g} at {_place(error)}, allowed {allowed:.3g} (eager {error_eager.max():.3g})"
