@@ -48,7 +48,10 @@ struct GeluRows {
       const vf b = load_n(bias + j + c, n);
       for (int64_t r = 0; r < rows; ++r) {
         const vf x = load(tile + r * ld + c) + b;
-        if (pre != nullptr) store_n(pre + (i + r) * n1 + j + c, x, n);
+        if (pre != nullptr) {
+          __builtin_prefetch(pre + (i + r + kRowsAhead) * n1 + j + c, 1);
+          store_n(pre + (i + r) * n1 + j + c, x, n);
+        }
         store_n(out + (i + r - first) * n1 + j + c, gelu(x), n);
       }
     }
@@ -128,6 +131,8 @@ struct GeluGradient {
     float* out = panels + j * m + i * width;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (i + r) * n1 + j;
+      prefetch_columns(pre + at + kRowsAhead * n1, cols);
+      prefetch_columns(dpre + at + kRowsAhead * n1, cols);
       for (int64_t c = 0; c < width; c += VLEN) {
         const int64_t n = smaller(larger(cols - c, 0), VLEN);
         const vf x = load_n(pre + at + c, n);

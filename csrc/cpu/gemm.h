@@ -389,6 +389,15 @@ void gemm(const Executor& executor, const Stack& a, const PackedB& b, float* sum
 
 // ---- epilogues ---------------------------------------------------------------------------------------------------
 
+// The rows of a block often lie a page and more apart, where no hardware prefetcher follows. So an epilogue asks for a
+// row's lines this many rows before it reads or writes them; it would wait for memory most of its time otherwise.
+constexpr int64_t kRowsAhead = 8;
+
+template <class T>
+FASTBERT_INLINE void prefetch_columns(const T* row, int64_t cols) {
+  for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c, 1);
+}
+
 // out[i][j] = tile + bias[j]; bias null or of the output's type.
 template <class T>
 struct StoreRows {
@@ -401,7 +410,10 @@ struct StoreRows {
       const vf b = bias != nullptr ? load_n(bias + j + c, cols - c) : vf{};
       T* o = out + i * ld_out + j + c;
       if (cols - c >= VLEN) {
-        for (int64_t r = 0; r < rows; ++r) store(o + r * ld_out, load(tile + r * ld + c) + b);
+        for (int64_t r = 0; r < rows; ++r) {
+          __builtin_prefetch(o + (r + kRowsAhead) * ld_out, 1);
+          store(o + r * ld_out, load(tile + r * ld + c) + b);
+        }
       } else {
         for (int64_t r = 0; r < rows; ++r) store_n(o + r * ld_out, load(tile + r * ld + c) + b, cols - c);
       }
@@ -426,6 +438,8 @@ struct StoreTransposed {
         for (int k = 0; k < VLEN; ++k) block[k] = k < n ? load(tile + (r + k) * ld + c) : vf{};
         transpose(block);
         T* o = out + (j + c) * ld_out + i + r;
+        T* next = c + VLEN < cols ? o + VLEN * ld_out : out + j * ld_out + i + r + VLEN;
+        for (int k = 0; k < VLEN; ++k) __builtin_prefetch(next + k * ld_out, 1);
         if (n == VLEN && cols - c >= VLEN) {
 #pragma GCC unroll 16
           for (int k = 0; k < VLEN; ++k) store(o + k * ld_out, block[k] + b);
