@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from . import machine, report
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     content = report.result("pretraining", machine.describe(), arguments.threads, arguments.seeds, [])
     facts = {"model": MODEL, "steps": arguments.steps, "tokens_per_batch": arguments.tokens_per_batch}
-    facts |= {"dropout": arguments.dropout, "unigram_entropy": unigram_entropy(arguments.dataset)}
+    facts |= {"dropout": arguments.dropout}
     path = arguments.output / f"{report.stem(content)}.json"
     for seed in range(arguments.seeds):  # contestants take turns
         for name in names:
@@ -126,7 +125,8 @@ def train(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]
         seconds.append(time.perf_counter() - start)
         tokens.append(int(batch["attention_mask"].sum()))
     memory = {"peak": _peak_memory(), "before": loaded}
-    return {"losses": losses, "seconds": seconds, "tokens": tokens, "memory": memory}
+    found = {"losses": losses, "seconds": seconds, "tokens": tokens, "memory": memory}
+    return found | {"vocabulary": len(tokenizer), "parameters": sum(p.numel() for p in model.parameters())}
 
 
 def packed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -150,19 +150,6 @@ def packed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def unigram_entropy(dataset: Path) -> float:
-    """Entropy in nats of the tokens that are not special: the loss of guessing by frequency alone."""
-    import datasets
-
-    counts = np.zeros(0, np.int64)
-    for batch in datasets.load_from_disk(str(dataset)).with_format("arrow").iter(10_000):
-        ids, special = (batch.column(c).combine_chunks().flatten() for c in ("input_ids", "special_tokens_mask"))
-        found = np.bincount(ids.to_numpy()[special.to_numpy() == 0], minlength=len(counts))
-        counts = found + np.pad(counts, (0, len(found) - len(counts)))
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
 
 
 def tokens_per_second(row: dict[str, Any]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (make results) -->", "<!-- results: end -->"
 QUALITY_BEGIN, QUALITY_END = "<!-- quality: begin (make results) -->", "<!-- quality: end -->"
+PRETRAINING_BEGIN, PRETRAINING_END = "<!-- pretraining: begin (make results) -->", "<!-- pretraining: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: begin (make results) -->", "<!-- gpu: end -->"
 HUGGING_FACE = "hf-sdpa"
+PRETRAINING = {
+    "hf": "Hugging Face, padded",
+    "hf-packed": "Hugging Face, one row with a 4-D mask",
+    "hf-rounding": "Hugging Face, weights moved by one rounding",
+    "fastbert": "fastbert",
+}
 SDPA = ("flash", "cudnn", "efficient", "math")
 
 
@@ -94,6 +102,45 @@ def quality_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def pretraining_table(folder: Path) -> str:
+    """Pretraining step by step beside stock Hugging Face: of each vocabulary, batch and dropout the newest run."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("pretraining-*.json")]
+    for content in sorted(contents, key=lambda c: c["time"]):
+        first = content["rows"][0]
+        found[first["vocabulary"], first["tokens_per_batch"], first["dropout"]] = content
+    if not found:
+        return "not yet measured"
+    head = ["vocabulary", "tokens a step", "dropout", "threads", "", "tokens/s", "peak memory", "last loss"]
+    head += ["furthest from Hugging Face's loss"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for (vocabulary, tokens, dropout), content in sorted(found.items()):
+        rates = {name: pretraining_rate(content, name) for name in contestants(content)}
+        stock = {row["seed"]: row["losses"] for row in content["rows"] if row["contestant"] == "hf"}
+        for name, rate in rates.items():
+            rows = [row for row in content["rows"] if row["contestant"] == name]
+            last = [statistics.mean(row["losses"][-20:]) for row in rows]
+            spread = f" ± {statistics.stdev(last):.3f} ({len(last)} seeds)" if len(last) > 1 else ""
+            apart = max(abs(a - b) for row in rows for a, b in zip(row["losses"], stock[row["seed"]], strict=True))
+            cells = [f"{vocabulary}", f"{tokens}", f"{dropout:g}", f"{content['threads']}", PRETRAINING[name]]
+            cells += [f"{rate:.0f}" + (f" ({rate / rates['hf']:.2f}x)" if name != "hf" else "")]
+            cells += [f"{max(row['memory']['peak'] for row in rows) / 2**20:.0f} MiB"]
+            cells += [f"{statistics.mean(last):.3f}{spread}", f"{apart:.1e}" if name != "hf" and not dropout else "-"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def contestants(content: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["contestant"] for row in content["rows"]))
+
+
+def pretraining_rate(content: dict[str, Any], name: str) -> float:
+    """Tokens a second in the median step, the first five left out; over several seeds the median of that."""
+    rows = [row for row in content["rows"] if row["contestant"] == name]
+    steps = [[t / s for t, s in zip(row["tokens"], row["seconds"], strict=True)][5:] for row in rows]
+    return statistics.median(statistics.median(rates) for rates in steps)
+
+
 def best(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, float] | None:
     """The fastest of the contestants whose names begin so, and its time."""
     timed = {name: item for name, item in row["contestants"].items() if "median_s" in item and name.startswith(names)}
@@ -139,6 +186,7 @@ def main() -> None:
     tables = (
         (BEGIN, END, table(newest(folder))),
         (QUALITY_BEGIN, QUALITY_END, quality_table(folder)),
+        (PRETRAINING_BEGIN, PRETRAINING_END, pretraining_table(folder)),
         (GPU_BEGIN, GPU_END, gpu_table(folder)),
     )
     for begin, end, content in tables:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from .documents import Document, Reader, Source, input_names, open_sources
@@ -349,7 +350,7 @@ def _report(settings: dict[str, Any], shards: list[Counts]) -> dict[str, Any]:
         total.add(counts)
     kept = sum(length * count for length, count in enumerate(total.lengths))
     found = asdict(total)
-    lengths = found.pop("lengths")
+    lengths, vocabulary = found.pop("lengths"), np.array(found.pop("vocabulary"), np.float64)
     sequences = max(1, total.sequences)
     if settings["format"] == PAIRS:
         shares = {name: found[name] / sequences for name in ("next", "random", "forced_random", "short")}
@@ -362,8 +363,15 @@ def _report(settings: dict[str, Any], shards: list[Counts]) -> dict[str, Any]:
         "counts": found | {"shards": len(shards), "sequence_tokens": kept},
         "shares": shares,
         "mean_length": kept / sequences,
+        "unigram_entropy": _entropy(vocabulary),
         "lengths": lengths,
     }
+
+
+def _entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of a draw by these counts: of tokens, the loss of guessing them by their frequency alone."""
+    shares = counts[counts > 0] / max(1.0, counts.sum())
+    return float(-(shares * np.log(shares)).sum())
 
 
 def _finish(

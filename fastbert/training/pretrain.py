@@ -153,6 +153,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
                 "rows": len(phase.dataset),
                 "max_seq_length": settings["max_seq_length"],
                 "format": settings["format"],
+                "unigram_entropy": unigram_entropy(Path(phase.name)),
                 "epochs": phase.batches * args.world_size / phase.budget.per_epoch(),
                 "steps": phase.batches // args.gradient_accumulation_steps,
             }
@@ -171,7 +172,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         "fastbert": fastbert_report(model) if model_args.optimize else None,
     }
     write_json(output / REPORT, report)
-    plot(output / CURVES, log, Path(data_args.dataset[0]).name)
+    plot(output / CURVES, log, Path(data_args.dataset[0]).name, unigram_entropy(Path(data_args.dataset[0])))
     say(f"model, {REPORT} and {CURVES} are in {output}")
     if log:
         print(_summary(log[-1]))
@@ -356,8 +357,17 @@ def _summary(last: dict[str, Any]) -> str:
     return f"{text}; {last['tokens_per_second']:.0f} tokens/s, {last['mfu']:.0%} of the peak"
 
 
-def plot(path: Path, log: list[dict[str, Any]], title: str) -> None:
-    """Losses, accuracy and throughput over the steps, as PNG."""
+def unigram_entropy(dataset: Path) -> float | None:
+    """What `fastbert prepare` found for its tokens, in nats; None if the folder's report is gone or older."""
+    try:
+        found: float = json.loads((dataset / REPORT).read_text(encoding="utf-8"))["unigram_entropy"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return found
+
+
+def plot(path: Path, log: list[dict[str, Any]], title: str, entropy: float | None) -> None:
+    """Losses, accuracy and throughput over the steps, as PNG, beside what guessing gives (``entropy``: of tokens)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -368,9 +378,12 @@ def plot(path: Path, log: list[dict[str, Any]], title: str) -> None:
     for name, label in (("mlm_loss", "masked tokens"), ("nsp_loss", "next sentence")):
         if log and name in log[0]:
             axes[0].plot(steps, [entry[name] for entry in log], label=label, linewidth=1)
+    if entropy is not None:
+        axes[0].axhline(entropy, color="C0", linestyle=":", label="tokens guessed by frequency")
     axes[0].set(xlabel="step", ylabel="loss", yscale="log")
     if log and "nsp_accuracy" in log[0]:
         axes[1].plot(steps, [entry["nsp_accuracy"] for entry in log], color="C1", linewidth=1)
+        axes[1].axhline(0.5, color="C1", linestyle=":", label="guessed")
     axes[1].set(xlabel="step", ylabel="accuracy of next sentence", ylim=(0.4, 1))
     axes[2].plot(steps, [entry["tokens_per_second"] for entry in log], color="C2", linewidth=1)
     axes[2].set(xlabel="step", ylabel="tokens/s", ylim=(0, None))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 
 IS_NEXT, IS_RANDOM = 0, 1  # next_sentence_label, as transformers numbers it
 SHORT_SHARE = 0.1
@@ -49,15 +50,14 @@ class Counts:
     short: int = 0
     unpaired_documents: int = 0  # the only one of their shard that has any token, so without another one beside it
     lengths: list[int] = field(default_factory=list)  # how many sequences have each length, special tokens included
+    vocabulary: list[int] = field(default_factory=list)  # how often each token id is in them, special tokens left out
 
     def add(self, other: Counts) -> None:
         """Add the counts of another set."""
         for item in fields(self):
-            if item.name != "lengths":
-                setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
-        self.lengths.extend([0] * (len(other.lengths) - len(self.lengths)))
-        for length, count in enumerate(other.lengths):
-            self.lengths[length] += count
+            own, more = getattr(self, item.name), getattr(other, item.name)
+            both = [a + b for a, b in zip_longest(own, more, fillvalue=0)] if isinstance(own, list) else own + more
+            setattr(self, item.name, both)
 
 
 class Draw:

@@ -156,7 +156,9 @@ class Builder:
         counts.lengths = np.bincount(lengths, minlength=recipe.max_length + 1).tolist()
         flat = np.fromiter((token for row in ids for token in row), np.int32, int(lengths.sum()))
         columns["input_ids"] = flat
-        columns["special_tokens_mask"] = ((flat == recipe.cls) | (flat == recipe.sep)).astype(np.int8)
+        special = (flat == recipe.cls) | (flat == recipe.sep)
+        columns["special_tokens_mask"] = special.astype(np.int8)
+        counts.vocabulary = np.bincount(flat[~special]).tolist()
         return _table(columns, lengths, schema(recipe.format))
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-
-import pytest
 import torch
-from fastbert.bench.pretraining import CONTESTANTS, packed_loss, table, unigram_entropy
+from fastbert.bench.pretraining import CONTESTANTS, packed_loss, table
 
 
 def test_packed_is_the_same_loss() -> None:
@@ -31,15 +27,6 @@ def test_packed_is_the_same_loss() -> None:
     found, wanted = packed_loss(model, batch), model(**batch).loss
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(loss, model.bert.pooler.dense.weight) for loss in (found, wanted)))
-
-
-def test_unigram_entropy(tmp_path: Path) -> None:
-    import datasets
-
-    rows = [{"input_ids": [2, 5, 6, 3], "special_tokens_mask": [1, 0, 0, 1]}] * 3
-    rows += [{"input_ids": [2, 7, 8, 3], "special_tokens_mask": [1, 0, 0, 1]}] * 3
-    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "data"))
-    assert unigram_entropy(tmp_path / "data") == pytest.approx(math.log(4))
 
 
 def test_table() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import gzip
 import hashlib
 import json
+import math
 import random
 import shutil
 import signal
@@ -83,9 +85,11 @@ def test_a_dataset_that_datasets_opens(prepared: Path, base_model: Path) -> None
     assert len(data) == found["counts"]["sequences"]
     assert found["counts"]["documents"] == 400
     lengths = [0] * 65
+    tokens: list[int] = []
     for row in data:
         ids, types, special = row["input_ids"], row["token_type_ids"], row["special_tokens_mask"]
         lengths[len(ids)] += 1
+        tokens += [token for token, mark in zip(ids, special, strict=True) if not mark]
         separators = [place for place, token in enumerate(ids) if token == tokenizer.sep_token_id]
         assert ids[0] == tokenizer.cls_token_id
         assert len(separators) == 2
@@ -93,6 +97,8 @@ def test_a_dataset_that_datasets_opens(prepared: Path, base_model: Path) -> None
         assert types == [0] * (separators[0] + 1) + [1] * (separators[1] - separators[0])
         assert [place for place, mark in enumerate(special) if mark] == [0, *separators]
     assert lengths == found["lengths"]
+    shares = [count / len(tokens) for count in collections.Counter(tokens).values()]
+    assert found["unigram_entropy"] == pytest.approx(-sum(share * math.log(share) for share in shares))
     assert sum(lengths[-4:]) > 0.4 * len(data), "sequences are filled"
 
 
