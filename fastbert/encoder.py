@@ -1,7 +1,7 @@
 """The packed forward of the encoder, of one layer, and of the embeddings.
 
 Plain functions over tensors and the stock modules' parts; which calls come here, and which go to the stock forward, is
-decided in `patch.py`.
+decided in `swapped.py`.
 """
 
 from __future__ import annotations

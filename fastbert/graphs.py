@@ -175,7 +175,7 @@ class EncoderGraphs:
     def encode(self, layers: Sequence[Any], hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
         """hidden_states [B, S, H] through all layers -> [B, S, H], or None if no graph may serve this call.
 
-        layers: each one a `patch.FastLayer`.
+        layers: each one a `swapped.FastLayer`.
         """
         self.reason = self._broken or call_reason(hidden_states, batch, self.recorder.device_type)
         if self.reason is not None:

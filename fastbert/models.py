@@ -24,10 +24,10 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert
 from transformers.utils import ModelOutput
 
-from fastbert import guards, ops, patch
+from fastbert import families, guards, ops, patch, swapped
 
 
-class FastModel(patch.Fast):
+class FastModel(swapped.Fast):
     """What every model of ours adds to its stock class, heads or not."""
 
     def post_init(self) -> None:
@@ -77,7 +77,7 @@ class FastQuestionAnswering(FastModel):
 
     def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
-        return stock(self, **kwargs | {patch.KEEP_PADDING: True})
+        return stock(self, **kwargs | {swapped.KEEP_PADDING: True})
 
 
 def rescaled(outputs: Any, labels: Tensor | None, num_items: Any) -> Any:
@@ -159,7 +159,7 @@ class FastMaskedLM(FastModel):
     `skip_logits=True` says that nobody wants them.
     """
 
-    _fastbert: patch.State
+    _fastbert: swapped.State
     logits_field = "logits"
     output = MaskedLMOutput
 
@@ -406,7 +406,7 @@ _HEADS: dict[str, type[FastModel]] = {
 }
 
 
-def mixin(role: str, family: patch.Family) -> type[FastModel]:
+def mixin(role: str, family: families.Family) -> type[FastModel]:
     """The class to put before a stock model class."""
     if role in ("MaskedLM", "PreTraining") and family.name not in MLM_HEADS:
         return FastUnscaledHead

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert import dispatch, patch
+from fastbert import dispatch, families, swapped
 
 
 class Report:
@@ -75,14 +75,14 @@ def report(model: nn.Module) -> Report:
     count = {"fast": 0, "stock": 0}
     head_dim, like = None, None
     for name, module in model.named_modules():
-        role = patch.role_of(module)
-        if isinstance(module, patch.FastLayer):
+        role = families.role_of(module)
+        if isinstance(module, swapped.FastLayer):
             role = "layer"  # whatever the name of a class on top of ours
-        if role == "encoder" and isinstance(module, patch.Fast) and module._fastbert.graphs is not None:
+        if role == "encoder" and isinstance(module, swapped.Fast) and module._fastbert.graphs is not None:
             cuda_graphs.append({"name": name, **module._fastbert.graphs.as_dict()})
         if role not in ("layer", "embeddings"):
             continue
-        if not isinstance(module, patch.Fast):
+        if not isinstance(module, swapped.Fast):
             reason: str | None = "fastbert.optimize has not been called"
         else:
             state = module._fastbert
@@ -93,7 +93,7 @@ def report(model: nn.Module) -> Report:
                 reason = state.reason  # sharded by FSDP: between calls the weights are not what they are in a call
         entry = {"name": name, "path": "fast" if reason is None else "stock", "reason": reason}
         (layers if role == "layer" else others).append(entry)
-        if isinstance(module, patch.FastLayer):
+        if isinstance(module, swapped.FastLayer):
             count["fast"] += module._fastbert.fast
             count["stock"] += module._fastbert.stock
             like = like if like is not None else next(module.parameters(), None)

@@ -436,7 +436,7 @@ def test_a_model_on_the_cpu_is_an_error() -> None:
     model = build()
     with pytest.raises(ValueError, match=r"cuda_graphs=True needs .* on a CUDA device, but its weights are on cpu"):
         fastbert.optimize(model, cuda_graphs=True)
-    assert not all(isinstance(module, fastbert.patch.Fast) for module in model.encoder.layer)  # nothing was written
+    assert not all(isinstance(module, fastbert.swapped.Fast) for module in model.encoder.layer)  # nothing was written
     with pytest.raises(ValueError, match="cuda_graphs=4 needs .* there is no encoder in it"):
         fastbert.optimize(nn.Linear(2, 2), cuda_graphs=4)
 
