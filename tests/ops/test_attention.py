@@ -127,7 +127,7 @@ backends = accuracy.backends("attention")
 
 @pytest.fixture
 def any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `poisoned_memory` sets asks for a deterministic backward too; here nothing does, and memory stays poisoned."""
+    """`poisoned_memory` asks for a deterministic backward, too. Here nothing does, and memory stays poisoned."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
 
 
