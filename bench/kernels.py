@@ -3,7 +3,7 @@
 Every way in which a Triton kernel can be launched (`cases(arch)` of each file of fastbert.kernels) is compiled to
 machine code, which is read: registers, stack, local memory, shared memory, matrix instructions. A kernel that spills,
 that asks for more shared memory than the GPU has, or that multiplies 16-bit matrices on sm_90 without wgmma (HGMMA in
-machine code) is an error.
+machine code), or elsewhere without any matrix instruction, is an error.
 """
 
 import argparse
@@ -104,6 +104,8 @@ def problems(code: Code, arch: int, shared: int, matrix: bool) -> list[str]:
         found.append(f"needs {shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
     if matrix and arch == 90 and "HGMMA" not in code.matrix:
         found.append("multiplies matrices without HGMMA")
+    elif matrix and not code.matrix:  # as where more than the 512 columns of tensor memory of sm_100 are needed
+        found.append("multiplies matrices without matrix instructions: the compiler has put a trap in its place")
     return found
 
 

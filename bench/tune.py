@@ -29,14 +29,17 @@ def rows() -> dict[str, Callable[[], Workload]]:
     """Operations that between them ask for the usual shape classes: name -> what makes the workload."""
     found: dict[str, Callable[[], Workload]] = {}
 
-    def add(op: str, label: str, shape: dict[str, Any]) -> None:
+    def add(op: str, label: str, shape: dict[str, Any], **more: Any) -> None:
         for direction in ("fwd", "fwd_bwd"):
-            found[f"{op}_{direction}[{label}]"] = partial(gpu_rows.op_row, op, direction, label, shape)
+            found[f"{op}_{direction}[{label}]"] = partial(gpu_rows.op_row, op, direction, label, shape, **more)
 
     for head_dim in (64, 32, 128):
         for width in (512, 128, 64):
             lengths = [width] * (gpu_rows.TOKENS // width)
-            add("attention", f"d{head_dim}-{width}", gpu_rows.attention_shape(lengths, 1024 // head_dim, head_dim))
+            shape = gpu_rows.attention_shape(lengths, 1024 // head_dim, head_dim)
+            add("attention", f"d{head_dim}-{width}", shape)
+            if width == 512:  # the backward has kernels of its own then
+                add("attention", f"d{head_dim}-{width}-deterministic", shape, deterministic=True)
     sizes = {"base": (768, 3072), "large": (1024, 4096), "minilm": (384, 1536)}
     for op in OPS[1:]:
         for label, (hidden, intermediate) in sizes.items():
@@ -90,12 +93,16 @@ class Tuner(gpu_worker.Gpu):
         return {"candidates": neighbours(config), "all": False}
 
     def _start(self, row: str) -> None:
+        import torch
+
         from fastbert.kernels import configs
 
         if self.row != row:
             self.prepare(row)
         if self.contestant is None:
             configs.tuned(configs.architecture(self._device())).clear()  # what was tuned before does not count
+            torch.use_deterministic_algorithms(bool(self.workload.facts.get("deterministic")))
+            torch.utils.deterministic.fill_uninitialized_memory = False
             self.contestant = gpu_rows.entries(self.workload)["triton"].load()("triton", self.workload)
 
     def _table(self) -> dict[str, dict[str, Config]]:

@@ -41,6 +41,9 @@ class Implementation(NamedTuple):
 # A kernel that was compiled, and tested by running its source on the host, but that no GPU has run.
 NEVER_RUN = "off unless forced: no GPU has run this kernel yet"
 
+# Columns that the registers of a GPU's multiprocessor hold.
+WIDEST = 8192
+
 # What `fastbert bench gpu --preferred` measured: {"sm_90": {op: its backends, from fast to slow}}.
 PREFERRED = Path(__file__).with_name("preferred.json")
 
@@ -143,6 +146,12 @@ def triton_reason(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | No
     return _float_reason(dtypes)
 
 
+def triton_rows_reason(device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool) -> str | None:
+    """`triton_reason` for the ops whose programs hold whole rows. wide: whether rows are longer than WIDEST."""
+    reason = triton_reason(device_type, dtypes)
+    return f"has kernels for rows of up to {WIDEST} columns" if reason is None and wide else reason
+
+
 def _nvidia_reason() -> str | None:
     if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
         return "needs an NVIDIA GPU of compute capability 8.0 or more"
@@ -173,8 +182,8 @@ def select(
     """The implementation that runs `op`.
 
     device: the type of the inputs' device ("cpu", "cuda", ...), or the device. dtype: of the first input.
-    requires: what else decides; attention: head_dim; ffn: whether all sizes are multiples of 8; the other ops: a tuple
-        of the further operands' dtypes.
+    requires: what else decides; attention: head_dim; ffn: whether all sizes are multiples of 8; layernorm and
+        embedding: a tuple of the further operands' dtypes and whether rows are longer than WIDEST.
     backend: forces one, before FASTBERT_BACKEND does.
 
     Raises ValueError if a name is unknown, RuntimeError with the reason if a forced backend cannot run.

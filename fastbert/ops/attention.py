@@ -79,7 +79,8 @@ def attention(
         sequence. -inf forbids a key; a query with no key left gives 0. Gets a gradient if it requires one.
     dropout_p: probability of dropping an attention weight. seed: int64, one element, on qkv's device; drawn from
         PyTorch's default generator if None.
-    deterministic: asks for a backward that repeats bit for bit. The backends there are today always do.
+    deterministic: asks for a backward that repeats bit for bit, as torch.use_deterministic_algorithms does. Without
+        either, triton adds up the gradient of the queries of long sequences in any order; cpu and cuda always repeat.
     backend: forces an implementation (see `fastbert.dispatch`).
 
     Returns [T, heads * head_dim]. Differentiable once. Under autocast, qkv is cast as a stock module would.
@@ -103,7 +104,7 @@ def attention(
     chosen = dispatch.select("attention", device=qkv.device, dtype=qkv.dtype, requires=head_dim, backend=backend)
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(qkv.device)
-    return chosen.run(qkv, cu_seqlens, max_seqlen, scale, dropout_p, bias, seed)
+    return chosen.run(qkv, cu_seqlens, max_seqlen, scale, dropout_p, bias, seed, deterministic)
 
 
 def _check(
@@ -170,6 +171,7 @@ def _run_reference(
     dropout_p: float,
     bias: Tensor | None,
     seed: Tensor | None,
+    deterministic: bool,
 ) -> Tensor:
     if qkv.is_cpu and not torch.compiler.is_compiling():
         check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
@@ -183,10 +185,10 @@ _cpu = leaf.Leaf("attention", "cpu")
 _cuda = leaf.Leaf("attention", "cuda")
 _triton = leaf.define_triton(
     "attention",
-    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, Tensor? bias) "
-    "-> (Tensor, Tensor)",
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, Tensor? bias, "
+    "bool deterministic) -> (Tensor, Tensor)",
     "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, "
-    "float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias) -> (Tensor, Tensor)",
+    "float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias, bool deterministic) -> (Tensor, Tensor)",
 )
 _TRITON_HEAD_DIM = 128  # the largest
 
@@ -200,17 +202,19 @@ def _run(
     dropout_p: float,
     bias: Tensor | None,
     seed: Tensor | None,
+    deterministic: bool,
 ) -> Tensor:
     qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.contiguous()
     if bias is not None:
         bias = _dense_bias(bias)
     if kernels is _triton and qkv.is_cpu and not torch.compiler.is_compiling():  # on a GPU, reading them would wait
         check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
+    choice = (deterministic,) if kernels is _triton else ()  # the others have none
     try:
         if leaf.needs_grad(qkv, bias) or torch.compiler.is_compiling():
-            return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
+            return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias, *choice)[0]
         with leaf.below_autograd():
-            return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias)[0]
+            return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias, *choice)[0]
     except RuntimeError:
         if kernels is _cpu:  # it checks the lengths too, but can raise nothing else
             check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
@@ -257,6 +261,7 @@ def _forward_fake(
     dropout_p: float,
     seed: Tensor | None,
     bias: Tensor | None,
+    *deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     total, _, heads, head_dim = qkv.shape
     return qkv.new_empty(total, heads * head_dim), qkv.new_empty(heads, total, dtype=torch.float32)
@@ -274,12 +279,13 @@ def _backward_fake(
     seed: Tensor | None,
     bias: Tensor | None,
     need_dbias: bool,
+    *deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(qkv), torch.empty_like(bias) if need_dbias and bias is not None else lse.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, seed, bias = inputs
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, seed, bias, *ctx.deterministic = inputs
     out, lse = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
@@ -288,7 +294,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(kernels: leaf.Leaf, ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Any, ...]:
     if dout is None:
-        return (None,) * 7
+        return (None,) * (7 + len(ctx.deterministic))
     qkv, out, lse, cu_seqlens, seed, bias = ctx.saved_tensors
     need_dbias = ctx.needs_input_grad[6]
     dqkv, dbias = kernels.backward(
@@ -303,8 +309,9 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dout: Tensor | None, dlse: None) -> 
         seed,
         bias,
         need_dbias,
+        *ctx.deterministic,
     )
-    return dqkv, None, None, None, None, None, dbias if need_dbias else None
+    return dqkv, None, None, None, None, None, dbias if need_dbias else None, *[None for _ in ctx.deterministic]
 
 
 for _kernels in (_cpu, _cuda, _triton):

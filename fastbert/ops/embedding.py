@@ -90,9 +90,8 @@ def embedding(
         token_type_ids = torch.zeros((), dtype=torch.int64, device=input_ids.device)
     position_ids = _like_input(position_ids, "position_ids", input_ids)
     token_type_ids = _like_input(token_type_ids, "token_type_ids", input_ids)
-    chosen = dispatch.select(
-        "embedding", device=word.device, dtype=word.dtype, requires=(weight.dtype,), backend=backend
-    )
+    others = (weight.dtype, weight.size(0) > dispatch.WIDEST)
+    chosen = dispatch.select("embedding", device=word.device, dtype=word.dtype, requires=others, backend=backend)
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(word.device)
     return chosen.run(
@@ -291,11 +290,12 @@ def _direct(
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype, *(requires or ())))
+    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype, *(requires or ())[:1]))
 
 
 def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    return dispatch.triton_reason(device_type, (dtype, *(requires or ())))
+    wide = requires is not None and requires[1]
+    return dispatch.triton_rows_reason(device_type, (dtype, *(requires or ())[:1]), wide)
 
 
 def _forward_fake(

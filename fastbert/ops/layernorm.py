@@ -71,7 +71,7 @@ def layernorm(
         except RuntimeError:
             pass
     _check(x, weight, bias, x_bias, residual, dropout_p, seed)
-    others = (weight.dtype, None if residual is None else residual.dtype)
+    others = (weight.dtype, None if residual is None else residual.dtype, weight.size(0) > dispatch.WIDEST)
     chosen = dispatch.select("layernorm", device=x.device, dtype=x.dtype, requires=others, backend=backend)
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(x.device)
@@ -145,16 +145,17 @@ def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | 
 
 
 def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    return dispatch.triton_reason(device_type, (dtype, *_given(requires)))
+    wide = requires is not None and requires[2]
+    return dispatch.triton_rows_reason(device_type, (dtype, *_given(requires)), wide)
 
 
-def _given(requires: tuple[torch.dtype | None, ...] | None) -> Iterator[torch.dtype]:
-    return (other for other in requires or () if other is not None)
+def _given(requires: tuple[torch.dtype, torch.dtype | None, bool] | None) -> Iterator[torch.dtype]:
+    return (other for other in requires or () if isinstance(other, torch.dtype))
 
 
 def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     reason = dispatch.cuda_reason(_cuda.missing, device_type, (dtype, *_given(requires)))
-    residual = requires[1] if requires and len(requires) > 1 else None
+    residual = requires[1] if requires else None
     if reason is None and {dtype, residual} == {torch.bfloat16, torch.float16}:
         reason = "has no kernel for x in one and residual in the other of torch.bfloat16 and torch.float16"
     return reason

@@ -1,9 +1,11 @@
 """Attention over packed sequences: launches the kernels of attention_kernels.py.
 
 Up to 128 tokens a sequence, a program holds a whole head, where its registers have room. Otherwise the forward has a
-program for each tile of queries; the backward is two passes, dQ by tiles of queries and dK, dV by tiles of keys, each
-of which computes the scores again. There are no atomics. The tiles of a ragged batch are found from cu_seqlens on the
-device (`_find_tile`), so that the host never waits. The gradient of a bias is a pass of its own.
+program for each tile of queries, and the backward one for each tile of keys, which forms the scores once (five matrix
+products) and adds what it has for dQ to a float32 copy by atomics. A deterministic backward, and that of float32, is
+two passes (seven products), dQ by tiles of queries and dK, dV by tiles of keys, without atomics. The tiles of a ragged
+batch are found from cu_seqlens on the device (`_find_tile`), so that the host never waits. The gradient of a bias is a
+pass of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from fastbert.ops import philox
 
 interpreter.install()
 
+_TOKENS = {"BLOCK_M": 64, "num_warps": 4}  # of the kernels that go over the tokens once
+
 
 def attention_fwd(
     qkv: Tensor,
@@ -31,8 +35,10 @@ def attention_fwd(
     dropout_p: float,
     seed: Tensor | None,
     bias: Tensor | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """qkv [T, 3, h, d], contiguous; the rest as in `fastbert.ops.attention`, bias in float32 and contiguous.
+    deterministic: for the backward alone.
 
     Returns out [T, h * d] and lse float32 [h, T], the log-sum-exp of each query's scores.
     """
@@ -73,12 +79,14 @@ def attention_bwd(
     seed: Tensor | None,
     bias: Tensor | None,
     need_dbias: bool,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """dout, out [T, h * d] and qkv contiguous; lse of the forward.
 
-    Returns dqkv [T, 3, h, d] and dbias, shaped like bias (empty unless need_dbias). Repeats bit for bit.
+    Returns dqkv [T, 3, h, d] and dbias, shaped like bias (empty unless need_dbias). Repeats bit for bit if
+    deterministic is set here or by torch.use_deterministic_algorithms.
     """
-    total, _, heads, _ = qkv.shape
+    total, _, heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv)
     dbias = torch.zeros_like(bias) if need_dbias and bias is not None else lse.new_empty(0)
     if total == 0:
@@ -97,14 +105,25 @@ def attention_bwd(
             )
             return dqkv, dbias
         delta = torch.empty_like(lse)
-        config = _config("attention_bwd_dq", qkv, bias)
-        kernels._attention_bwd_dq_kernel[total // config["BLOCK_M"] + batch, heads](
-            dout, qkv, out, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **config
-        )
-        config = _config("attention_bwd_dkdv", qkv, bias)
-        kernels._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
-            dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **config
-        )
+        if qkv.dtype is torch.float32 or deterministic or torch.are_deterministic_algorithms_enabled():
+            config = _config("attention_bwd_dq", qkv, bias)
+            kernels._attention_bwd_dq_kernel[total // config["BLOCK_M"] + batch, heads](
+                dout, qkv, out, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **config
+            )
+            config = _config("attention_bwd_dkdv", qkv, bias)
+            kernels._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
+                dout, qkv, lse, delta, dqkv, None, cu_seqlens, seed, bias, *scalars, **constants, **config
+            )
+        else:
+            dq_sum = torch.empty_like(out, dtype=torch.float32)
+            tokens = triton.cdiv(total, _TOKENS["BLOCK_M"]), heads
+            sizes = {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), **_TOKENS}
+            kernels._attention_bwd_begin_kernel[tokens](dout, out, delta, dq_sum, total, heads, **sizes)
+            config = _config("attention_bwd", qkv, bias)
+            kernels._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
+                dout, qkv, lse, delta, dqkv, dq_sum, cu_seqlens, seed, bias, *scalars, **constants, **config
+            )
+            kernels._attention_bwd_end_kernel[tokens](dq_sum, dqkv, total, heads, scale, **sizes)
         if need_dbias:
             config = _config("attention_bwd_dbias", qkv, bias)
             batches, bias_heads, queries, keys = shape
@@ -175,23 +194,18 @@ def _config(kernel: str, qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> 
     return configs.choose(kernel, _shape_class(qkv, bias, block_s), configs.architecture(qkv.device))
 
 
-# For the compile-time table: the kernels by name, with their pointers. What else they take, all take alike.
-_POINTERS = {
-    "attention_fwd": ("qkv", "out", "lse", "cu_seqlens", "seed", "bias"),
-    "attention_fwd_short": ("qkv", "out", "lse", "cu_seqlens", "seed", "bias"),
-    "attention_bwd_dq": ("dout", "qkv", "out", "lse", "delta", "dqkv", "cu_seqlens", "seed", "bias"),
-    "attention_bwd_dkdv": ("dout", "qkv", "lse", "delta", "dqkv", "cu_seqlens", "seed", "bias"),
-    "attention_bwd_short": ("dout", "qkv", "lse", "dqkv", "cu_seqlens", "seed", "bias"),
-    "attention_bwd_dbias": ("dout", "qkv", "lse", "delta", "dbias", "cu_seqlens", "seed", "bias"),
+# For the compile-time table: the kernels with a configuration, by its name, and their pointers. What else they take,
+# all take alike.
+_KERNELS = {
+    "attention_fwd": (kernels._attention_fwd_kernel, "qkv out lse cu_seqlens seed bias"),
+    "attention_fwd_short": (kernels._attention_fwd_short_kernel, "qkv out lse cu_seqlens seed bias"),
+    "attention_bwd": (kernels._attention_bwd_dkdv_kernel, "dout qkv lse delta dqkv dq_sum cu_seqlens seed bias"),
+    "attention_bwd_dq": (kernels._attention_bwd_dq_kernel, "dout qkv out lse delta dqkv cu_seqlens seed bias"),
+    "attention_bwd_dkdv": (kernels._attention_bwd_dkdv_kernel, "dout qkv lse delta dqkv cu_seqlens seed bias"),
+    "attention_bwd_short": (kernels._attention_bwd_short_kernel, "dout qkv lse dqkv cu_seqlens seed bias"),
+    "attention_bwd_dbias": (kernels._attention_bwd_dbias_kernel, "dout qkv lse delta dbias cu_seqlens seed bias"),
 }
-_POINTER_TYPES = {
-    "lse": "*fp32",
-    "delta": "*fp32",
-    "bias": "*fp32",
-    "dbias": "*fp32",
-    "cu_seqlens": "*i32",
-    "seed": "*i64",
-}
+_TYPES = dict.fromkeys(("lse", "delta", "bias", "dbias", "dq_sum"), "*fp32") | {"cu_seqlens": "*i32", "seed": "*i64"}
 
 
 def cases(arch: int) -> Iterator[configs.Case]:
@@ -199,8 +213,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
 
     One head size a shape class, and 40 for those that are not a power of two.
     """
-    for op, pointers in _POINTERS.items():
-        kernel = getattr(kernels, f"_{op}_kernel")
+    for op, (kernel, pointers) in _KERNELS.items():
         for name, config in configs.table(arch)[op].items():
             block_d = int(name.split("-")[0][1:])
             head_dims = (40, 64) if block_d == 64 else (block_d,)
@@ -214,13 +227,15 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     constants["BLOCK_S"] = int(name.split("-")[1][1:])
                 if op.endswith("dbias"):
                     constants["ONE_ROW"] = False
+                if op.endswith("dkdv"):
+                    constants["dq_sum"] = None
                 constants |= {} if dropout else {"seed": None}
                 constants |= {} if bias else {"bias": None}
                 signature = {
                     argument: "constexpr"
                     if argument in constants
-                    else _POINTER_TYPES.get(argument, f"*{dtype}")
-                    if argument in pointers
+                    else _TYPES.get(argument, f"*{dtype}")
+                    if argument in pointers.split()
                     else "fp32"
                     if argument in ("scale", "keep_scale")
                     else "i32"
@@ -229,3 +244,11 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * dropout
                 options = {key: config[key] for key in ("num_warps", "num_stages")}
                 yield configs.Case(label, kernel, signature, constants, options, matrix=dtype != "fp32")
+    for head_dim in (32, 40, 64, 128):
+        constants = {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "BLOCK_M": _TOKENS["BLOCK_M"]}
+        for kernel in (kernels._attention_bwd_begin_kernel, kernels._attention_bwd_end_kernel):
+            types = dict.fromkeys(("dout", "out", "dqkv"), "*bf16") | _TYPES
+            types |= {"total": "i32", "heads": "i32", "scale": "fp32"}
+            signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+            options = {"num_warps": _TOKENS["num_warps"]}
+            yield configs.Case(f"bf16-{head_dim}", kernel, signature, constants, options, matrix=False)

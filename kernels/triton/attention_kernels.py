@@ -2,10 +2,11 @@
 
 A program of a long kernel owns a tile of queries (or of keys) of one head of one sequence and walks over the other
 side; a program of a short kernel holds the whole head of a sequence. Nothing is added to memory that another program
-also adds to, so results repeat bit for bit.
+also adds to, so results repeat bit for bit; but where `dq_sum` is given.
 
 Arguments that recur, T tokens in B sequences:
     qkv, dqkv [T, 3, heads, HEAD_DIM]; out, dout [T, heads, HEAD_DIM]; lse, delta float32 [heads, T]
+    dq_sum float32 [T, heads, HEAD_DIM], dQ / scale as it is summed, or None
     cu_seqlens int32 [B + 1]
     bias float32 [B or 1, heads or 1, S or 1, S] or None; bias_batch, bias_head, bias_query: its strides, 0 where it
         broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
@@ -72,6 +73,17 @@ def _store_rows(x, value, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: t
     if HEAD_DIM < BLOCK_D:
         inside = inside & (column < HEAD_DIM)
     tl.store(pointers, value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_rows(x, value, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    pointers = x + tl.cast(first, tl.int64) * stride + (row * stride + column)
+    inside = row < length - first
+    if HEAD_DIM < BLOCK_D:
+        inside = inside & (column < HEAD_DIM)
+    tl.atomic_add(pointers, value, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -356,17 +368,48 @@ def _attention_bwd_dq_kernel(
     _store_rows(dq_head, dq * scale, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
+@triton.jit(do_not_specialize=("total", "heads"))
+def _attention_bwd_begin_kernel(
+    dout, out, delta, dq_sum, total, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """The delta of BLOCK_M tokens, sum(P * dP) = sum(dout * out), and 0 where their dQ is going to be summed.
+    Grid: (tiles of tokens, heads)."""
+    first = tl.program_id(0) * BLOCK_M
+    head = tl.program_id(1)
+    stride = heads * HEAD_DIM
+    do = _load_rows(dout + head * HEAD_DIM, first, total, stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    o = _load_rows(out + head * HEAD_DIM, first, total, stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    token = first + tl.arange(0, BLOCK_M)
+    row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + tl.cast(head, tl.int64) * total + token, row_delta, mask=token < total)
+    zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    _store_rows(dq_sum + head * HEAD_DIM, zero, first, total, stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=("total", "heads"))
+def _attention_bwd_end_kernel(
+    dq_sum, dqkv, total, heads, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """dQ of BLOCK_M tokens from its sum. Grid: (tiles of tokens, heads)."""
+    first = tl.program_id(0) * BLOCK_M
+    head = tl.program_id(1)
+    stride = heads * HEAD_DIM
+    dq = _load_rows(dq_sum + head * HEAD_DIM, first, total, stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    _store_rows(dqkv + head * HEAD_DIM, dq * scale, first, total, 3 * stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_dkdv_kernel(
-    dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias,
+    dout, qkv, lse, delta, dqkv, dq_sum, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a tile of BLOCK_N keys. Grid: (tile slots, heads).
+    """dK and dV of a tile of BLOCK_N keys, and with dq_sum what these keys contribute to dQ, added to it in an order
+    that differs from run to run (FlashAttention-2, Dao 2023, algorithm 2). Grid: (tile slots, heads).
 
     Scores are held transposed, [BLOCK_N, BLOCK_M], so that both products that follow take them as their left operand.
-    Rows of keys outside the sequence hold anything: no other row sees them.
+    Rows of keys outside the sequence hold anything, where only dQ would see them.
     """
     sequence, start, length, first = _find_tile(cu_seqlens, batch, BLOCK_N)
     if first >= length:
@@ -378,11 +421,12 @@ def _attention_bwd_dkdv_kernel(
     k_head = q_head + heads * HEAD_DIM
     v_head = k_head + heads * HEAD_DIM
     dk_head = dqkv + start * row_stride + (heads + head) * HEAD_DIM
-    do_head = dout + start * out_stride + head * HEAD_DIM
+    do_offset = start * out_stride + head * HEAD_DIM
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     lse += tl.cast(head, tl.int64) * total + start
     delta += tl.cast(head, tl.int64) * total + start
+    key = first + tl.arange(0, BLOCK_N)[:, None]
     k = _load_rows(k_head, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v = _load_rows(v_head, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -391,7 +435,7 @@ def _attention_bwd_dkdv_kernel(
     for m in tl.range(0, length, BLOCK_M):
         query = m + tl.arange(0, BLOCK_M)
         q = _load_rows(q_head, m, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        do = _load_rows(do_head, m, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        do = _load_rows(dout + do_offset, m, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         row_lse = _load_lse(lse, query, length, bias)
         row_delta = tl.load(delta + query, mask=query < length, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
@@ -400,6 +444,8 @@ def _attention_bwd_dkdv_kernel(
         if bias is not None:
             scores += tl.trans(_load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
         p = _probabilities(scores, row_lse[None, :], scale, SCALED)
+        if dq_sum is not None:
+            p = tl.where(key < length, p, 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         kept = p
         if seed is not None:
@@ -407,8 +453,11 @@ def _attention_bwd_dkdv_kernel(
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp, 0.0) * keep_scale
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * (dp - row_delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        ds = (p * (dp - row_delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        if dq_sum is not None:
+            dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+            _add_rows(dq_sum + do_offset, dq, m, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
 
     _store_rows(dk_head, dk * scale, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
     dv_head = dk_head + heads * HEAD_DIM

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from fastbert.kernels import configs, rows
 
-MAX_HIDDEN = 8192  # which registers hold
-
 
 @triton.jit(do_not_specialize=("num_rows", "threshold"))
 def _layernorm_fwd_kernel(
@@ -139,8 +137,6 @@ def layernorm_fwd(
     (where save is set); what is not asked for is empty.
     """
     num_rows, hidden = x.shape
-    if hidden > MAX_HIDDEN:
-        raise ValueError(f"layernorm: the Triton kernels take rows of up to {MAX_HIDDEN} values, got {hidden}")
     y = x.new_empty(x.shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     changed = x_bias is not None or residual is not None or dropout_p > 0.0
     z = torch.empty_like(y) if save and changed else None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastbert.bench import cli
+from fastbert.bench import cli, kernels
 
 from fastbert import dispatch
 
@@ -70,6 +70,12 @@ class TestCheck:
     )
     def test_finds(self, broken, case, problem):
         assert any(problem in found for found in broken[case]["problems"]), broken[case]
+
+    @pytest.mark.parametrize("arch", [80, 90, 100])
+    def test_finds_a_trap_in_place_of_a_matrix_kernel(self, arch):
+        code = kernels.Code(registers=4, stack=0, shared=0, local=0, matrix={}, loads=0, loads_128=0)
+        assert len(kernels.problems(code, arch, shared=1024, matrix=True)) == 1
+        assert not kernels.problems(code, arch, shared=1024, matrix=False)
 
     def test_a_crash_takes_no_other_case_along(self, broken):
         assert len(broken) == 6

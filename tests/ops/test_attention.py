@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import os
 import subprocess
@@ -65,7 +67,7 @@ def tensors_for(
 
 def ours(backend: str, lengths: tuple[int, ...], p: float = 0.0) -> Callable[..., Tensor]:
     seed = accuracy.seed_tensor(accuracy.device(backend)) if p > 0 else None
-    return lambda qkv, bias=None: ops.attention(
+    return lambda qkv, bias=None, **more: ops.attention(
         qkv,
         cumulative(lengths, qkv.device),
         max(lengths, default=0),
@@ -73,6 +75,7 @@ def ours(backend: str, lengths: tuple[int, ...], p: float = 0.0) -> Callable[...
         dropout_p=p,
         seed=seed,
         backend=backend,
+        **more,
     )
 
 
@@ -122,6 +125,12 @@ dropouts = pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
 backends = accuracy.backends("attention")
 
 
+@pytest.fixture
+def any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`poisoned_memory` asks for a deterministic backward, too. Here nothing does, and memory stays poisoned."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+
+
 @dropouts
 @table
 def test_attention_fwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
@@ -134,12 +143,44 @@ def test_attention_fwd(backend: str, dtype: torch.dtype, p: float, case: tuple) 
 
 @dropouts
 @table
+@pytest.mark.usefixtures("any_order")
 def test_attention_bwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
     accuracy.require("attention", backend, dtype, case[2])
     lengths = case[0]
     accuracy.check_backward(
         ours(backend, lengths, p), eager(lengths, p), reference(lengths, p), tensors_for(*case, dtype, backend)
     )
+
+
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.parametrize(
+    ("dtype", "how"), [(torch.bfloat16, "argument"), (torch.float16, "setting")], ids=["argument", "setting"]
+)
+@pytest.mark.parametrize(
+    "backend", [name for name in accuracy.backends_of("attention") if name in accuracy.GPU_BACKENDS]
+)
+def test_attention_bwd_deterministic(
+    backend: str, dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right, the same bits every time, and on triton without the kernel that adds in any order."""
+    accuracy.require("attention", backend, dtype, 32)
+    lengths = (130,) if accuracy.interpreted(backend) else (130, 700)
+    tensors = tensors_for(lengths, 1, 32, None, dtype, backend)
+    run = ours(backend, lengths, 0.1)
+    if how == "argument":
+        run = functools.partial(run, deterministic=True)
+    else:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    if backend == "triton":
+        configs = importlib.import_module("fastbert.kernels.configs")
+        configs.choose.cache_clear()
+        configs.used.clear()
+    accuracy.check_backward(run, eager(lengths, 0.1), reference(lengths, 0.1), tensors)
+    if backend == "triton":
+        assert {kernel for kernel, _ in configs.used} == {"attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"}
+    upstream = torch.randn(sum(lengths), 32, generator=accuracy.generator(1)).to(tensors["qkv"])
+    one, other = (accuracy.evaluate(run, tensors, upstream)[1]["qkv"] for _ in range(2))
+    assert torch.equal(one, other)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -400,7 +400,8 @@ def leaf_calls(op: str, backend: str, p: float) -> list[tuple[str, tuple]]:
     seed = accuracy.seed_tensor(device) if p > 0 else None
     if op == "attention":
         cu_seqlens, longest = of.run.keywords["cu_seqlens"], of.run.keywords["max_seqlen"]
-        forward = (t["qkv"], cu_seqlens, longest, 0.2, p, seed, t["bias"])
+        choice = (False,) if backend == "triton" else ()
+        forward = (t["qkv"], cu_seqlens, longest, 0.2, p, seed, t["bias"], *choice)
     elif op == "embedding":
         ids = of.run.keywords
         positions = torch.arange(21, device=device).repeat(3)
@@ -420,7 +421,7 @@ def leaf_calls(op: str, backend: str, p: float) -> list[tuple[str, tuple]]:
     dy = upstream_for(y)
     calls = [(f"{op}_fwd_{backend}", forward)]
     if op == "attention":
-        calls.append((f"attention_bwd_{backend}", (dy, t["qkv"], y, *saved, *forward[1:], True)))
+        calls.append((f"attention_bwd_{backend}", (dy, t["qkv"], y, *saved, *forward[1:7], True, *choice)))
     elif op == "embedding":
         calls.append((f"embedding_bwd_{backend}", (dy, *saved, *flat, t["weight"], 50, 30, 2, 0, p, seed)))
     elif op == "ffn":
