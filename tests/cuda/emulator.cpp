@@ -138,7 +138,7 @@ void resume(Fiber* fiber) {
   setcontext(&fiber->start);
 }
 
-enum class Order { kForward, kReverse, kAhead };
+enum class Order { kForward, kReverse, kAhead, kPriority };
 
 void run_block(const char* name, int threads, Order order) {
   std::memset(shared_begin, 0xff, shared_end - shared_begin);
@@ -159,15 +159,17 @@ void run_block(const char* name, int threads, Order order) {
   }
   while (alive > 0 && !failure) {
     bool any = false;
-    for (int w = 0; w < threads / 32; ++w) {
+    for (int i = 0; i < threads / 32; ++i) {
+      const int w = order == Order::kPriority ? threads / 32 - 1 - i : i;
       do {
         progress = false;
-        for (int i = 32 * w; i < 32 * w + 32 && !failure; ++i) {
-          Fiber* f = fibers[order == Order::kReverse ? threads - 1 - i : i].get();
+        for (int j = 32 * w; j < 32 * w + 32 && !failure; ++j) {
+          Fiber* f = fibers[order == Order::kReverse ? threads - 1 - j : j].get();
           if (!f->done) resume(f);
         }
         any |= progress;
       } while (order == Order::kAhead && progress);
+      if (order == Order::kPriority && any) break;
     }
     if (!any) throw std::runtime_error(std::string(name) + ": threads wait for each other for ever");
   }
@@ -280,13 +282,17 @@ void run(const char* name, dim3 grid, int threads, int shared_bytes, const std::
   shared_begin = window + 256, shared_end = shared_begin + shared_bytes;
   const char* wish = std::getenv("FASTBERT_EMULATOR_ORDER");
   const std::string named = wish == nullptr ? "forward" : wish;
-  const Order order = named == "reverse" ? Order::kReverse : named == "ahead" ? Order::kAhead : Order::kForward;
+  const Order order = named == "reverse"    ? Order::kReverse
+                      : named == "ahead"    ? Order::kAhead
+                      : named == "priority" ? Order::kPriority
+                                            : Order::kForward;
   body = &kernel, failure = nullptr, gridDim = grid, blockDim = dim3(threads);
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = dim3(x, y);
-      run_block(name, threads, order);
-    }
+  const unsigned blocks = grid.x * grid.y;
+  for (unsigned i = 0; i < blocks; ++i) {
+    const unsigned block = order == Order::kReverse ? blocks - 1 - i : i;
+    blockIdx = dim3(block % grid.x, block / grid.x);
+    run_block(name, threads, order);
+  }
 }
 
 char* shared_memory() { return shared_begin; }

@@ -2,10 +2,12 @@
 // block is a fiber, and a barrier or a warp's collective operation is where fibers wait for each other.
 //
 // Stricter than a GPU: shared memory starts as NaN, what cp.async brings is NaN until it was waited for, and a collective
-// or a barrier that some threads do not reach is an error. So it is with what compute capability 9.0 adds, which the
-// kernels see under FASTBERT_EMULATOR_CAPABILITY=90: boxes (TMA) and results of wgmma are NaN until they were waited for,
-// wgmma reads its operands no sooner than that, and nothing may be under way at the end. FASTBERT_EMULATOR_ORDER=reverse runs the threads in the
-// opposite order, =ahead each warp as far as it can go before the next: a missing barrier then gives other results.
+// or a barrier that some threads do not reach is an error. So it is with what compute capability 9.0 adds, which kernels
+// find under FASTBERT_EMULATOR_CAPABILITY=90: boxes (TMA) and results of wgmma are NaN until they were waited for, wgmma
+// reads its operands no sooner than that, and nothing may be under way at the end.
+// FASTBERT_EMULATOR_ORDER=reverse runs threads and blocks in the opposite order, =ahead each warp as far as it can go
+// before the next, =priority a warp only when none with a higher number can go on: a missing barrier then gives other
+// results.
 #pragma once
 #include <cmath>
 #include <cstddef>

@@ -22,7 +22,7 @@ from fastbert.ops.layernorm import _run as run_layernorm
 
 # Every format, with and without dropout, but not every pair: the cases run thread by thread.
 LAYERNORM_VARIANTS = [(torch.float32, 0.0), (torch.float32, 0.1), (torch.bfloat16, 0.1), (torch.float16, 0.0)]
-ORDERS = pytest.mark.parametrize("order", ["reverse", "ahead"])
+ORDERS = pytest.mark.parametrize("order", ["reverse", "ahead", "priority"])
 ATTENTION_VARIANTS = [(torch.bfloat16, 0.0), (torch.float16, 0.1)]
 # Every number of warps to a row and of accesses to a thread, whole and in part; with and without eights.
 LAYERNORM_CASES = [
@@ -293,10 +293,14 @@ def test_attention_hopper_forbidden_keys(emulated: Any, head_dim: int) -> None:
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_attention_hopper_does_not_look_at_other_sequences(emulated: Any, head_dim: int, bad: float) -> None:
+@pytest.mark.parametrize("order", ["forward", "priority"])
+def test_attention_hopper_does_not_look_at_other_sequences(
+    emulated: Any, head_dim: int, bad: float, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Though the boxes in which keys and values come reach into them, and what was in the buffers before stays there."""
     lengths = (130, 9, 300, 140)
     qkv = attention_cases.tensors_for(lengths, 2, head_dim, None, torch.float16)["qkv"]
+    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
     expected = attention(emulated, lengths)(qkv)
     spoilt = qkv.clone()
     spoilt[130:139] = bad
