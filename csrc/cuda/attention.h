@@ -33,7 +33,7 @@ __device__ __forceinline__ Work find_work(const int32_t* cu_seqlens, int batch, 
   return {low, start, cu_seqlens[low + 1] - start, (tile - start / rows - low) * rows};
 }
 
-inline int count_tiles(int64_t total, int batch, int rows) { return static_cast<int>(total / rows) + batch; }
+__host__ __device__ inline int count_tiles(int64_t total, int batch, int rows) { return static_cast<int>(total / rows) + batch; }
 
 // The scores x [16, 8 N] in units of log2, with scale and bias; minus infinity where there is no column. row, column: of
 // element 0, in the sequence. KEYS: rows are keys and columns queries. Rows beyond the length stay as they are.

@@ -236,7 +236,7 @@ def test_attention_refuses(emulated: Any, change: dict, words: list[str]) -> Non
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-# For compute capability 9.0: tiles of keys that fill the rings of buffers several times or not at all, sequences that end
+# For compute capability 9.0: tiles of keys that fill the rings of buffers several times or never, sequences that end
 # in the first half of a tile, in the second or with it, and more to do than there are blocks (the emulator has three).
 HOPPER_CASES = [
     *(case for case in ATTENTION_CASES if max(case[0], default=0) > 128),
@@ -297,7 +297,7 @@ def test_attention_hopper_forbidden_keys(emulated: Any, head_dim: int) -> None:
 def test_attention_hopper_does_not_look_at_other_sequences(
     emulated: Any, head_dim: int, bad: float, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though the boxes in which keys and values come reach into them, and what was in the buffers before stays there."""
+    """Though the boxes that bring keys and values reach into them, and buffers keep what they had before."""
     lengths = (130, 9, 300, 140)
     qkv = attention_cases.tensors_for(lengths, 2, head_dim, None, torch.float16)["qkv"]
     monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)

@@ -71,13 +71,13 @@ struct Item {
   __device__ __forceinline__ bool ends_within(int tile) const { return (tile + 1) * kKeys > work.length; }
 };
 
-inline int count_items(const AttentionShape& shape) {
+__host__ __device__ inline int count_items(const AttentionShape& shape) {
   return count_tiles(shape.total, shape.batch, kRows) * shape.heads;
 }
 
 // This block's next item from `index` on, the same in every warp. The heads of a tile are neighbours.
 __device__ __forceinline__ Item next_item(const AttentionShape& shape, int index) {
-  const int items = (static_cast<int>(shape.total / kRows) + shape.batch) * shape.heads;
+  const int items = count_items(shape);
   for (; index < items; index += gridDim.x) {
     const Work work = find_work(shape.cu_seqlens, shape.batch, index / shape.heads, kRows);
     if (!work.none()) return {index, index % shape.heads, work};
