@@ -64,23 +64,31 @@ class Task(NamedTuple):
     index: int
 
 
-def read(binary: Path, tools: Path) -> dict[str, Code]:
-    """Every function in a cubin, object or library. tools: the folder of cuobjdump and nvdisasm."""
+def dump(what: str, binary: Path, tools: Path) -> str:
+    """What cuobjdump tells of a cubin, object or library. tools: the folder of cuobjdump and nvdisasm."""
+    command = [str(tools / "cuobjdump"), what, str(binary)]
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
-    def dump(what: str) -> str:
-        command = [str(tools / "cuobjdump"), what, str(binary)]
-        environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
-    usage = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", dump("--dump-resource-usage"))
-    bodies = re.split(r"Function : (\S+)", dump("--dump-sass"))
-    instructions = {
+def instructions(binary: Path, tools: Path) -> dict[str, list[str]]:
+    """The instructions of every function, without their operands, in order."""
+    bodies = re.split(r"Function : (\S+)", dump("--dump-sass", binary, tools))
+    return {
         name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", body)
         for name, body in zip(bodies[1::2], bodies[2::2], strict=True)
     }
+
+
+def read(binary: Path, tools: Path) -> dict[str, Code]:
+    """Every function in a cubin, object or library. tools: the folder of cuobjdump and nvdisasm."""
+    usage = re.findall(
+        r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", dump("--dump-resource-usage", binary, tools)
+    )
+    bodies = instructions(binary, tools)
     found = {}
     for name, registers, stack, shared in usage:
-        opcodes = instructions[name]
+        opcodes = bodies[name]
         kinds = [opcode.split(".")[0] for opcode in opcodes]
         loads = [opcode for opcode, kind in zip(opcodes, kinds, strict=True) if kind in ("LDG", "LDGSTS")]
         found[name] = Code(

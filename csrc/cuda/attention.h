@@ -33,7 +33,7 @@ __device__ __forceinline__ Work find_work(const int32_t* cu_seqlens, int batch, 
   return {low, start, cu_seqlens[low + 1] - start, (tile - start / rows - low) * rows};
 }
 
-inline int count_tiles(int64_t total, int batch, int rows) { return static_cast<int>(total / rows) + batch; }
+__host__ __device__ inline int count_tiles(int64_t total, int batch, int rows) { return static_cast<int>(total / rows) + batch; }
 
 // The scores x [16, 8 N] in units of log2, with scale and bias; minus infinity where there is no column. row, column: of
 // element 0, in the sequence. KEYS: rows are keys and columns queries. Rows beyond the length stay as they are.
@@ -53,6 +53,56 @@ __device__ __forceinline__ void finish_scores(float (&x)[N][4], const AttentionS
         x[n][i] += bias[(KEYS ? c : r) * shape.bias_strides[2] + (KEYS ? r : c)] * kLog2E;
       if (c >= length) x[n][i] = -INFINITY;
     }
+}
+
+// The softmax of a warp's 16 rows over columns that come tile after tile. A lane has rows lane / 4 and lane / 4 + 8.
+struct OnlineSoftmax {
+  float top[2] = {-INFINITY, -INFINITY};  // the highest score so far
+  float total[2] = {};                    // the sum of this lane's weights so far
+
+  // Turns scores into weights, 2 to the power of scale (score - top); scale is positive. What came of earlier weights is
+  // to be multiplied by `shrink`, row by row.
+  template <int N>
+  __device__ __forceinline__ void weigh(float (&x)[N][4], float scale, float (&shrink)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float high = top[half];
+#pragma unroll
+      for (int n = 0; n < N; ++n) high = fmaxf(high, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
+      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
+      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
+      const float base = high == -INFINITY ? 0.0f : high * scale;  // no key yet: everything below is 0
+      shrink[half] = exp2_approx(top[half] * scale - base);
+      top[half] = high;
+      total[half] *= shrink[half];
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          x[n][i] = exp2_approx(x[n][i] * scale - base);
+          total[half] += x[n][i];
+        }
+    }
+  }
+
+  // After the last tile: what the weighted sums are to be multiplied by (and by `factor`), and the log-sum-exp.
+  __device__ __forceinline__ void finish(float scale, float factor, float (&by)[2], float (&lse)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
+      total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
+      by[half] = total[half] == 0.0f ? 0.0f : factor / total[half];
+      lse[half] = top[half] * scale * kLn2 + logf(total[half]);
+    }
+  }
+};
+
+template <int N>
+__device__ __forceinline__ void multiply_rows(float (&x)[N][4], const float (&by)[2]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] *= by[i / 2];
 }
 
 // Bits of `nibble`: which of the four keys from a multiple of four on are kept.
@@ -168,5 +218,8 @@ struct AttentionBackward {
 bool attention_short_fwd(const Queue&, const AttentionShape&, Format format, const void* qkv, void* out, float* lse);
 bool attention_short_bwd(const Queue&, const AttentionShape&, Format format, const void* dout, const void* qkv,
                          const void* out, const float* lse, void* dqkv, float* dscores);
+
+// For compute capability 9.0, where it was compiled (FASTBERT_SM90).
+void attention_fwd_sm90(const Queue&, const AttentionShape&, Format format, const void* qkv, void* out, float* lse);
 
 }  // namespace fastbert::cuda

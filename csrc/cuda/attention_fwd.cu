@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_fwd_kernel(Attenti
   fetch(0);
 
   float result[D / 8][4] = {};
-  float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  OnlineSoftmax softmax;
   const int tiles = (work.length + kKeys - 1) / kKeys;
   for (int tile = 0; tile < tiles; ++tile) {
     if (tile + 1 < tiles) {
@@ -48,27 +48,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_fwd_kernel(Attenti
     float x[kKeys / 8][4] = {};
     multiply_transposed<T, D>(x, queries, own, keys(tile));
     finish_scores<false, BIAS>(x, shape, bias, work.first + own, tile * kKeys, work.length);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float high = top[half];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) high = fmaxf(high, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
-      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
-      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
-      const float base = high == -INFINITY ? 0.0f : high;  // no key yet: everything below is 0
-      const float shrink = exp2_approx(top[half] - base);
-      top[half] = high;
-      total[half] *= shrink;
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) result[n][2 * half] *= shrink, result[n][2 * half + 1] *= shrink;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          x[n][i] = exp2_approx(x[n][i] - base);
-          total[half] += x[n][i];
-        }
-    }
+    float shrink[2];
+    softmax.weigh(x, 1.0f, shrink);
+    multiply_rows(result, shrink);
     if (dropout.active) {
       const uint32_t keep =
           keep_tile<false, kKeys / 8>(dropout, work.start, work.first + own, tile * kKeys, head);
@@ -81,16 +63,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_fwd_kernel(Attenti
     __syncthreads();  // the tile is free
   }
 
+  float by[2], lse[2];
+  softmax.finish(1.0f, dropout.active ? dropout.scale : 1.0f, by, lse);
+  multiply_rows(result, by);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
-    total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
-    const float factor = total[half] == 0.0f ? 0.0f : (dropout.active ? dropout.scale : 1.0f) / total[half];
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) result[n][2 * half] *= factor, result[n][2 * half + 1] *= factor;
     const int row = work.first + own + lane / 4 + half * 8;
-    if (lane % 4 == 0 && row < work.length)
-      a.lse[head * shape.total + work.start + row] = top[half] * kLn2 + logf(total[half]);
+    if (lane % 4 == 0 && row < work.length) a.lse[head * shape.total + work.start + row] = lse[half];
   }
   const int64_t out_stride = static_cast<int64_t>(shape.heads) * D;
   const int first = work.first + own;
@@ -103,6 +82,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_fwd_kernel(Attenti
 void attention_fwd(const Queue& queue, const AttentionShape& shape, Format format, const void* qkv, void* out,
                    float* lse) {
   if (shape.total == 0 || attention_short_fwd(queue, shape, format, qkv, out, lse)) return;
+#ifdef FASTBERT_SM90
+  if (compute_capability(queue) == 90) return attention_fwd_sm90(queue, shape, format, qkv, out, lse);
+#endif
   with_kernel(format, shape, [&](auto type, auto size, auto has_bias) {
     using T = decltype(type);
     constexpr int D = decltype(size)::value;

@@ -140,6 +140,11 @@ __device__ __forceinline__ void recompute(int& value) {
   asm volatile("" : "+r"(value));
 #endif
 }
+__device__ __forceinline__ void recompute(uint64_t& value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(value));
+#endif
+}
 
 // The dynamic shared memory of the block.
 __device__ __forceinline__ char* shared_memory() {

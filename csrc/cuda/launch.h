@@ -55,9 +55,9 @@ void launch(const Queue& queue, const char* name, void (*kernel)(Parameters...),
 
 inline int multiprocessors(const Queue&) { return 3; }
 
-// Those of compute capability 8.0.
-inline int shared_memory_per_block(const Queue&) { return 163 * 1024; }
-inline int shared_memory_per_multiprocessor(const Queue&) { return 164 * 1024; }
+inline int compute_capability(const Queue&) { return emulator::capability(); }
+inline int shared_memory_per_block(const Queue& queue) { return (compute_capability(queue) == 90 ? 227 : 163) * 1024; }
+inline int shared_memory_per_multiprocessor(const Queue& queue) { return shared_memory_per_block(queue) + 1024; }
 
 template <class... Parameters, class... Arguments>
 void launch(const Queue&, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int shared,

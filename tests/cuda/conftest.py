@@ -39,6 +39,7 @@ def compile_emulated() -> Path:
         "-Wno-unknown-pragmas",
         "-DFASTBERT_EMULATED",
         "-DFASTBERT_CUTLASS",
+        "-DFASTBERT_SM90",
     ]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}", f"-I{HERE}", "-isystem"]
     flags.append(str(torch_folder / "include"))
@@ -46,7 +47,8 @@ def compile_emulated() -> Path:
     cuda = CSRC / "cuda"
     headers = [*CSRC.glob("*.h"), *cuda.rglob("*.h"), HERE / "emulator.h", Path(__file__)]
     newest = max(header.stat().st_mtime for header in headers)
-    sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), cuda / "cutlass" / "ffn.cu", *HERE.glob("*.cpp")]
+    sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), *HERE.glob("*.cpp")]
+    sources += [cuda / "cutlass" / f"{name}.cu" for name in ("ffn", "attention_fwd_sm90")]
     objects = {source: OBJECTS / f"{source.name}.o" for source in sorted(sources)}
     library = OBJECTS / "libemulated.so"
     stale = [s for s, o in objects.items() if not o.exists() or o.stat().st_mtime < max(newest, s.stat().st_mtime)]
@@ -71,6 +73,7 @@ class Emulated:
         torch.ops.load_library(library)
         self.library = ctypes.CDLL(str(library))
         self.library.fastbert_take_bank_conflicts.restype = ctypes.c_int64
+        self.library.fastbert_take_boxes.restype = ctypes.c_int64
         self.leaves = {op: self.register(op) for op in ("layernorm", "attention", "ffn")}
 
     @staticmethod
@@ -90,6 +93,10 @@ class Emulated:
     def bank_conflicts(self) -> int:
         """Those that ldmatrix met since the last call."""
         return int(self.library.fastbert_take_bank_conflicts())
+
+    def boxes(self) -> int:
+        """Those that TMA has brought since the last call."""
+        return int(self.library.fastbert_take_boxes())
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,16 @@
 #include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <deque>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -28,6 +31,20 @@ struct Copy {
   int bytes;
 };
 
+// wgmma: c [64, 8 n] of a warp group = a [64, 16] b [16, 8 n]; `words` hold a where it comes from registers.
+struct Product {
+  bool is_bf16, from_registers, add;
+  int n;
+  float* c;
+  uint32_t words[4];
+  uint64_t a, b;
+
+  bool is_like(const Product& other) const {
+    return is_bf16 == other.is_bf16 && from_registers == other.from_registers && add == other.add && n == other.n &&
+           a == other.a && b == other.b;
+  }
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t start;
@@ -36,6 +53,10 @@ struct Fiber {
   bool started, done;
   std::vector<Copy> open;                  // cp.async not yet in a group
   std::deque<std::vector<Copy>> groups;
+  bool begun;                              // begin_products since the last wait
+  std::vector<Product> open_products;
+  std::deque<std::vector<Product>> products;
+  std::map<float*, std::vector<float>> results;  // of products, until they are waited for
   int collectives;                         // how many this lane has taken part in
 };
 
@@ -45,17 +66,41 @@ struct Warp {
   int arrived[2];
 };
 
+struct Box {
+  TensorMap map;
+  char* to;
+  int row, column;
+};
+
+struct PhasedBarrier {
+  int arrivals, missing;   // to a phase, in this one
+  int64_t bytes;           // announced in this phase and not there
+  uint32_t phase;
+  std::vector<Box> boxes;  // under way
+};
+
+struct NamedBarrier {
+  int threads, arrived, waiting;
+  int64_t rounds;
+};
+
+// What a block may have at most, and a place for it where the lower 18 bits of an address are those of a GPU's.
+constexpr size_t kShared = 227 << 10, kWindow = 1 << 18;
+
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
-std::vector<char> shared;
-char* shared_begin;
+std::map<const void*, PhasedBarrier> phased_barriers;
+NamedBarrier named_barriers[16];
+int64_t group_waits[8];  // threads of each warp group that have come to wait for products
+char* const window = static_cast<char*>(std::aligned_alloc(kWindow, kWindow));
+char *shared_begin, *shared_end;
 jmp_buf scheduler;
 Fiber* running;
 const std::function<void()>* body;
 std::exception_ptr failure;
 int at_barrier, barriers, alive, living_lanes[64];
 bool progress;
-int64_t conflicts;
+int64_t conflicts, boxes_landed;
 
 void yield() {
   Fiber* self = running;
@@ -73,6 +118,7 @@ void entry() {
   try {
     (*body)();
     if (!running->open.empty()) throw std::runtime_error("a thread ended with copies that it had not committed");
+    if (!running->results.empty()) throw std::runtime_error("a thread ended with products that it had not waited for");
   } catch (...) {
     if (!failure) failure = std::current_exception();
   }
@@ -92,56 +138,161 @@ void resume(Fiber* fiber) {
   setcontext(&fiber->start);
 }
 
-enum class Order { kForward, kReverse, kAhead };
+enum class Order { kForward, kReverse, kAhead, kPriority };
 
 void run_block(const char* name, int threads, Order order) {
-  std::memset(shared_begin, 0xff, shared.size() - 256);
+  std::memset(shared_begin, 0xff, shared_end - shared_begin);
+  phased_barriers.clear();
+  for (NamedBarrier& barrier : named_barriers) barrier = {};
+  for (int64_t& waits : group_waits) waits = 0;
   at_barrier = barriers = 0, alive = threads;
   warps.assign((threads + 31) / 32, Warp{});
   for (size_t w = 0; w < warps.size(); ++w) living_lanes[w] = 32;
   for (int t = 0; t < threads; ++t) {
     Fiber& f = *fibers[t];
     f.thread = t, f.started = f.done = false, f.collectives = 0;
-    f.open.clear(), f.groups.clear();
+    f.open.clear(), f.groups.clear(), f.open_products.clear(), f.products.clear(), f.results.clear();
+    f.begun = false;
     getcontext(&f.start);
     f.start.uc_stack.ss_sp = f.stack.get(), f.start.uc_stack.ss_size = kStack, f.start.uc_link = nullptr;
     makecontext(&f.start, entry, 0);
   }
   while (alive > 0 && !failure) {
     bool any = false;
-    for (int w = 0; w < threads / 32; ++w) {
+    for (int i = 0; i < threads / 32; ++i) {
+      const int w = order == Order::kPriority ? threads / 32 - 1 - i : i;
       do {
         progress = false;
-        for (int i = 32 * w; i < 32 * w + 32 && !failure; ++i) {
-          Fiber* f = fibers[order == Order::kReverse ? threads - 1 - i : i].get();
+        for (int j = 32 * w; j < 32 * w + 32 && !failure; ++j) {
+          Fiber* f = fibers[order == Order::kReverse ? threads - 1 - j : j].get();
           if (!f->done) resume(f);
         }
         any |= progress;
       } while (order == Order::kAhead && progress);
+      if (order == Order::kPriority && any) break;
     }
     if (!any) throw std::runtime_error(std::string(name) + ": threads wait for each other for ever");
   }
   if (failure) std::rethrow_exception(failure);
+  for (const auto& [where, barrier] : phased_barriers)
+    if (!barrier.boxes.empty()) throw std::runtime_error(std::string(name) + ": a box was under way when its block ended");
+  for (const NamedBarrier& barrier : named_barriers)
+    if (barrier.arrived > 0) throw std::runtime_error(std::string(name) + ": a block ended within a round of a barrier");
+}
+
+bool inside_shared(const void* p, int64_t bytes) { return p >= shared_begin && static_cast<const char*>(p) + bytes <= shared_end; }
+
+// The place in shared memory where TMA and wgmma have the byte of an unexchanged layout, whose rows are `pitch` bytes.
+char* exchanged(const char* p, int pitch) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p), mask = pitch / 16 - 1;
+  return reinterpret_cast<char*>(at ^ ((at >> 7 & mask) << 4));
+}
+
+void land(const Box& box) {
+  ++boxes_landed;
+  const int pitch = 2 * box.map.box_columns;
+  for (int r = 0; r < box.map.box_rows; ++r)
+    for (int c = 0; c < box.map.box_columns; ++c) {
+      const int64_t row = box.row + r, column = box.column + c;
+      const bool inside = row >= 0 && row < box.map.rows && column >= 0 && column < box.map.columns;
+      const uint16_t value =
+          inside ? static_cast<const uint16_t*>(box.map.data)[row * box.map.columns + column] : uint16_t(0);
+      std::memcpy(exchanged(box.to + r * pitch + 2 * c, pitch), &value, 2);
+    }
+}
+
+PhasedBarrier& phased_barrier(const void* where) {
+  const auto found = phased_barriers.find(where);
+  if (found == phased_barriers.end()) throw std::runtime_error("a barrier that was not made");
+  return found->second;
+}
+
+void end_phase_if_complete(PhasedBarrier& barrier) {
+  if (barrier.missing > 0 || barrier.bytes != 0) return;
+  barrier.missing = barrier.arrivals;
+  ++barrier.phase;
+  progress = true;
+}
+
+// wgmma's operand [rows, 16] (by_rows) or [16, rows], at [row, k], by its descriptor.
+uint16_t described(uint64_t descriptor, bool by_rows, int row, int k) {
+  const int kind = static_cast<int>(descriptor >> 62);
+  if (kind != 1 && kind != 2) throw std::runtime_error("wgmma: an operand that is not exchanged by 128 or 64 bytes");
+  const int pitch = kind == 1 ? 128 : 64;
+  const auto field = [&](int bit) { return static_cast<int64_t>(descriptor >> bit & 0x3fff) * 16; };
+  const int64_t leading = field(16), stride = field(32);
+  const int64_t offset = by_rows ? row / 8 * stride + row % 8 * pitch + k * 2
+                                 : row * 2 / pitch * leading + row * 2 % pitch + k / 8 * stride + k % 8 * pitch;
+  const char* at = exchanged(window + field(0) + offset, pitch);
+  if (!inside_shared(at, 2)) throw std::runtime_error("wgmma: an operand lies outside shared memory");
+  uint16_t value;
+  std::memcpy(&value, at, 2);
+  return value;
+}
+
+// One product of the warp group whose threads begin with `first`; `which` of their oldest group.
+void form(int first, size_t which) {
+  const Product& product = fibers[first]->products.front()[which];
+  const int columns = 8 * product.n;
+  const auto value = [&](uint16_t bits) { return product.is_bf16 ? bf16_value(bits) : fp16_value(bits); };
+  std::vector<float> a(64 * 16), b(16 * columns);
+  for (int row = 0; row < 64; ++row)
+    for (int k = 0; k < 16; ++k) {
+      uint16_t bits;
+      if (product.from_registers) {
+        const Fiber& owner = *fibers[first + row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
+        const uint32_t word = owner.products.front()[which].words[row % 16 / 8 + k / 8 * 2];
+        bits = static_cast<uint16_t>(k % 2 ? word >> 16 : word);
+      } else {
+        bits = described(product.a, true, row, k);
+      }
+      a[row * 16 + k] = value(bits);
+    }
+  for (int k = 0; k < 16; ++k)
+    for (int column = 0; column < columns; ++column)
+      b[k * columns + column] = value(described(product.b, !product.from_registers, column, k));
+  std::vector<float> sums(columns);
+  for (int row = 0; row < 64; ++row) {
+    sums.assign(columns, 0.0f);
+    for (int k = 0; k < 16; ++k)
+      for (int column = 0; column < columns; ++column) sums[column] += a[row * 16 + k] * b[k * columns + column];
+    for (int column = 0; column < columns; ++column) {
+      Fiber& owner = *fibers[first + row / 16 * 32 + row % 8 * 4 + column % 8 / 2];
+      const Product& own = owner.products.front()[which];
+      if (!own.is_like(product)) throw std::runtime_error("wgmma: threads of a warp group differ in what they multiply");
+      float& c = owner.results.at(own.c)[column / 8 * 4 + row % 16 / 8 * 2 + column % 2];
+      c = own.add ? c + sums[column] : sums[column];
+    }
+  }
 }
 
 }  // namespace
+
+int capability() {
+  const char* wish = std::getenv("FASTBERT_EMULATOR_CAPABILITY");
+  return wish == nullptr ? 80 : std::atoi(wish);
+}
 
 void run(const char* name, dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (threads % 32 != 0 || threads > 1024) throw std::runtime_error("a block must be of whole warps, at most 1024 threads");
   while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
-  shared.resize(shared_bytes + 256);
-  shared_begin = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared.data()) + 255) / 256 * 256);
+  if (static_cast<size_t>(shared_bytes) > kShared) throw std::runtime_error(std::string(name) + ": too much shared memory");
+  shared_begin = window + 256, shared_end = shared_begin + shared_bytes;
   const char* wish = std::getenv("FASTBERT_EMULATOR_ORDER");
   const std::string named = wish == nullptr ? "forward" : wish;
-  const Order order = named == "reverse" ? Order::kReverse : named == "ahead" ? Order::kAhead : Order::kForward;
+  const Order order = named == "reverse"    ? Order::kReverse
+                      : named == "ahead"    ? Order::kAhead
+                      : named == "priority" ? Order::kPriority
+                                            : Order::kForward;
   body = &kernel, failure = nullptr, gridDim = grid, blockDim = dim3(threads);
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = dim3(x, y);
-      run_block(name, threads, order);
-    }
+  const unsigned blocks = grid.x * grid.y;
+  for (unsigned i = 0; i < blocks; ++i) {
+    const unsigned block = order == Order::kReverse ? blocks - 1 - i : i;
+    blockIdx = dim3(block % grid.x, block / grid.x);
+    run_block(name, threads, order);
+  }
 }
 
 char* shared_memory() { return shared_begin; }
@@ -196,16 +347,12 @@ void wait_for_copies(int pending_groups) {
   }
 }
 
-int64_t take_bank_conflicts() {
-  const int64_t found = conflicts;
-  conflicts = 0;
-  return found;
-}
+int64_t take_bank_conflicts() { return std::exchange(conflicts, 0); }
+int64_t take_boxes() { return std::exchange(boxes_landed, 0); }
 
 void load_matrices(bool transposed, const void* row, uint32_t (&to)[4]) {
   const char* address = static_cast<const char*>(row);
-  if (address < shared_begin || address + 16 > shared.data() + shared.size())
-    throw std::runtime_error("ldmatrix: a row lies outside shared memory");
+  if (!inside_shared(address, 16)) throw std::runtime_error("ldmatrix: a row lies outside shared memory");
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) throw std::runtime_error("ldmatrix: a row is not at a multiple of 16");
   const Offer* offers = exchange(transposed ? "ldmatrix.trans" : "ldmatrix", {{}, row});
   const int g = lane() / 4, t = lane() % 4;
@@ -244,6 +391,114 @@ void multiply_add(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t 
   }
 }
 
+void init_barrier(const void* where, int arrivals) {
+  if (!inside_shared(where, 8) || reinterpret_cast<uintptr_t>(where) % 8 != 0)
+    throw std::runtime_error("a barrier that is not at a multiple of 8 in shared memory");
+  if (!phased_barriers.emplace(where, PhasedBarrier{arrivals, arrivals, 0, 0, {}}).second)
+    throw std::runtime_error("a barrier was made twice");
+}
+
+void arrive(const void* where, int bytes) {
+  PhasedBarrier& barrier = phased_barrier(where);
+  if (barrier.missing == 0) throw std::runtime_error("more arrivals at a barrier than it was made for");
+  barrier.bytes += bytes;
+  --barrier.missing;
+  progress = true;
+  end_phase_if_complete(barrier);
+}
+
+void wait_for_phase(const void* where, uint32_t parity) {
+  PhasedBarrier& barrier = phased_barrier(where);
+  wait_until([&] {
+    for (const Box& box : barrier.boxes) {
+      land(box);
+      barrier.bytes -= 2 * box.map.box_rows * box.map.box_columns;
+    }
+    const bool landed = !barrier.boxes.empty();
+    barrier.boxes.clear();
+    if (landed) end_phase_if_complete(barrier);
+    return (barrier.phase & 1) != parity;
+  });
+}
+
+void named_barrier(int number, int threads, bool waits) {
+  NamedBarrier& barrier = named_barriers[number];
+  if (barrier.arrived > 0 && barrier.threads != threads) throw std::runtime_error("a barrier with two numbers of threads");
+  barrier.threads = threads;
+  progress = true;
+  const int64_t round = barrier.rounds;
+  if (++barrier.arrived == threads) barrier.arrived = 0, ++barrier.rounds;
+  if (waits) wait_until([&barrier, round] { return barrier.rounds > round; });
+}
+
+void load_box(const TensorMap& map, const void* where, void* to, int row, int column) {
+  const int pitch = 2 * map.box_columns, bytes = map.box_rows * pitch;
+  if ((pitch != 128 && pitch != 64) || map.box_rows > 256 || map.columns % 8 != 0 ||
+      reinterpret_cast<uintptr_t>(map.data) % 16 != 0)
+    throw std::runtime_error("a matrix, or a box of it, that TMA does not take");
+  if (!inside_shared(to, bytes) || reinterpret_cast<uintptr_t>(to) % 128 != 0)
+    throw std::runtime_error("a box for a place that is not at a multiple of 128 in shared memory");
+  std::memset(to, 0xff, bytes);
+  phased_barrier(where).boxes.push_back({map, static_cast<char*>(to), row, column});
+}
+
+void publish_to_async() {}
+
+void begin_products() { running->begun = true; }
+
+void multiply_async(bool is_bf16, int n, float* c, const uint32_t* a_words, uint64_t a, uint64_t b, bool add) {
+  Fiber* self = running;
+  if (!self->begun) throw std::runtime_error("wgmma: registers that were not fenced");
+  Product product{is_bf16, a_words != nullptr, add, n, c, {}, a, b};
+  if (a_words != nullptr) std::memcpy(product.words, a_words, sizeof product.words);
+  if (self->results.find(c) == self->results.end()) {
+    self->results[c].assign(c, c + 4 * n);
+    std::memset(c, 0xff, sizeof(float) * 4 * n);
+  }
+  self->open_products.push_back(product);
+}
+
+void commit_products() {
+  running->products.push_back(std::move(running->open_products));
+  running->open_products.clear();
+  running->begun = false;
+}
+
+// The last thread of a warp group to come forms the products of all. A GPU's warps need not wait for each other here.
+void wait_for_products(int pending_groups) {
+  Fiber* self = running;
+  if (!self->open_products.empty()) throw std::runtime_error("wgmma: a wait with products that were not committed");
+  const int first = static_cast<int>(self->thread / 128 * 128);
+  int64_t& waits = group_waits[first / 128];
+  const int64_t round = waits / 128;
+  progress = true;
+  if (++waits % 128 == 0) {
+    while (static_cast<int>(fibers[first]->products.size()) > pending_groups) {
+      const size_t count = fibers[first]->products.front().size();
+      for (int t = first; t < first + 128; ++t)
+        if (fibers[t]->products.size() != fibers[first]->products.size() || fibers[t]->products.front().size() != count)
+          throw std::runtime_error("wgmma: threads of a warp group differ in how much they multiply");
+      for (size_t which = 0; which < count; ++which) form(first, which);
+      for (int t = first; t < first + 128; ++t) fibers[t]->products.pop_front();
+    }
+  }
+  wait_until([&waits, round] { return waits / 128 > round; });
+  const auto under_way = [self](const float* c) {
+    for (const auto& group : self->products)
+      for (const Product& product : group)
+        if (product.c == c) return true;
+    return false;
+  };
+  for (auto result = self->results.begin(); result != self->results.end();) {
+    if (under_way(result->first)) {
+      ++result;
+    } else {
+      std::copy(result->second.begin(), result->second.end(), result->first);
+      result = self->results.erase(result);
+    }
+  }
+}
+
 uint16_t bf16_bits(float value) { return c10::BFloat16(value).x; }
 uint16_t fp16_bits(float value) { return c10::Half(value).x; }
 float bf16_value(uint16_t bits) { return c10::BFloat16(bits, c10::BFloat16::from_bits()); }
@@ -255,3 +510,4 @@ float fp16_value(uint16_t bits) { return c10::Half(bits, c10::Half::from_bits())
 extern "C" __attribute__((visibility("default"))) int64_t fastbert_take_bank_conflicts() {
   return fastbert::emulator::take_bank_conflicts();
 }
+extern "C" __attribute__((visibility("default"))) int64_t fastbert_take_boxes() { return fastbert::emulator::take_boxes(); }

@@ -2,8 +2,12 @@
 // block is a fiber, and a barrier or a warp's collective operation is where fibers wait for each other.
 //
 // Stricter than a GPU: shared memory starts as NaN, what cp.async brings is NaN until it was waited for, and a collective
-// or a barrier that some threads do not reach is an error. FASTBERT_EMULATOR_ORDER=reverse runs the threads in the
-// opposite order, =ahead each warp as far as it can go before the next: a missing barrier then gives other results.
+// or a barrier that some threads do not reach is an error. So it is with what compute capability 9.0 adds, which kernels
+// find under FASTBERT_EMULATOR_CAPABILITY=90: boxes (TMA) and results of wgmma are NaN until they were waited for, wgmma
+// reads its operands no sooner than that, and nothing may be under way at the end.
+// FASTBERT_EMULATOR_ORDER=reverse runs threads and blocks in the opposite order, =ahead each warp as far as it can go
+// before the next, =priority a warp only when none with a higher number can go on: a missing barrier then gives other
+// results.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -16,6 +20,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 
 struct dim3 {
@@ -64,6 +69,34 @@ float fp16_value(uint16_t bits);
 
 void load_matrices(bool transposed, const void* row, uint32_t (&to)[4]);
 void multiply_add(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+// 80 for 8.0.
+int capability();
+
+// A barrier in shared memory (mbarrier). bytes: that are announced.
+void init_barrier(const void* barrier, int arrivals);
+void arrive(const void* barrier, int bytes);
+void wait_for_phase(const void* barrier, uint32_t parity);
+
+// A barrier by its number, of `threads` threads; this one waits, or only arrives.
+void named_barrier(int number, int threads, bool waits);
+
+// A matrix of 16-bit elements, its rows one after another.
+struct TensorMap {
+  const void* data;
+  int64_t rows, columns;
+  int box_rows, box_columns;
+};
+void load_box(const TensorMap& map, const void* barrier, void* to, int row, int column);
+
+// What this thread wrote to shared memory may be read by wgmma and written by boxes.
+void publish_to_async();
+
+// wgmma, as cuda/cutlass/hopper.h has it; c: 4 n floats. a_words: A from registers, else from where `a` describes.
+void begin_products();
+void multiply_async(bool is_bf16, int n, float* c, const uint32_t* a_words, uint64_t a, uint64_t b, bool add);
+void commit_products();
+void wait_for_products(int pending_groups);
 
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 

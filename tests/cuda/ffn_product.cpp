@@ -75,4 +75,11 @@ void ffn_sm80(const Queue&, const FfnShape& shape, Format format, const FfnBackw
   });
 }
 
+void ffn_sm90(const Queue& queue, const FfnShape& shape, Format format, const FfnForward& a) {
+  ffn_sm80(queue, shape, format, a);
+}
+void ffn_sm90(const Queue& queue, const FfnShape& shape, Format format, const FfnBackward& a) {
+  ffn_sm80(queue, shape, format, a);
+}
+
 }  // namespace fastbert::cuda

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import accuracy
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastbert.ops import layernorm as public_layernorm
 from fastbert.ops.attention import _run as run_attention
+from fastbert.ops.attention import attention_ref
 from fastbert.ops.ffn import _run as run_ffn
 from fastbert.ops.ffn import ffn_ref
 from fastbert.ops.layernorm import _run as run_layernorm
 
 # Every format, with and without dropout, but not every pair: the cases run thread by thread.
 LAYERNORM_VARIANTS = [(torch.float32, 0.0), (torch.float32, 0.1), (torch.bfloat16, 0.1), (torch.float16, 0.0)]
-ORDERS = pytest.mark.parametrize("order", ["reverse", "ahead"])
+ORDERS = pytest.mark.parametrize("order", ["reverse", "ahead", "priority"])
 ATTENTION_VARIANTS = [(torch.bfloat16, 0.0), (torch.float16, 0.1)]
 # Every number of warps to a row and of accesses to a thread, whole and in part; with and without eights.
 LAYERNORM_CASES = [
@@ -233,6 +234,103 @@ def test_attention_refuses(emulated: Any, change: dict, words: list[str]) -> Non
     with pytest.raises(RuntimeError) as caught:
         attention(emulated, (9,))(**given)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# For compute capability 9.0: tiles of keys that fill the rings of buffers several times or never, sequences that end
+# in the first half of a tile, in the second or with it, and more to do than there are blocks (the emulator has three).
+HOPPER_CASES = [
+    *(case for case in ATTENTION_CASES if max(case[0], default=0) > 128),
+    ((512,), 1, 64, None),
+    ((70, 257, 1, 0, 128), 2, 32, "1h1S"),
+    ((130, 200, 5), 3, 128, "BhSS"),
+    ((385, 129, 256), 2, 64, None),
+    ((600,), 1, 128, None),
+    ((1100, 3), 1, 64, "B1SS"),
+]
+
+
+@pytest.fixture
+def hopper(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU of compute capability 9.0; and it was not another kernel that ran."""
+    monkeypatch.setenv("FASTBERT_EMULATOR_CAPABILITY", "90")
+    emulated.boxes()
+    yield
+    assert emulated.boxes() > 0
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=attention_cases.case_id)
+@pytest.mark.parametrize(("dtype", "p"), ATTENTION_VARIANTS, ids=accuracy.name_of)
+def test_attention_hopper(emulated: Any, dtype: torch.dtype, p: float, case: tuple) -> None:
+    test_attention(emulated, dtype, p, case)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_attention_hopper_draws_the_mask_of_the_reference(emulated: Any) -> None:
+    test_attention_draws_the_mask_of_the_reference(emulated)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_attention_hopper_many_sequences(emulated: Any) -> None:
+    test_attention_many_sequences(emulated)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_attention_hopper_forbidden_keys(emulated: Any, head_dim: int) -> None:
+    """Of a whole tile, and all keys of a query."""
+    lengths = (300, 40)
+    tensors = attention_cases.tensors_for(lengths, 1, head_dim, None, torch.float16)
+    bias = torch.zeros(2, 1, 300, 300)
+    bias[0, :, :, :130] = -torch.inf
+    bias[:, :, 33] = -torch.inf
+    y = attention(emulated, lengths)(tensors["qkv"], bias)
+    expected = attention_cases.reference(lengths)(tensors["qkv"], bias)
+    torch.testing.assert_close(y, expected, atol=5e-3, rtol=5e-3)
+    assert (y[[33, 333]] == 0).all()
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("order", ["forward", "priority"])
+def test_attention_hopper_does_not_look_at_other_sequences(
+    emulated: Any, head_dim: int, bad: float, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the boxes that bring keys and values reach into them, and buffers keep what they had before."""
+    lengths = (130, 9, 300, 140)
+    qkv = attention_cases.tensors_for(lengths, 2, head_dim, None, torch.float16)["qkv"]
+    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
+    expected = attention(emulated, lengths)(qkv)
+    spoilt = qkv.clone()
+    spoilt[130:139] = bad
+    spoilt[439:] = bad
+    y = attention(emulated, lengths)(spoilt)
+    assert torch.equal(y[:130], expected[:130])
+    assert torch.equal(y[139:439], expected[139:439])
+    assert y[130:139].isnan().all()
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.2])
+def test_attention_hopper_scale(emulated: Any, scale: float) -> None:
+    lengths = (150, 7)
+    qkv = attention_cases.tensors_for(lengths, 2, 64, None, torch.bfloat16)["qkv"]
+    offsets = attention_cases.cumulative(lengths)
+    y = run_attention(emulated.leaves["attention"], qkv, offsets, 150, scale, 0.0, None, None)
+    torch.testing.assert_close(y, attention_ref(qkv, offsets, 150, scale), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.usefixtures("hopper")
+@ORDERS
+@pytest.mark.parametrize(("lengths", "head_dim"), [((130, 3, 400), 64), ((300, 270), 128)])
+def test_attention_hopper_does_not_depend_on_the_order_of_threads(
+    emulated: Any, lengths: tuple[int, ...], head_dim: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = attention_cases.tensors_for(lengths, 2, head_dim, None, torch.bfloat16)
+    y = attention(emulated, lengths, 0.1)(**tensors)
+    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
+    assert torch.equal(attention(emulated, lengths, 0.1)(**tensors), y)
 
 
 # Rows in one tile and in several, whole and in part; CUTLASS's own product is a plain loop here.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from fastbert.bench import cuda_resources
+from fastbert.bench import cuda_resources, kernels
 
 from fastbert import dispatch
 
@@ -34,9 +34,28 @@ def test_wgmma_is_not_serialized() -> None:
     assert not [file.name for file in cuda_resources.reports() if "instructions are serialized" in file.read_text()]
 
 
+def test_registers_change_hands() -> None:
+    """Which the assembler leaves out, and says so, where it cannot tell how many a kernel has at first."""
+    assert not [file.name for file in cuda_resources.reports() if "setmaxnreg" in file.read_text()]
+
+
+def test_attention_for_sm_90_is_made_of_wgmma_and_tma() -> None:
+    pytest.importorskip("triton", reason="its package has cuobjdump")
+    objects = sorted((cuda_resources.ROOT / "build").glob("ext-*/cuda/attention_fwd_sm90.o"))
+    note = json.loads((cuda_resources.ROOT / "fastbert" / "_build.json").read_text(encoding="utf-8"))
+    assert bool(objects) == could_have(note, "attention_fwd_sm90_kernel")
+    for binary in objects:
+        functions = kernels.instructions(binary, kernels.triton_tools())
+        assert functions
+        for name, opcodes in functions.items():
+            found = {opcode.split(".")[0] for opcode in opcodes}
+            assert found >= {"HGMMA", "UTMALDG", "USETMAXREG"}, name
+            assert not found & {"HMMA", "LDL", "STL"}, name
+
+
 def could_have(note: dict, name: str) -> bool:
     """Whether a build has this kernel: not all can be built everywhere."""
-    if name.startswith("ffn_") and not note["cutlass"]:
+    if (name.startswith("ffn_") or "_sm90_" in name) and not note["cutlass"]:
         return False
     return "_sm90_" not in name or any(arch.startswith("90") for arch in note["cuda_archs"])
 
