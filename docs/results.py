@@ -123,7 +123,8 @@ def pretraining_table(folder: Path) -> str:
             spread = f" ± {statistics.stdev(last):.3f} ({len(last)} seeds)" if len(last) > 1 else ""
             apart = max(abs(a - b) for row in rows for a, b in zip(row["losses"], stock[row["seed"]], strict=True))
             cells = [f"{vocabulary}", f"{tokens}", f"{dropout:g}", f"{content['threads']}", PRETRAINING[name]]
-            cells += [f"{rate:.0f}" + (f" ({rate / rates['hf']:.2f}x)" if name != "hf" else "")]
+            # Runs over seeds are long, and made where other work shares the machine: they say nothing of speed.
+            cells += ["-" if dropout else f"{rate:.0f}" + (f" ({rate / rates['hf']:.2f}x)" if name != "hf" else "")]
             cells += [f"{max(row['memory']['peak'] for row in rows) / 2**20:.0f} MiB"]
             cells += [f"{statistics.mean(last):.3f}{spread}", f"{apart:.1e}" if name != "hf" and not dropout else "-"]
             lines.append("| " + " | ".join(cells) + " |")
