@@ -125,6 +125,13 @@ class Kit:
         return process.communicate(timeout=120)[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A shell that starts tests in the background has them, and all that they start, ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """As in the processes that `Kit.start` makes: runs that are compared to the bit take the same number of threads."""

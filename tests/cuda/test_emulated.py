@@ -152,7 +152,7 @@ def attention(emulated: Any, lengths: tuple[int, ...], p: float = 0.0) -> Callab
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         scale, longest = qkv.size(3) ** -0.5, max(lengths, default=0)
         offsets = attention_cases.cumulative(lengths)
-        return run_attention(emulated.leaves["attention"], qkv, offsets, longest, scale, p, bias, seed)
+        return run_attention(emulated.leaves["attention"], qkv, offsets, longest, scale, p, bias, seed, True)
 
     return run
 
@@ -317,7 +317,7 @@ def test_attention_hopper_scale(emulated: Any, scale: float) -> None:
     lengths = (150, 7)
     qkv = attention_cases.tensors_for(lengths, 2, 64, None, torch.bfloat16)["qkv"]
     offsets = attention_cases.cumulative(lengths)
-    y = run_attention(emulated.leaves["attention"], qkv, offsets, 150, scale, 0.0, None, None)
+    y = run_attention(emulated.leaves["attention"], qkv, offsets, 150, scale, 0.0, None, None, True)
     torch.testing.assert_close(y, attention_ref(qkv, offsets, 150, scale), atol=2e-2, rtol=2e-2)
 
 
