@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastbert.bench.pretraining import tokens_per_second
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (make results) -->", "<!-- results: end -->"
 QUALITY_BEGIN, QUALITY_END = "<!-- quality: begin (make results) -->", "<!-- quality: end -->"
@@ -136,10 +138,8 @@ def contestants(content: dict[str, Any]) -> list[str]:
 
 
 def pretraining_rate(content: dict[str, Any], name: str) -> float:
-    """Tokens a second in the median step, the first five left out; over several seeds the median of that."""
-    rows = [row for row in content["rows"] if row["contestant"] == name]
-    steps = [[t / s for t, s in zip(row["tokens"], row["seconds"], strict=True)][5:] for row in rows]
-    return statistics.median(statistics.median(rates) for rates in steps)
+    """Tokens a second, the median over seeds."""
+    return statistics.median(tokens_per_second(row) for row in content["rows"] if row["contestant"] == name)
 
 
 def best(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, float] | None:

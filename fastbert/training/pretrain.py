@@ -172,7 +172,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         "fastbert": fastbert_report(model) if model_args.optimize else None,
     }
     write_json(output / REPORT, report)
-    plot(output / CURVES, log, Path(data_args.dataset[0]).name, unigram_entropy(Path(data_args.dataset[0])))
+    plot(output / CURVES, log, Path(data_args.dataset[0]).name, report["data"][0]["unigram_entropy"])
     say(f"model, {REPORT} and {CURVES} are in {output}")
     if log:
         print(_summary(log[-1]))
