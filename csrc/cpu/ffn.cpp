@@ -131,8 +131,8 @@ struct GeluGradient {
     float* out = panels + j * m + i * width;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (i + r) * n1 + j;
-      prefetch_columns(pre + at + kRowsAhead * n1, cols);
-      prefetch_columns(dpre + at + kRowsAhead * n1, cols);
+      prefetch_columns<0>(pre + at + kRowsAhead * n1, cols);
+      prefetch_columns<1>(dpre + at + kRowsAhead * n1, cols);
       for (int64_t c = 0; c < width; c += VLEN) {
         const int64_t n = smaller(larger(cols - c, 0), VLEN);
         const vf x = load_n(pre + at + c, n);

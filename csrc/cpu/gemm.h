@@ -17,7 +17,7 @@ namespace FASTBERT_ISA {
 
 constexpr int MR = FASTBERT_VREGS == 32 ? 12 : 6;
 constexpr int NR = 2 * VLEN;
-constexpr int64_t KC = 384;            // a KC x NR piece of a panel stays near L1
+constexpr int64_t KC = 4096 / NR;      // a KC x NR piece of a panel, 16 KiB, stays in L1 while the strips of a task pass
 constexpr int64_t kTaskRows = 96;      // and kTaskRows x K of A in L2
 constexpr int64_t kTaskBytes = 256 << 10;
 constexpr int64_t kDotChain = 128;     // products added up before they join the others
@@ -34,8 +34,8 @@ constexpr int64_t kPageFloats = 1024;  // lines of A this far apart share one se
 // The accumulators are named one by one: GCC 12 keeps an array of them in memory. Every kDotChain products they are added to
 // c: in one long chain of additions fp32 would lose more digits than the dot products of a BLAS do.
 template <int R, int V, bool Columns>
-void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, const float* b_ahead, float* c,
-                  int64_t ldc, bool add) {
+void micro_kernel(int64_t depth, const float* a, int64_t stride, bool a_is_new, const float* b, const float* b_ahead,
+                  float* c, int64_t ldc, bool add) {
   const float *p0 = a, *p3 = a + 3 * stride, *p6 = a + 6 * stride, *p9 = a + 9 * stride;
   int64_t k0 = 0;
   do {
@@ -45,8 +45,9 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
     const int64_t chain_end = smaller(depth, k0 + kDotChain);
     for (; k0 < chain_end; k0 += kLine) {
       // The next strip's lines, on their way while this one is worked on: weights of a latency call come from memory.
+      // Not where they are in L2 already: the buffers for lines on their way are few, and B needs them.
       if constexpr (!Columns)
-        for (int i = 0; i < R; ++i) __builtin_prefetch(a + (R + i) * stride + k0, 0, 2);
+        for (int i = 0; a_is_new && i < R; ++i) __builtin_prefetch(a + (R + i) * stride + k0, 0, 2);
       for (int i = 0; i < kAhead; ++i) __builtin_prefetch(b_ahead + k0 * kAhead + i * kLine, 0, 2);
       const int64_t end = smaller(kLine, depth - k0);
       for (int64_t k = 0; k < end; ++k) {
@@ -81,7 +82,7 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
   } while (k0 < depth);
 }
 
-using MicroKernel = void (*)(int64_t, const float*, int64_t, const float*, const float*, float*, int64_t, bool);
+using MicroKernel = void (*)(int64_t, const float*, int64_t, bool, const float*, const float*, float*, int64_t, bool);
 
 template <int V, bool Columns>
 FASTBERT_INLINE MicroKernel micro_kernel_for(int64_t rows) {
@@ -96,22 +97,32 @@ FASTBERT_INLINE MicroKernel micro_kernel_for(int64_t rows) {
   return table[rows - 1];
 }
 
-// c [rows][width] (+)= A [rows][depth] panel [depth][width], width VLEN or NR.
+// c [rows][width] (+)= A [rows][depth] panel [depth][width], width VLEN or NR. a_is_new: A has not been read yet.
 template <bool Columns>
-FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* panel,
-                                    int64_t width, float* c, int64_t ldc, bool add) {
+FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t stride, bool a_is_new,
+                                    const float* panel, int64_t width, float* c, int64_t ldc, bool add) {
   for (int64_t r = 0; r < rows; r += MR) {
     const int64_t strip = smaller(rows - r, MR);
     const float* ar = Columns ? a + r : a + r * stride;
     const MicroKernel kernel =
         width > VLEN ? micro_kernel_for<2, Columns>(strip) : micro_kernel_for<1, Columns>(strip);
-    kernel(depth, ar, stride, panel, panel + depth * width + r / MR * kAhead * depth, c + r * ldc, ldc, add);
+    kernel(depth, ar, stride, a_is_new, panel, panel + depth * width + r / MR * kAhead * depth, c + r * ldc, ldc, add);
   }
 }
 
 // Whether x [m, k] rather than weights [n, k] is packed for their product: the smaller one, as what is packed passes
 // through the caches once per task, while what is read in place comes from memory once. A few rows always.
 FASTBERT_INLINE bool packs_x(int64_t m, int64_t n) { return m <= n || m <= 4 * NR; }
+
+// The rows of a block often lie a page and more apart, where no hardware prefetcher follows. So who goes through one asks
+// for a row's lines this many rows before it reads or writes them; it would wait for memory most of its time otherwise.
+constexpr int64_t kRowsAhead = 8;
+
+// The lines of a row, to be read (Write = 0) or written (1).
+template <int Write, class T>
+FASTBERT_INLINE void prefetch_columns(const T* row, int64_t cols) {
+  for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c, Write);
+}
 
 // ---- packing ---------------------------------------------------------------------------------------------------
 
@@ -274,8 +285,10 @@ void gather_lines(const Matrix& m, bool columns, int64_t first, int64_t rows, in
   const T* src = static_cast<const T*>(m.data) + first * m.row_stride + k * m.col_stride;
   const int64_t lines = columns ? depth : rows, length = columns ? rows : depth;
   const int64_t line_stride = columns ? m.col_stride : m.row_stride;
-  for (int64_t i = 0; i < lines; ++i)
+  for (int64_t i = 0; i < lines; ++i) {
+    prefetch_columns<0>(src + (i + kRowsAhead) * line_stride, length);
     for (int64_t j = 0; j < length; j += VLEN) store(out + i * stride + j, load_n(src + i * line_stride + j, length - j));
+  }
 }
 
 // The sum of `depth` rows of n <= VLEN columns, by halves, so that no digits are lost in a long chain of additions.
@@ -329,9 +342,9 @@ void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& 
         const float* panel = b.data + p * depth * NR + k * width;
         float* tile = tiles + (p - p0) * rows * NR;
         if (columns) {
-          multiply_panel<true>(rows, kc, lines, stride, panel, width, tile, NR, k > 0);
+          multiply_panel<true>(rows, kc, lines, stride, false, panel, width, tile, NR, k > 0);
         } else {
-          multiply_panel<false>(rows, kc, lines, stride, panel, width, tile, NR, k > 0);
+          multiply_panel<false>(rows, kc, lines, stride, p == panel_begin, panel, width, tile, NR, k > 0);
         }
       }
     }
@@ -388,15 +401,6 @@ void gemm(const Executor& executor, const Stack& a, const PackedB& b, float* sum
 }
 
 // ---- epilogues ---------------------------------------------------------------------------------------------------
-
-// The rows of a block often lie a page and more apart, where no hardware prefetcher follows. So an epilogue asks for a
-// row's lines this many rows before it reads or writes them; it would wait for memory most of its time otherwise.
-constexpr int64_t kRowsAhead = 8;
-
-template <class T>
-FASTBERT_INLINE void prefetch_columns(const T* row, int64_t cols) {
-  for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c, 1);
-}
 
 // out[i][j] = tile + bias[j]; bias null or of the output's type.
 template <class T>
