@@ -11,7 +11,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastbert.bench.pretraining import tokens_per_second
 
@@ -35,16 +35,26 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def newest(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """The latest complete measurement of each row of the model and training tables, with the file that it is from."""
-    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    measured = [content for content in contents if content.get("command") in ("table", "model", "training", "op")]
-    for content in sorted(measured, key=lambda c: c["time"]):
+class Measured(NamedTuple):
+    """A row of a result file, with the file that it is from."""
+
+    row: dict[str, Any]
+    content: dict[str, Any]
+    path: Path
+
+
+def newest(folder: Path) -> dict[str, dict[str, Measured]]:
+    """The latest complete measurement of each row of the model and training tables, by machine, latest first."""
+    found: dict[str, dict[str, Measured]] = {}
+    contents = [(json.loads(path.read_text(encoding="utf-8")), path) for path in folder.glob("*.json")]
+    measured = [item for item in contents if item[0].get("command") in ("table", "model", "training", "op")]
+    for content, path in sorted(measured, key=lambda item: item[0]["time"]):
+        device = content["machine"]["device"]
         for row in content["rows"]:
             if row["kind"] != "op" and row["complete"] and "median_s" in row["contestants"].get("fastbert", {}):
-                found[row["row"]] = row, content
-    return found
+                rows = found.pop(device, {})
+                found[device] = rows | {row["row"]: Measured(row, content, path)}
+    return dict(reversed(found.items()))
 
 
 def line(row: dict[str, Any]) -> str:
@@ -63,13 +73,18 @@ def line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def table(rows: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    if not rows:
+def tables(machines: dict[str, dict[str, Measured]]) -> str:
+    if not machines:
         return "Not yet measured: `make bench` measures, `make results` fills in this table."
+    return "\n\n".join(table(rows) for rows in machines.values())
+
+
+def table(rows: dict[str, Measured]) -> str:
+    """The rows of one machine, what they were measured on, and their picture."""
     head = ["work", "Hugging Face sdpa", "fastest other", "fastbert", "share of peak", "vs Hugging Face", "vs other"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *(line(row) for row, _ in rows.values())]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *(line(item.row) for item in rows.values())]
     sources = {}
-    for row, content in rows.values():
+    for row, content, _ in rows.values():
         machine, versions = content["machine"], content["machine"]["versions"]
         peak = f"peak {row['peak']['rate']:.0f} {row['unit']}" if row["peak"]["rate"] else "peak not measured"
         isa = machine["extension"].get("isa", "no extension")
@@ -82,6 +97,9 @@ def table(rows: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> str:
     for text in dict.fromkeys(sources.values()):
         names = ", ".join(name for name, source in sources.items() if source == text)
         lines += ["", f"{names}: {text}."]
+    for picture in dict.fromkeys(item.path.with_suffix(".png") for item in rows.values()):
+        if picture.exists():
+            lines += ["", f"![The same rows as shares of the machine's peak]({picture.relative_to(ROOT)})"]
     return "\n".join(lines)
 
 
@@ -105,18 +123,19 @@ def quality_table(folder: Path) -> str:
 
 
 def pretraining_table(folder: Path) -> str:
-    """Pretraining step by step beside stock Hugging Face: of each vocabulary, batch and dropout the newest run."""
+    """Pretraining beside stock Hugging Face: of each machine, vocabulary, batch and dropout the newest run."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("pretraining-*.json")]
     for content in sorted(contents, key=lambda c: c["time"]):
         first = content["rows"][0]
-        found[first["vocabulary"], first["tokens_per_batch"], first["dropout"]] = content
+        device = content["machine"]["device"]
+        found[device, first["vocabulary"], first["tokens_per_batch"], first["dropout"]] = content
     if not found:
         return "not yet measured"
-    head = ["vocabulary", "tokens a step", "dropout", "threads", "", "tokens/s", "peak memory", "last loss"]
+    head = ["machine", "vocabulary", "tokens a step", "dropout", "", "tokens/s", "peak memory", "last loss"]
     head += ["furthest from Hugging Face's loss"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for (vocabulary, tokens, dropout), content in sorted(found.items()):
+    for (device, vocabulary, tokens, dropout), content in sorted(found.items()):
         rates = {name: pretraining_rate(content, name) for name in contestants(content)}
         stock = {row["seed"]: row["losses"] for row in content["rows"] if row["contestant"] == "hf"}
         for name, rate in rates.items():
@@ -124,7 +143,8 @@ def pretraining_table(folder: Path) -> str:
             last = [statistics.mean(row["losses"][-20:]) for row in rows]
             spread = f" ± {statistics.stdev(last):.3f} ({len(last)} seeds)" if len(last) > 1 else ""
             apart = max(abs(a - b) for row in rows for a, b in zip(row["losses"], stock[row["seed"]], strict=True))
-            cells = [f"{vocabulary}", f"{tokens}", f"{dropout:g}", f"{content['threads']}", PRETRAINING[name]]
+            threads = f"{device}, {content['threads']} thread{'s' * (content['threads'] > 1)}"
+            cells = [threads, f"{vocabulary}", f"{tokens}", f"{dropout:g}", PRETRAINING[name]]
             # Runs over seeds are long, and made where other work shares the machine: they say nothing of speed.
             cells += ["-" if dropout else f"{rate:.0f}" + (f" ({rate / rates['hf']:.2f}x)" if name != "hf" else "")]
             cells += [f"{max(row['memory']['peak'] for row in rows) / 2**20:.0f} MiB"]
@@ -184,13 +204,13 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     folder = ROOT / "bench" / "results"
-    tables = (
-        (BEGIN, END, table(newest(folder))),
+    blocks = (
+        (BEGIN, END, tables(newest(folder))),
         (QUALITY_BEGIN, QUALITY_END, quality_table(folder)),
         (PRETRAINING_BEGIN, PRETRAINING_END, pretraining_table(folder)),
         (GPU_BEGIN, GPU_END, gpu_table(folder)),
     )
-    for begin, end, content in tables:
+    for begin, end, content in blocks:
         if begin not in text or end not in text:
             sys.exit(f"README.md has no markers {begin} and {end}")
         filled = f"{begin}\n{content}\n{end}"
