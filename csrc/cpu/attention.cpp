@@ -48,7 +48,8 @@ void multiply(int64_t rows, int64_t depth, const float* a, int64_t stride, const
               int64_t k, int64_t n, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < n; j += NR) {
     const int64_t width = panel_width(n - j);
-    multiply_panel<Columns>(rows, depth, a, stride, false, panels + j * full_depth + k * width, width, c + j, ldc, add);
+    const float* panel = panels + j * full_depth + k * width;
+    multiply_panel<Columns>(rows, depth, a, stride, false, panel, panel + depth * width, width, c + j, ldc, add);
   }
 }
 

@@ -98,15 +98,17 @@ FASTBERT_INLINE MicroKernel micro_kernel_for(int64_t rows) {
 }
 
 // c [rows][width] (+)= A [rows][depth] panel [depth][width], width VLEN or NR. a_is_new: A has not been read yet.
+// ahead: the piece of B that comes next.
 template <bool Columns>
 FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t stride, bool a_is_new,
-                                    const float* panel, int64_t width, float* c, int64_t ldc, bool add) {
+                                    const float* panel, const float* ahead, int64_t width, float* c, int64_t ldc,
+                                    bool add) {
   for (int64_t r = 0; r < rows; r += MR) {
     const int64_t strip = smaller(rows - r, MR);
     const float* ar = Columns ? a + r : a + r * stride;
     const MicroKernel kernel =
         width > VLEN ? micro_kernel_for<2, Columns>(strip) : micro_kernel_for<1, Columns>(strip);
-    kernel(depth, ar, stride, a_is_new, panel, panel + depth * width + r / MR * kAhead * depth, c + r * ldc, ldc, add);
+    kernel(depth, ar, stride, a_is_new, panel, ahead + r / MR * kAhead * depth, c + r * ldc, ldc, add);
   }
 }
 
@@ -340,11 +342,12 @@ void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& 
         b.locate(p, &col, &cols);
         const int64_t width = panel_width(cols);
         const float* panel = b.data + p * depth * NR + k * width;
+        const float* ahead = p + 1 < p1 ? panel + depth * NR : b.data + p0 * depth * NR + (k + kc) * NR;
         float* tile = tiles + (p - p0) * rows * NR;
         if (columns) {
-          multiply_panel<true>(rows, kc, lines, stride, false, panel, width, tile, NR, k > 0);
+          multiply_panel<true>(rows, kc, lines, stride, false, panel, ahead, width, tile, NR, k > 0);
         } else {
-          multiply_panel<false>(rows, kc, lines, stride, p == panel_begin, panel, width, tile, NR, k > 0);
+          multiply_panel<false>(rows, kc, lines, stride, p == panel_begin, panel, ahead, width, tile, NR, k > 0);
         }
       }
     }
