@@ -1,11 +1,10 @@
-// The Python module fastbert._C: what is not a tensor op. Importing it also registers the ops.
+// The Python module fastbert._C: what is not a tensor op. Importing it also registers the ops. Without PyTorch's headers:
+// those of 2.11 do not allow pybind11 beside the stable ABI.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
-
+#include "fail.h"
 #include "runtime.h"
-#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -65,10 +64,14 @@ double peak_gflops(int threads, double seconds) {
   if (threads < 1) fail("peak_gflops: threads is ", threads, "; it must be at least 1");
   if (!(seconds > 0 && seconds <= 60)) fail("peak_gflops: seconds is ", seconds, "; it must be above 0 and at most 60");
   py::gil_scoped_release release;
-  std::vector<double> rates(threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) rates[i] = kernels().fma_rate(seconds);
-  });
+  std::vector<double> rates(threads, seconds);
+  executor().run(
+      threads,
+      [](void* context, int i) {
+        double& rate = static_cast<double*>(context)[i];
+        rate = kernels().fma_rate(rate);
+      },
+      rates.data());
   double total = 0;
   for (double r : rates) total += r;
   return total / 1e9;

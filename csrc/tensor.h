@@ -7,11 +7,11 @@
 
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "fail.h"
 #include "huge_pages.h"
 
 namespace fastbert {
@@ -19,13 +19,6 @@ namespace fastbert {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
-}
 
 inline std::string shape_text(const Tensor& t) {
   std::string text = "[";
@@ -79,9 +72,8 @@ inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type,
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * (shape[i] > 1 ? shape[i] : 1);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                         static_cast<int32_t>(type), device.type, device.index,
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  static_cast<int32_t>(type), device.type, device.index, &handle));
   Tensor tensor(handle);
   if (device.type == aoti_torch_device_type_cpu()) {
     int64_t bytes = type == ScalarType::BFloat16 ? 2 : type == ScalarType::Long ? 8 : 4;

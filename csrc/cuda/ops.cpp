@@ -39,7 +39,7 @@ void* current_stream(int32_t device) {
   }();
   if (function == nullptr) fail("the PyTorch that is loaded has no CUDA: libtorch_cuda.so is not there");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return stream;
 }
 
@@ -54,8 +54,8 @@ struct Current {
 
 Device device_of(const Tensor& t) {
   Device device{};
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
   return device;
 }
 
