@@ -274,7 +274,7 @@ def _tile_cases(arch: int) -> Iterator[configs.Case]:
     types = dict.fromkeys(("dout", "out", "dqkv"), "*bf16") | _TYPES
     types |= dict.fromkeys(("batch", "total", "heads"), "i32") | {"scale": "fp32"}
     options = {"num_warps": _TILE_WARPS}
-    found = {}
+    found: dict[tuple[Any, str], dict[str, Any]] = {}
     for op, summed in (("attention_bwd", True), ("attention_bwd_dkdv", False)):
         for name, config in configs.table(arch)[op].items():
             if "-fp32" in name:

@@ -184,6 +184,29 @@ def test_attention_bwd_deterministic(
     assert torch.equal(one, other)
 
 
+@pytest.mark.skipif(not accuracy.interpreted("triton"), reason="a GPU has the tiles of its own architecture")
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.parametrize("head_dim", [64, 40])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_attention_tiles_of_other_architectures(arch: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes those of sm_80."""
+    pytest.importorskip("triton")
+    dtype, lengths = torch.bfloat16, (131, 37)
+    accuracy.require("attention", "triton", dtype, head_dim)
+    configs = importlib.import_module("fastbert.kernels.configs")
+    monkeypatch.setattr(configs, "architecture", lambda device: arch)
+    configs.used.clear()
+    configs.choose.cache_clear()
+    accuracy.check_backward(
+        ours("triton", lengths, 0.1),
+        eager(lengths, 0.1),
+        reference(lengths, 0.1),
+        tensors_for(lengths, 1, head_dim, None, dtype, "triton"),
+    )
+    shape_class = "d64" if head_dim == 64 else "d64-padded"
+    assert configs.used["attention_bwd", shape_class] == configs.table(arch)["attention_bwd"][shape_class]
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 80), max_size=5).map(tuple),
