@@ -3,9 +3,10 @@
 Up to 128 tokens a sequence, a program holds a whole head, where its registers have room. Otherwise the forward has a
 program for each tile of queries, and the backward one for each tile of keys, which forms the scores once (five matrix
 products) and adds what it has for dQ to a float32 copy by atomics. A deterministic backward, and that of float32, is
-two passes (seven products), dQ by tiles of queries and dK, dV by tiles of keys, without atomics. The tiles of a ragged
-batch are found from cu_seqlens on the device (`_find_tile`), so that the host never waits. The gradient of a bias is a
-pass of its own.
+two passes (seven products), dQ by tiles of queries and dK, dV by tiles of keys, without atomics. What a backward in 16
+bits reads and adds in every step lies in tiles of its own, padded at the end of a sequence: loads are vectors, and
+nothing is masked. The tiles of a ragged batch are found from cu_seqlens on the device (`_find_tile`), so that the host
+never waits. The gradient of a bias is a pass of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fastbert.ops import philox
 
 interpreter.install()
 
-_TOKENS = {"BLOCK_M": 64, "num_warps": 4}  # of the kernels that go over the tokens once
+_TILE_WARPS = 4  # of the kernels before and after the backward, which go over the tokens once
 
 
 def attention_fwd(
@@ -105,25 +106,31 @@ def attention_bwd(
             )
             return dqkv, dbias
         delta = torch.empty_like(lse)
-        if qkv.dtype is torch.float32 or deterministic or torch.are_deterministic_algorithms_enabled():
-            config = _config("attention_bwd_dq", qkv, bias)
-            kernels._attention_bwd_dq_kernel[total // config["BLOCK_M"] + batch, heads](
-                dout, qkv, out, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **config
+        two_passes = qkv.dtype is torch.float32 or deterministic or torch.are_deterministic_algorithms_enabled()
+        config = _config("attention_bwd_dkdv" if two_passes else "attention_bwd", qkv, bias)
+        slots = total // config["BLOCK_M"] + batch
+        stats = dq_sum = None
+        if qkv.dtype is not torch.float32:
+            stats = lse.new_empty(heads, slots, 2, config["BLOCK_M"])
+            dq_sum = None if two_passes else lse.new_empty(heads, slots, config["BLOCK_M"], _block_d(head_dim))
+            kernels._attention_bwd_begin_kernel[slots, heads](
+                dout, out, lse, delta, stats, dq_sum, cu_seqlens, batch, total, heads,
+                **constants, BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
+            )  # fmt: skip
+        if two_passes:
+            dq_config = _config("attention_bwd_dq", qkv, bias)
+            kernels._attention_bwd_dq_kernel[total // dq_config["BLOCK_M"] + batch, heads](
+                dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **dq_config
             )
-            config = _config("attention_bwd_dkdv", qkv, bias)
-            kernels._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
-                dout, qkv, lse, delta, dqkv, None, cu_seqlens, seed, bias, *scalars, **constants, **config
-            )
-        else:
-            dq_sum = torch.empty_like(out, dtype=torch.float32)
-            tokens = triton.cdiv(total, _TOKENS["BLOCK_M"]), heads
-            sizes = {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), **_TOKENS}
-            kernels._attention_bwd_begin_kernel[tokens](dout, out, delta, dq_sum, total, heads, **sizes)
-            config = _config("attention_bwd", qkv, bias)
-            kernels._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
-                dout, qkv, lse, delta, dqkv, dq_sum, cu_seqlens, seed, bias, *scalars, **constants, **config
-            )
-            kernels._attention_bwd_end_kernel[tokens](dq_sum, dqkv, total, heads, scale, **sizes)
+        kernels._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
+            dout, qkv, lse, delta, stats, dqkv, dq_sum, cu_seqlens, seed, bias,
+            *scalars, **constants, **config,
+        )  # fmt: skip
+        if dq_sum is not None:
+            kernels._attention_bwd_end_kernel[slots, heads](
+                dq_sum, dqkv, cu_seqlens, batch, heads, scale,
+                HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
+            )  # fmt: skip
         if need_dbias:
             config = _config("attention_bwd_dbias", qkv, bias)
             batches, bias_heads, queries, keys = shape
@@ -191,7 +198,10 @@ def _shape_class(qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> str:
 
 
 def _config(kernel: str, qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> dict[str, int]:
-    return configs.choose(kernel, _shape_class(qkv, bias, block_s), configs.architecture(qkv.device))
+    """Head sizes that are padded need registers for it: some kernels have a shape class of their own for them."""
+    arch, name = configs.architecture(qkv.device), _shape_class(qkv, bias, block_s)
+    padded = qkv.size(3) < _block_d(qkv.size(3)) and f"{name}-padded" in configs.table(arch)[kernel]
+    return configs.choose(kernel, f"{name}-padded" if padded else name, arch)
 
 
 # For the compile-time table: the kernels with a configuration, by its name, and their pointers. What else they take,
@@ -199,13 +209,17 @@ def _config(kernel: str, qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> 
 _KERNELS = {
     "attention_fwd": (kernels._attention_fwd_kernel, "qkv out lse cu_seqlens seed bias"),
     "attention_fwd_short": (kernels._attention_fwd_short_kernel, "qkv out lse cu_seqlens seed bias"),
-    "attention_bwd": (kernels._attention_bwd_dkdv_kernel, "dout qkv lse delta dqkv dq_sum cu_seqlens seed bias"),
-    "attention_bwd_dq": (kernels._attention_bwd_dq_kernel, "dout qkv out lse delta dqkv cu_seqlens seed bias"),
-    "attention_bwd_dkdv": (kernels._attention_bwd_dkdv_kernel, "dout qkv lse delta dqkv cu_seqlens seed bias"),
+    "attention_bwd": (kernels._attention_bwd_dkdv_kernel, "dout qkv lse delta stats dqkv dq_sum cu_seqlens seed bias"),
+    "attention_bwd_dq": (kernels._attention_bwd_dq_kernel, "dout qkv lse delta dqkv cu_seqlens seed bias"),
+    "attention_bwd_dkdv": (
+        kernels._attention_bwd_dkdv_kernel,
+        "dout qkv lse delta stats dqkv dq_sum cu_seqlens seed bias",
+    ),
     "attention_bwd_short": (kernels._attention_bwd_short_kernel, "dout qkv lse dqkv cu_seqlens seed bias"),
     "attention_bwd_dbias": (kernels._attention_bwd_dbias_kernel, "dout qkv lse delta dbias cu_seqlens seed bias"),
 }
-_TYPES = dict.fromkeys(("lse", "delta", "bias", "dbias", "dq_sum"), "*fp32") | {"cu_seqlens": "*i32", "seed": "*i64"}
+_FLOATS = ("lse", "delta", "stats", "dq_sum", "bias", "dbias")
+_TYPES = dict.fromkeys(_FLOATS, "*fp32") | {"cu_seqlens": "*i32", "seed": "*i64"}
 
 
 def cases(arch: int) -> Iterator[configs.Case]:
@@ -216,10 +230,9 @@ def cases(arch: int) -> Iterator[configs.Case]:
     for op, (kernel, pointers) in _KERNELS.items():
         for name, config in configs.table(arch)[op].items():
             block_d = int(name.split("-")[0][1:])
-            head_dims = (40, 64) if block_d == 64 else (block_d,)
             dtypes = ("fp32",) if "-fp32" in name else ("bf16", "fp16")
             bias = name.endswith("-bias")
-            for head_dim, dtype, dropout in itertools.product(head_dims, dtypes, (False, True)):
+            for head_dim, dtype, dropout in itertools.product(_head_dims(arch, op, name), dtypes, (False, True)):
                 constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
                 constants["SCALED"] = bias or dtype == "fp32"
                 constants |= {key: value for key, value in config.items() if key.startswith("BLOCK")}
@@ -229,6 +242,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     constants["ONE_ROW"] = False
                 if op.endswith("dkdv"):
                     constants["dq_sum"] = None
+                    constants |= {} if dtype != "fp32" else {"stats": None}
                 constants |= {} if dropout else {"seed": None}
                 constants |= {} if bias else {"bias": None}
                 signature = {
@@ -244,11 +258,35 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * dropout
                 options = {key: config[key] for key in ("num_warps", "num_stages")}
                 yield configs.Case(label, kernel, signature, constants, options, matrix=dtype != "fp32")
-    for head_dim in (32, 40, 64, 128):
-        constants = {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "BLOCK_M": _TOKENS["BLOCK_M"]}
-        for kernel in (kernels._attention_bwd_begin_kernel, kernels._attention_bwd_end_kernel):
-            types = dict.fromkeys(("dout", "out", "dqkv"), "*bf16") | _TYPES
-            types |= {"total": "i32", "heads": "i32", "scale": "fp32"}
-            signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-            options = {"num_warps": _TOKENS["num_warps"]}
-            yield configs.Case(f"bf16-{head_dim}", kernel, signature, constants, options, matrix=False)
+    yield from _tile_cases(arch)
+
+
+def _head_dims(arch: int, kernel: str, name: str) -> tuple[int, ...]:
+    """The head sizes that a shape class is compiled for."""
+    block_d = int(name.split("-")[0][1:])
+    if name.endswith("-padded"):
+        return (40,)
+    return (block_d,) if block_d != 64 or f"{name}-padded" in configs.table(arch)[kernel] else (40, 64)
+
+
+def _tile_cases(arch: int) -> Iterator[configs.Case]:
+    """The kernels before and after the backward, which take their tiles from its configuration."""
+    types = dict.fromkeys(("dout", "out", "dqkv"), "*bf16") | _TYPES
+    types |= dict.fromkeys(("batch", "total", "heads"), "i32") | {"scale": "fp32"}
+    options = {"num_warps": _TILE_WARPS}
+    found: dict[tuple[Any, str], dict[str, Any]] = {}
+    for op, summed in (("attention_bwd", True), ("attention_bwd_dkdv", False)):
+        for name, config in configs.table(arch)[op].items():
+            if "-fp32" in name:
+                continue
+            block_d, scaled = int(name.split("-")[0][1:]), name.endswith("-bias")
+            for head_dim in _head_dims(arch, op, name):
+                constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": config["BLOCK_M"]}
+                label = f"bf16-{head_dim}-m{config['BLOCK_M']}"
+                if summed:
+                    found[kernels._attention_bwd_end_kernel, label] = constants
+                begin = constants | {"SCALED": scaled} | ({} if summed else {"dq_sum": None})
+                found[kernels._attention_bwd_begin_kernel, label + "-sum" * summed + "-bias" * scaled] = begin
+    for (kernel, label), constants in found.items():
+        signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
+        yield configs.Case(label, kernel, signature, constants, options, matrix=False)

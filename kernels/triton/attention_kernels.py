@@ -6,7 +6,9 @@ also adds to, so results repeat bit for bit; but where `dq_sum` is given.
 
 Arguments that recur, T tokens in B sequences:
     qkv, dqkv [T, 3, heads, HEAD_DIM]; out, dout [T, heads, HEAD_DIM]; lse, delta float32 [heads, T]
-    dq_sum float32 [T, heads, HEAD_DIM], dQ / scale as it is summed, or None
+    stats float32 [heads, slots, 2, BLOCK_M], lse and delta; dq_sum float32 [heads, slots, BLOCK_M, BLOCK_D], dQ / scale
+        as it is summed; or None. By the slot of a tile of BLOCK_M queries (`_find_tile`), its rows outside the sequence
+        included, so that it begins where a vector may, and needs no mask
     cu_seqlens int32 [B + 1]
     bias float32 [B or 1, heads or 1, S or 1, S] or None; bias_batch, bias_head, bias_query: its strides, 0 where it
         broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
@@ -46,44 +48,40 @@ def _find_tile(cu_seqlens, batch, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _rows(x, first, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers [ROWS, BLOCK_D] to rows first, first + 1, ... of x."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    return x + tl.cast(first, tl.int64) * stride + (row * stride + column)
+
+
+@triton.jit
+def _inside(first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which of these pointers are inside x [length, HEAD_DIM]."""
+    inside = tl.arange(0, ROWS)[:, None] < length - first
+    if HEAD_DIM < BLOCK_D:
+        inside = inside & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    return inside
+
+
+@triton.jit
 def _load_rows(
     x, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
     """[ROWS, BLOCK_D]: rows first, first + 1, ... of x [length, HEAD_DIM], 0 outside. MASKED: some may lie outside."""
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
-    pointers = x + tl.cast(first, tl.int64) * stride + (row * stride + column)
+    pointers = _rows(x, first, stride, ROWS, BLOCK_D)
     if MASKED:
-        inside = row < length - first
-        if HEAD_DIM < BLOCK_D:
-            inside = inside & (column < HEAD_DIM)
-        return tl.load(pointers, mask=inside, other=0.0)
+        return tl.load(pointers, mask=_inside(first, length, ROWS, HEAD_DIM, BLOCK_D), other=0.0)
     elif HEAD_DIM < BLOCK_D:
-        return tl.load(pointers, mask=column < HEAD_DIM, other=0.0)
+        return tl.load(pointers, mask=tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM, other=0.0)
     else:
         return tl.load(pointers)
 
 
 @triton.jit
 def _store_rows(x, value, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
-    pointers = x + tl.cast(first, tl.int64) * stride + (row * stride + column)
-    inside = row < length - first
-    if HEAD_DIM < BLOCK_D:
-        inside = inside & (column < HEAD_DIM)
-    tl.store(pointers, value.to(x.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _add_rows(x, value, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
-    pointers = x + tl.cast(first, tl.int64) * stride + (row * stride + column)
-    inside = row < length - first
-    if HEAD_DIM < BLOCK_D:
-        inside = inside & (column < HEAD_DIM)
-    tl.atomic_add(pointers, value, mask=inside, sem="relaxed")
+    inside = _inside(first, length, ROWS, HEAD_DIM, BLOCK_D)
+    tl.store(_rows(x, first, stride, ROWS, BLOCK_D), value.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -265,21 +263,23 @@ def _attention_fwd_short_kernel(
 
 
 @triton.jit
-def _load_lse(lse, query, length, bias):
-    """lse of the queries; +inf, which makes their probabilities 0, for those outside the sequence or without a key."""
+def _load_lse(lse, query, length, SCALED: tl.constexpr):
+    """lse of the queries for `_probabilities`; +inf, which makes them 0, outside the sequence or without a key."""
     value = tl.load(lse + query, mask=query < length, other=INFINITY)
-    if bias is not None:
-        value = tl.where(value == -INFINITY, INFINITY, value)
-    return value
+    value = tl.where(value == -INFINITY, INFINITY, value)
+    if SCALED:
+        return value
+    else:
+        return value * LOG2E
 
 
 @triton.jit
 def _probabilities(scores, lse, scale, SCALED: tl.constexpr):
-    """softmax again, from the saved lse, which broadcasts against the scores."""
+    """softmax again, from lse, which broadcasts against the scores and unless SCALED is in units of log(2)."""
     if SCALED:
         return tl.exp2((scores - lse) * LOG2E)
     else:
-        return tl.exp2(scores * (scale * LOG2E) - lse * LOG2E)
+        return tl.exp2(scores * (scale * LOG2E) - lse)
 
 
 @triton.jit
@@ -308,12 +308,12 @@ def _meet_keys(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_dq_kernel(
-    dout, qkv, out, lse, delta, dqkv, cu_seqlens, seed, bias,
+    dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of BLOCK_M queries, and their delta, sum(P * dP) = sum(dout * out). Grid: (tile slots, heads)."""
+    """dQ of a tile of BLOCK_M queries, and in float32 their delta, sum(P * dP). Grid: (tile slots, heads)."""
     sequence, start, length, first = _find_tile(cu_seqlens, batch, BLOCK_M)
     if first >= length:
         return
@@ -330,7 +330,7 @@ def _attention_bwd_dq_kernel(
     query = first + tl.arange(0, BLOCK_M)
     rows = tl.cast(head, tl.int64) * total + start
     do = _load_rows(dout + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    row_lse = _load_lse(lse + rows, query, length, bias)
+    row_lse = _load_lse(lse + rows, query, length, SCALED)
     q = _load_rows(q_head, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
@@ -346,10 +346,9 @@ def _attention_bwd_dq_kernel(
             mass += tl.sum(p, 1)
             weighted += tl.sum(p * dp, 1)
         row_delta = tl.where(mass > 0.0, weighted / mass, 0.0)
+        tl.store(delta + rows + query, row_delta, mask=query < length)
     else:
-        o = _load_rows(out + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + rows + query, row_delta, mask=query < length)
+        row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
     full = length // BLOCK_N * BLOCK_N
     for n in tl.range(0, full, BLOCK_N):
         k, p, dp = _meet_keys(
@@ -368,39 +367,53 @@ def _attention_bwd_dq_kernel(
     _store_rows(dq_head, dq * scale, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=("total", "heads"))
+@triton.jit(do_not_specialize=("batch", "total", "heads"))
 def _attention_bwd_begin_kernel(
-    dout, out, delta, dq_sum, total, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+    dout, out, lse, delta, stats, dq_sum, cu_seqlens, batch, total, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The delta of BLOCK_M tokens, sum(P * dP) = sum(dout * out), and 0 where their dQ is going to be summed.
-    Grid: (tiles of tokens, heads)."""
-    first = tl.program_id(0) * BLOCK_M
+    """delta of a tile of queries, sum(P * dP) = sum(dout * out); lse and delta of the tile with all its rows; 0 where
+    its dQ is going to be summed. Grid: (tile slots, heads)."""
+    _, start, length, first = _find_tile(cu_seqlens, batch, BLOCK_M)
+    if first >= length:
+        return
     head = tl.program_id(1)
     stride = heads * HEAD_DIM
-    do = _load_rows(dout + head * HEAD_DIM, first, total, stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    o = _load_rows(out + head * HEAD_DIM, first, total, stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    token = first + tl.arange(0, BLOCK_M)
+    offset = start * stride + head * HEAD_DIM
+    do = _load_rows(dout + offset, first, length, stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    o = _load_rows(out + offset, first, length, stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + tl.cast(head, tl.int64) * total + token, row_delta, mask=token < total)
-    zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    _store_rows(dq_sum + head * HEAD_DIM, zero, first, total, stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+    row = tl.arange(0, BLOCK_M)
+    query = first + row
+    rows = tl.cast(head, tl.int64) * total + start
+    tl.store(delta + rows + query, row_delta, mask=query < length)
+    tile = tl.cast(head * tl.num_programs(0) + tl.program_id(0), tl.int64) * BLOCK_M
+    tl.store(stats + 2 * tile + row, _load_lse(lse + rows, query, length, SCALED))
+    tl.store(stats + 2 * tile + BLOCK_M + row, row_delta)
+    if dq_sum is not None:
+        tl.store(_rows(dq_sum, tile, BLOCK_D, BLOCK_M, BLOCK_D), tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
 
 
-@triton.jit(do_not_specialize=("total", "heads"))
+@triton.jit(do_not_specialize=("batch", "heads"))
 def _attention_bwd_end_kernel(
-    dq_sum, dqkv, total, heads, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+    dq_sum, dqkv, cu_seqlens, batch, heads, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BLOCK_M tokens from its sum. Grid: (tiles of tokens, heads)."""
-    first = tl.program_id(0) * BLOCK_M
+    """dQ of a tile of queries from its sum. Grid: (tile slots, heads)."""
+    _, start, length, first = _find_tile(cu_seqlens, batch, BLOCK_M)
+    if first >= length:
+        return
     head = tl.program_id(1)
-    stride = heads * HEAD_DIM
-    dq = _load_rows(dq_sum + head * HEAD_DIM, first, total, stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    _store_rows(dqkv + head * HEAD_DIM, dq * scale, first, total, 3 * stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+    tile = tl.cast(head * tl.num_programs(0) + tl.program_id(0), tl.int64) * BLOCK_M
+    dq = tl.load(_rows(dq_sum, tile, BLOCK_D, BLOCK_M, BLOCK_D))
+    row_stride = 3 * heads * HEAD_DIM
+    dq_head = dqkv + start * row_stride + head * HEAD_DIM
+    _store_rows(dq_head, dq * scale, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_dkdv_kernel(
-    dout, qkv, lse, delta, dqkv, dq_sum, cu_seqlens, seed, bias,
+    dout, qkv, lse, delta, stats, dqkv, dq_sum, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -424,8 +437,12 @@ def _attention_bwd_dkdv_kernel(
     do_offset = start * out_stride + head * HEAD_DIM
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
-    lse += tl.cast(head, tl.int64) * total + start
-    delta += tl.cast(head, tl.int64) * total + start
+    rows = tl.cast(head, tl.int64) * total + start
+    tile = tl.cast(head * (total // BLOCK_M + batch) + sequence, tl.int64) + start // BLOCK_M
+    if stats is not None:
+        stats += tile * (2 * BLOCK_M)
+    if dq_sum is not None:
+        dq_sum += tile * (BLOCK_M * BLOCK_D)
     key = first + tl.arange(0, BLOCK_N)[:, None]
     k = _load_rows(k_head, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v = _load_rows(v_head, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True)
@@ -433,11 +450,15 @@ def _attention_bwd_dkdv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
     for m in tl.range(0, length, BLOCK_M):
-        query = m + tl.arange(0, BLOCK_M)
         q = _load_rows(q_head, m, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         do = _load_rows(dout + do_offset, m, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        row_lse = _load_lse(lse, query, length, bias)
-        row_delta = tl.load(delta + query, mask=query < length, other=0.0)
+        if stats is None:
+            query = m + tl.arange(0, BLOCK_M)
+            row_lse = _load_lse(lse + rows, query, length, SCALED)
+            row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
+        else:
+            row_lse = tl.load(stats + 2 * m + tl.arange(0, BLOCK_M))
+            row_delta = tl.load(stats + 2 * m + BLOCK_M + tl.arange(0, BLOCK_M))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         if SCALED:
             scores *= scale
@@ -457,7 +478,7 @@ def _attention_bwd_dkdv_kernel(
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         if dq_sum is not None:
             dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
-            _add_rows(dq_sum + do_offset, dq, m, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+            tl.atomic_add(_rows(dq_sum, m, BLOCK_D, BLOCK_M, BLOCK_D), dq, sem="relaxed")
 
     _store_rows(dk_head, dk * scale, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
     dv_head = dk_head + heads * HEAD_DIM
@@ -491,7 +512,7 @@ def _attention_bwd_short_kernel(
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     query = tl.arange(0, BLOCK_S)
-    row_lse = _load_lse(lse + tl.cast(head, tl.int64) * total + start, query, length, bias)
+    row_lse = _load_lse(lse + tl.cast(head, tl.int64) * total + start, query, length, SCALED)
     q = _load_rows(q_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     k = _load_rows(k_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     v = _load_rows(v_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
@@ -562,7 +583,7 @@ def _attention_bwd_dbias_kernel(
                 v = _load_rows(
                     q_head + 2 * heads * HEAD_DIM, first_key, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True
                 )
-                row_lse = _load_lse(lse + rows, query, length, bias)
+                row_lse = _load_lse(lse + rows, query, length, SCALED)
                 row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee")
                 scores *= scale

@@ -41,6 +41,7 @@ CASES = [
     ((33, 65), 2, 64, "1h1S"),
     ((70, 3), 2, 40, "1hSS"),
     ((64, 130), 1, 32, "B1SS"),
+    ((131, 37), 1, 32, "B1SS"),
 ]
 
 
@@ -183,6 +184,29 @@ def test_attention_bwd_deterministic(
     assert torch.equal(one, other)
 
 
+@pytest.mark.skipif(not accuracy.interpreted("triton"), reason="a GPU has the tiles of its own architecture")
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.parametrize("head_dim", [64, 40])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_attention_tiles_of_other_architectures(arch: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes those of sm_80."""
+    pytest.importorskip("triton")
+    dtype, lengths = torch.bfloat16, (131, 37)
+    accuracy.require("attention", "triton", dtype, head_dim)
+    configs = importlib.import_module("fastbert.kernels.configs")
+    monkeypatch.setattr(configs, "architecture", lambda device: arch)
+    configs.used.clear()
+    configs.choose.cache_clear()
+    accuracy.check_backward(
+        ours("triton", lengths, 0.1),
+        eager(lengths, 0.1),
+        reference(lengths, 0.1),
+        tensors_for(lengths, 1, head_dim, None, dtype, "triton"),
+    )
+    shape_class = "d64" if head_dim == 64 else "d64-padded"
+    assert configs.used["attention_bwd", shape_class] == configs.table(arch)["attention_bwd"][shape_class]
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 80), max_size=5).map(tuple),
@@ -252,6 +276,78 @@ def test_attention_large_scores(backend: str) -> None:
     tensors = tensors_for((33,), 2, 32, None, torch.float32, backend)
     tensors["qkv"] = tensors["qkv"] * 40
     accuracy.check_backward(ours(backend, (33,)), eager((33,)), reference((33,)), tensors)
+
+
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.parametrize(
+    ("lengths", "score", "deterministic"),
+    [
+        ((131, 5), -1e4, False),
+        ((131, 5), -3e4, False),
+        ((131, 5), -3e4, True),
+        ((33, 7), -1e4, False),
+        ((33, 7), -3e4, False),
+    ],
+    ids=["long-1e4", "long-3e4", "deterministic", "short-1e4", "short-3e4"],
+)
+@typed
+def test_attention_very_negative_scores(
+    backend: str, dtype: torch.dtype, lengths: tuple[int, ...], score: float, deterministic: bool
+) -> None:
+    """A tile of keys that reaches past the sequence has scores of 0 there, far above those of the keys there are.
+
+    A score in common to all keys changes neither the output nor, but for the place that it comes from, the gradients:
+    eager is given the tensors without it, so that only what it costs a float32 score in digits is allowed for.
+    """
+    accuracy.require("attention", backend, dtype, 32)
+    tensors = tensors_for(lengths, 1, 32, None, dtype, backend)
+    tensors["qkv"][:, :2, :, 0] = 0
+    shifted = {"qkv": tensors["qkv"].clone()}
+    shifted["qkv"][:, 0, :, 0] = 512
+    shifted["qkv"][:, 1, :, 0] = score * 32**0.5 / 512
+    run = functools.partial(ours(backend, lengths), deterministic=deterministic)
+    upstream = torch.randn(sum(lengths), 32, generator=accuracy.generator(99)).to(tensors["qkv"])
+    y, gradients = accuracy.evaluate(run, shifted, upstream)
+    y_eager, gradients_eager = accuracy.evaluate(eager(lengths), tensors, upstream)
+    y_truth, gradients_truth = accuracy.evaluate(reference(lengths), accuracy.double(shifted), upstream.double())
+    everything = (gradients["qkv"], gradients_eager["qkv"], gradients_truth["qkv"])
+    assert torch.isfinite(everything[0]).all()
+    for name, result, plain, truth in (
+        ("output", y, y_eager, y_truth),
+        ("gradient", *(gradient[..., 1:] for gradient in everything)),
+    ):
+        error, error_eager = ((value.double() - truth).abs().max() for value in (result, plain))
+        digits = torch.finfo(dtype).eps - score * 2 * torch.finfo(torch.float32).eps
+        allowed = 3 * error_eager + digits * truth.abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("longest", [65, 129], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "backend", [name for name in accuracy.backends_of("attention") if name in accuracy.GPU_BACKENDS]
+)
+def test_attention_keeps_sequences_apart(backend: str, longest: int, deterministic: bool) -> None:
+    """What overflows in one sequence leaves its neighbours as they are, though their tiles overlap."""
+    dtype, lengths = torch.bfloat16, (65, 9, 33)
+    accuracy.require("attention", backend, dtype, 32)
+    qkv = tensors_for(lengths, 2, 32, None, dtype, backend)["qkv"]
+    upstream = torch.randn(sum(lengths), 64, generator=accuracy.generator(99)).to(qkv)
+    cu_seqlens = cumulative(lengths, qkv.device)
+
+    def run(qkv: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        more = {"backend": backend, "deterministic": deterministic}
+        y, gradients = accuracy.evaluate(
+            lambda qkv: ops.attention(qkv, cu_seqlens, longest, **more), {"qkv": qkv}, upstream
+        )
+        return y, gradients["qkv"]
+
+    expected = run(qkv, upstream)
+    bad, others = slice(65, 74), [*range(65), *range(74, 107)]
+    qkv[bad], upstream[bad] = torch.nan, torch.inf
+    for name, result, wanted in zip(("output", "gradient"), run(qkv, upstream), expected, strict=True):
+        torch.testing.assert_close(result[others], wanted[others], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_attention_bwd_sharp_softmax() -> None:

@@ -1,0 +1,84 @@
+"""Which program of a grid gets which tile of a ragged batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="there are no Triton kernels without triton")
+
+import triton
+import triton.language as tl
+
+from fastbert.kernels import attention, attention_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+find_tile = attention_kernels._find_tile
+
+
+@triton.jit
+def _tiles_kernel(cu_seqlens, tiles, batch, BLOCK: tl.constexpr):
+    """tiles: int32 [slots, 3], the sequence, its length, and the first row of the tile in it."""
+    sequence, _, length, first = find_tile(cu_seqlens, batch, BLOCK)
+    slot = tiles + 3 * tl.program_id(0)
+    tl.store(slot, sequence)
+    tl.store(slot + 1, length)
+    tl.store(slot + 2, first)
+
+
+def ragged(sequences: int, longest: int) -> list[int]:
+    random = torch.Generator().manual_seed(sequences)
+    return torch.randint(1, longest + 1, (sequences,), generator=random).tolist()
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize(
+    "lengths",
+    [[1], [128], [0, 0, 5], [64, 64, 64], [63, 65, 1, 129], [0, 300, 0, 0, 1, 128, 0], [1] * 20, ragged(12, 200)],
+    ids=lambda lengths: f"{len(lengths)}-{sum(lengths)}",
+)
+def test_every_tile_has_one_program(lengths: list[int], block: int) -> None:
+    """And no more programs than sequences are launched in vain."""
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    launched = sum(lengths) // block + len(lengths)
+    tiles = torch.full((launched, 3), -1, dtype=torch.int32, device=DEVICE)
+    _tiles_kernel[launched,](bounds, tiles, len(lengths), BLOCK=block)
+    useful = [(sequence, first) for sequence, length, first in tiles.tolist() if first < length]
+    assert useful == [(b, first) for b, length in enumerate(lengths) for first in range(0, length, block)]
+    assert launched - len(useful) <= len(lengths)
+
+
+class Recorder:
+    """In the place of a kernel: keeps the grid and the size of the tiles that it is launched with."""
+
+    def __init__(self, tile: str) -> None:
+        self.tile = tile
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
+        self.launched = grid[0]
+        return self
+
+    def __call__(self, *arguments: object, **named: int) -> None:
+        self.block = named[self.tile]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+def test_a_ragged_batch_idles_few_programs(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 sequences of up to 512 tokens; a grid of the padded batch would idle half of its programs."""
+    lengths = ragged(32, 512)
+    tiles = dict.fromkeys(("fwd", "bwd_begin", "bwd_dq", "bwd_end"), "BLOCK_M") | {"bwd_dkdv": "BLOCK_N"}
+    recorders = {name: Recorder(tile) for name, tile in tiles.items()}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(attention_kernels, f"_attention_{name}_kernel", recorder)
+    qkv = torch.empty(sum(lengths), 3, 1, 64, dtype=torch.bfloat16, device=DEVICE)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    common = (bounds, 512, 0.125, 0.0, None, None)
+    out, lse = attention.attention_fwd(qkv, *common, deterministic)
+    attention.attention_bwd(out, qkv, out, lse, *common, False, deterministic)
+    del recorders["bwd_end" if deterministic else "bwd_dq"]  # is not launched
+    for name, recorder in recorders.items():
+        useful = sum(-(-length // recorder.block) for length in lengths)
+        padded = len(lengths) * -(-512 // recorder.block)
+        assert useful / recorder.launched > 0.8 > useful / padded, name
