@@ -140,9 +140,9 @@ void resume(Fiber* fiber) {
   setcontext(&fiber->start);
 }
 
-enum class Order { kForward, kReverse, kAhead, kPriority };
+enum class Order { kForward, kReverse, kAhead, kPriority, kLate };
 
-void run_block(const char* name, int threads, Order order) {
+void run_block(const char* name, int threads, Order order, int late) {
   std::memset(shared_begin, 0xff, shared_end - shared_begin);
   phased_barriers.clear();
   unpublished.clear();
@@ -160,10 +160,15 @@ void run_block(const char* name, int threads, Order order) {
     f.start.uc_stack.ss_sp = f.stack.get(), f.start.uc_stack.ss_size = kStack, f.start.uc_link = nullptr;
     makecontext(&f.start, entry, 0);
   }
+  const int count = threads / 32;
   while (alive > 0 && !failure) {
     bool any = false;
-    for (int i = 0; i < threads / 32; ++i) {
-      const int w = order == Order::kPriority ? threads / 32 - 1 - i : i;
+    for (int i = 0; i < count; ++i) {
+      const bool is_last = i == count - 1;
+      const int w = order == Order::kPriority ? count - 1 - i
+                    : order == Order::kLate   ? (is_last ? late % count : i + (i >= late % count))
+                                              : i;
+      if (order == Order::kLate && is_last && any) break;
       do {
         progress = false;
         for (int j = 32 * w; j < 32 * w + 32 && !failure; ++j) {
@@ -289,16 +294,18 @@ void run(const char* name, dim3 grid, int threads, int shared_bytes, const std::
   shared_begin = window + 256, shared_end = shared_begin + shared_bytes;
   const char* wish = std::getenv("FASTBERT_EMULATOR_ORDER");
   const std::string named = wish == nullptr ? "forward" : wish;
-  const Order order = named == "reverse"    ? Order::kReverse
+  const Order order = named.rfind("late", 0) == 0 ? Order::kLate
+                      : named == "reverse"  ? Order::kReverse
                       : named == "ahead"    ? Order::kAhead
                       : named == "priority" ? Order::kPriority
                                             : Order::kForward;
+  const int late = order == Order::kLate ? std::atoi(named.c_str() + 4) : 0;
   body = &kernel, failure = nullptr, gridDim = grid, blockDim = dim3(threads);
   const unsigned blocks = grid.x * grid.y;
   for (unsigned i = 0; i < blocks; ++i) {
     const unsigned block = order == Order::kReverse ? blocks - 1 - i : i;
     blockIdx = dim3(block % grid.x, block / grid.x);
-    run_block(name, threads, order);
+    run_block(name, threads, order, late);
   }
 }
 

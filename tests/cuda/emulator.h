@@ -6,8 +6,8 @@
 // find under FASTBERT_EMULATOR_CAPABILITY=90: boxes (TMA) and results of wgmma are NaN until they were waited for, wgmma
 // reads its operands no sooner than that, and nothing may be under way at the end.
 // FASTBERT_EMULATOR_ORDER=reverse runs threads and blocks in the opposite order, =ahead each warp as far as it can go
-// before the next, =priority a warp only when none with a higher number can go on: a missing barrier then gives other
-// results.
+// before the next, =priority a warp only when none with a higher number can go on, =late2 the third warp only when no other
+// can: a missing barrier then gives other results.
 #pragma once
 #include <cmath>
 #include <cstddef>

@@ -1,9 +1,10 @@
 // Attention, backward, for compute capability 9.0 (compiled for sm_90a), by the design of FlashAttention-3 (Shah et al.
 // 2024). A block has 128 keys of a head and goes once over its queries: five products, where attention_bwd.cu has seven.
 // One warp loads by TMA, two prepare what was loaded, two warp groups multiply by wgmma, each for 64 of the keys. Rows
-// are keys, so that weights and their gradients are operands of dv and dk in registers. dq sums over the keys: both warp
-// groups exchange their gradients of scores by shared memory, each forms half of the block's part, and adds it to a
-// float32 copy in device memory. Blocks do that in any order, so that dq does not repeat bit for bit.
+// are keys, so that the weights are an operand of dv as they lie in registers. dq sums over the keys: the groups exchange
+// the gradients of their scores by shared memory, each forms half of the block's part of dq, and adds it to a float32 copy
+// in device memory; from registers, because a box would add to the next sequence, too. Blocks do that in any order, so
+// that dq does not repeat bit for bit.
 #include "cuda/attention.h"
 #include "cuda/cutlass/hopper.h"
 
@@ -37,11 +38,11 @@ struct Memory {
   struct Barriers {
     Barrier keys_full, values_full;
     Barrier queries_full[kStages], queries_empty[kStages];
-    Barrier grads_full[kStages], grads_empty[kStages];
+    Barrier douts_full[kStages], douts_empty[kStages];
     Barrier prepared[kStages];
   };
-  static constexpr int kAlignment = 1024, kOfQueries = 2 * Keys::kBytes, kOfGrads = kOfQueries + kStages * Queries::kBytes;
-  static constexpr int kOfScores = kOfGrads + kStages * Queries::kBytes, kOfStatistics = kOfScores + 2 * Scores::kBytes;
+  static constexpr int kAlignment = 1024, kOfQueries = 2 * Keys::kBytes, kOfDouts = kOfQueries + kStages * Queries::kBytes;
+  static constexpr int kOfScores = kOfDouts + kStages * Queries::kBytes, kOfStatistics = kOfScores + 2 * Scores::kBytes;
   static constexpr int kOfBarriers = kOfStatistics + kStages * static_cast<int>(sizeof(Statistics));
   static constexpr int kBytes = kAlignment + kOfBarriers + static_cast<int>(sizeof(Barriers));
 
@@ -54,7 +55,7 @@ struct Memory {
   __device__ __forceinline__ Queries queries(int tile) const {
     return {begin + kOfQueries + tile % kStages * Queries::kBytes};
   }
-  __device__ __forceinline__ Queries grads(int tile) const { return {begin + kOfGrads + tile % kStages * Queries::kBytes}; }
+  __device__ __forceinline__ Queries douts(int tile) const { return {begin + kOfDouts + tile % kStages * Queries::kBytes}; }
   // The gradients of the scores. Of two tiles, or a warp group would have to wait for the other's product.
   __device__ __forceinline__ Scores scores(int tile) const { return {begin + kOfScores + tile % 2 * Scores::kBytes}; }
   __device__ __forceinline__ Statistics& statistics(int tile) const {
@@ -68,7 +69,7 @@ __device__ __forceinline__ uint32_t phase_of(int tile) { return tile / kStages &
 
 template <class T>
 struct AttentionBackwardBoxed {
-  TensorMap keys, queries, grads;  // of qkv [total, 3 heads D], the same, and dout [total, heads D]
+  TensorMap keys, queries, douts;  // of qkv [total, 3 heads D], the same, and dout [total, heads D]
   AttentionBackward<T> a;
   float* dq;  // [total, heads, D]
 };
@@ -96,8 +97,8 @@ __device__ __forceinline__ void load_tiles(const AttentionBackwardBoxed<T>& boxe
     barriers.queries_empty[stage].wait(phase_of(tile) ^ 1);
     memory.queries(tile).fetch(boxed.queries, barriers.queries_full[stage], row, column);
     if (tile == 0) memory.values().fetch(boxed.keys, barriers.values_full, work.start + work.first, column + 2 * width);
-    barriers.grads_empty[stage].wait(phase_of(tile) ^ 1);
-    memory.grads(tile).fetch(boxed.grads, barriers.grads_full[stage], row, column);
+    barriers.douts_empty[stage].wait(phase_of(tile) ^ 1);
+    memory.douts(tile).fetch(boxed.douts, barriers.douts_full[stage], row, column);
   }
 }
 
@@ -110,7 +111,7 @@ __device__ __forceinline__ void load_statistics(const AttentionBackward<T>& a, c
 #pragma unroll 1
   for (int tile = 0; tile < count_tiles<D>(work); ++tile) {
     auto& statistics = memory.statistics(tile);
-    barriers.grads_empty[tile % kStages].wait(phase_of(tile) ^ 1);
+    barriers.douts_empty[tile % kStages].wait(phase_of(tile) ^ 1);
 #pragma unroll 1
     for (int i = threadIdx.x % kWarp; i < kQueries<D>; i += kWarp) {
       const int row = tile * kQueries<D> + i;
@@ -135,8 +136,8 @@ __device__ __forceinline__ void clean_tiles(const Memory<D>& memory, const Work&
     const int stage = tile % kStages, valid = work.length - tile * kQueries<D>;
     barriers.queries_full[stage].wait(phase_of(tile));
     if (valid < kQueries<D>) memory.queries(tile).clean(valid);
-    barriers.grads_full[stage].wait(phase_of(tile));
-    if (valid < kQueries<D>) memory.grads(tile).clean(valid);
+    barriers.douts_full[stage].wait(phase_of(tile));
+    if (valid < kQueries<D>) memory.douts(tile).clean(valid);
     barriers.prepared[stage].arrive();
   }
 }
@@ -170,7 +171,7 @@ template <class T, int D>
 __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& boxed, const Memory<D>& memory,
                                                const Work& work, int head) {
   constexpr int M = kQueries<D>, P = M / kParts<D>;
-  // Of the block's part of dq a warp group has 64 queries, or 64 columns of all.
+  // Of a tile's part of dq a warp group has 64 queries, or 64 columns of all.
   constexpr int kColumns = M == 128 ? D : D / 2;
   static_assert(M == 128 || kColumns == 64);
   const AttentionShape& shape = boxed.a.shape;
@@ -205,7 +206,6 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
     for (int k = 0; k < D / 16; ++k) multiply_by_rows<T>(x, keys.by_rows(row, k), queries.by_rows(0, k), k > 0);
     commit_products();
   };
-
   // Which weights of a tile are kept: drawn while products are under way.
   const auto draw = [&](int tile) {
     DropoutMask drawn(shape.dropout);
@@ -216,7 +216,7 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
   };
   const auto start_weight_grads = [&](int tile, int part) {
     const auto values = memory.values();
-    const auto douts = memory.grads(tile);
+    const auto douts = memory.douts(tile);
     const int row = here(group) * 64;
     hold(dx);
     begin_products();
@@ -232,14 +232,20 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[n][i] = exp2_approx(x[n][i] * scale - lse[8 * n + i % 2]);
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const uint32_t bits = keep[n / 8] >> (4 * (n % 8) + i);
-        weights[n / 2][n % 2 * 2 + i / 2] = pack<T>(bits & 1 ? x[n][i] : 0.0f, bits & 2 ? x[n][i + 1] : 0.0f);
-      }
+      for (int i = 0; i < 4; i += 2) weights[n / 2][n % 2 * 2 + i / 2] = pack<T>(x[n][i], x[n][i + 1]);
+    }
+    if (shape.dropout.active) {
+#pragma unroll
+      for (int n = 0; n < M / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          const uint32_t bits = keep[n / 8] >> (4 * (n % 8) + i);
+          weights[n / 2][n % 2 * 2 + i / 2] &= (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
+        }
     }
   };
   const auto start_dv = [&](int tile) {
-    const auto douts = memory.grads(tile);
+    const auto douts = memory.douts(tile);
     hold(dv);
     begin_products();
 #pragma unroll
@@ -251,13 +257,21 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
     const auto scores = memory.scores(tile);
     const int row = here(group) * 64 + of_group;
     const float* const delta = memory.statistics(tile).delta + lane % 4 * 2;
+    if (shape.dropout.active) {
+#pragma unroll
+      for (int n = 0; n < P / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = part * P / 8 + n;
+          dx[n][i] = keep[column / 8] >> (4 * (column % 8) + i) & 1 ? dx[n][i] * kept_scale : 0.0f;
+        }
+    }
 #pragma unroll
     for (int n = 0; n < P / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = part * P / 8 + n;
-        const float kept = keep[column / 8] >> (4 * (column % 8) + i) & 1 ? dx[n][i] * kept_scale : 0.0f;
-        dx[n][i] = x[column][i] * (kept - delta[8 * column + i % 2]);
+        dx[n][i] = x[column][i] * (dx[n][i] - delta[8 * column + i % 2]);
       }
     if (work.first + kKeys > work.length) {
 #pragma unroll
@@ -282,7 +296,8 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
     begin_products();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k)
-      multiply_columns<T>(dq, scores.by_columns(k, M == 128 ? which : 0), keys.by_columns(k, M == 128 ? 0 : which), k > 0);
+      multiply_columns<T>(dq, scores.by_columns(k, M == 128 ? which : 0), keys.by_columns(k, M == 128 ? 0 : which),
+                          k > 0);
     commit_products();
   };
   const auto start_dk = [&](int tile) {
@@ -298,10 +313,11 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
   };
   const auto end_dq = [&](int tile) {
     hold(dq);
-    release(barriers.grads_empty[tile % kStages]);
+    release(barriers.douts_empty[tile % kStages]);
     const int which = here(group), first = tile * M + (M == 128 ? which * 64 : 0) + of_group;
     const int64_t stride = static_cast<int64_t>(shape.heads) * D;
-    add_rows(dq, boxed.dq + (work.start + first) * stride + head * D + (M == 128 ? 0 : which * 64), stride, work.length - first);
+    float* const to = boxed.dq + (work.start + first) * stride + head * D + (M == 128 ? 0 : which * 64);
+    add_rows(dq, to, stride, work.length - first);
   };
 
   barriers.keys_full.wait(0);
@@ -312,7 +328,7 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
   hold(x);
   int tile = 0;
   while (true) {
-    barriers.grads_full[tile % kStages].wait(phase_of(tile));
+    barriers.douts_full[tile % kStages].wait(phase_of(tile));
     barriers.prepared[tile % kStages].wait(phase_of(tile));
     start_weight_grads(tile, 0);
     weigh(tile);
@@ -364,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barriers.keys_full.init(1), barriers.values_full.init(1);
     for (int i = 0; i < kStages; ++i) {
       barriers.queries_full[i].init(1), barriers.queries_empty[i].init(kMultiplyingWarps);
-      barriers.grads_full[i].init(1), barriers.grads_empty[i].init(kMultiplyingWarps);
+      barriers.douts_full[i].init(1), barriers.douts_empty[i].init(kMultiplyingWarps);
       barriers.prepared[i].init(2 * kWarp);
     }
     publish_barriers();
@@ -390,7 +406,7 @@ constexpr int kRoundThreads = 256;
 // The gradient of the queries from its sums. A thread has eight of its elements.
 template <class T, int D>
 __global__ void __launch_bounds__(kRoundThreads)
-    attention_dq_kernel(int64_t total, int heads, float scale, const float* dq, T* dqkv) {
+    attention_dq_sm90_kernel(int64_t total, int heads, float scale, const float* dq, T* dqkv) {
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * kRoundThreads + threadIdx.x, row = heads * (D / 8);
   if (vector >= total * row) return;
   float sums[8];
@@ -417,9 +433,9 @@ void attention_bwd_sm90(const Queue& queue, const AttentionShape& shape, Format 
                                           dq};
     launch(queue, name, attention_bwd_sm90_kernel<T, D>, dim3(count_tiles(shape.total, shape.batch, kKeys), shape.heads),
            kThreads, Memory<D>::kBytes, boxed);
-    const int64_t vectors = shape.total * width / 8;
-    launch(queue, name, attention_dq_kernel<T, D>, dim3(static_cast<unsigned>((vectors + kRoundThreads - 1) / kRoundThreads)),
-           kRoundThreads, 0, shape.total, shape.heads, shape.scale, static_cast<const float*>(dq), static_cast<T*>(dqkv));
+    const int64_t blocks = (shape.total * width / 8 + kRoundThreads - 1) / kRoundThreads;
+    launch(queue, name, attention_dq_sm90_kernel<T, D>, dim3(static_cast<unsigned>(blocks)), kRoundThreads, 0, shape.total,
+           shape.heads, shape.scale, static_cast<const float*>(dq), static_cast<T*>(dqkv));
   });
 }
 
