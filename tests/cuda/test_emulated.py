@@ -283,10 +283,10 @@ def test_attention_hopper_draws_the_mask_of_the_reference(emulated: Any) -> None
     test_attention_draws_the_mask_of_the_reference(emulated)
 
 
-@pytest.mark.usefixtures("hopper", "in_any_order")
 @pytest.mark.parametrize("how", ["", "deterministic", "bias"])
 def test_attention_hopper_backward(emulated: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It adds in any order: another one runs where bits are to repeat. That one takes a bias, too."""
+    monkeypatch.setenv("FASTBERT_EMULATOR_CAPABILITY", "90")
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: how == "deterministic")
     lengths = (160, 9)
     tensors = attention_cases.tensors_for(lengths, 1, 32, "11SS" if how == "bias" else None, torch.bfloat16)
@@ -348,12 +348,15 @@ def test_attention_hopper_does_not_look_at_other_sequences(
 def test_attention_hopper_scale(emulated: Any, scale: float) -> None:
     lengths = (150, 7)
     tensors = attention_cases.tensors_for(lengths, 2, 64, None, torch.bfloat16)
-    upstream = torch.randn(157, 128, generator=accuracy.generator(3))
-    offsets = attention_cases.cumulative(lengths)
-    y, gradients = accuracy.evaluate(attention(emulated, lengths, scale=scale), tensors, upstream)
-    expected, true = accuracy.evaluate(lambda qkv: attention_ref(qkv, offsets, 150, scale), tensors, upstream)
-    torch.testing.assert_close(y, expected, atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(gradients["qkv"], true["qkv"], atol=2e-2, rtol=2e-2)
+    offsets, stock = attention_cases.cumulative(lengths), attention_cases.eager(lengths)  # whose scale is 1/8
+
+    def eager(qkv: Tensor) -> Tensor:
+        return stock(torch.cat([qkv[:, :1] * (8 * scale), qkv[:, 1:]], 1))
+
+    def reference(qkv: Tensor) -> Tensor:
+        return attention_ref(qkv, offsets, 150, scale)
+
+    accuracy.check_backward(attention(emulated, lengths, scale=scale), eager, reference, tensors)
 
 
 LATE = [f"late{warp}" for warp in (0, 1, 2, 4, 9)]  # those that load and prepare, one of each group that multiplies
