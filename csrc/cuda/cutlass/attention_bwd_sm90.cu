@@ -102,7 +102,7 @@ __device__ __forceinline__ void load_tiles(const AttentionBackwardBoxed<T>& boxe
   }
 }
 
-// One warp. A group that gave its registers away has few: nothing is unrolled.
+// One warp.
 template <class T, int D>
 __device__ __forceinline__ void load_statistics(const AttentionBackward<T>& a, const Memory<D>& memory,
                                                 const Work& work, int head) {
@@ -112,7 +112,7 @@ __device__ __forceinline__ void load_statistics(const AttentionBackward<T>& a, c
   for (int tile = 0; tile < count_tiles<D>(work); ++tile) {
     auto& statistics = memory.statistics(tile);
     barriers.douts_empty[tile % kStages].wait(phase_of(tile) ^ 1);
-#pragma unroll 1
+#pragma unroll  // so that it waits for memory once
     for (int i = threadIdx.x % kWarp; i < kQueries<D>; i += kWarp) {
       const int row = tile * kQueries<D> + i;
       statistics.lse[i] = lse_for_backward(a.lse, begin + row, row < work.length);
