@@ -222,7 +222,8 @@ void end_phase_if_complete(PhasedBarrier& barrier) {
   progress = true;
 }
 
-// wgmma's operand, at row (or column) `row` and k, by its descriptor: CuTe's canonical layouts (mma_sm90_desc.hpp).
+// wgmma's operand, at row (or column) `row` and k, by its descriptor: the canonical layouts of CuTe's
+// mma_traits_sm90_gmma.hpp.
 uint16_t described(const Operand& operand, int row, int k) {
   const auto [descriptor, by_rows] = operand;
   const int kind = static_cast<int>(descriptor >> 62);
@@ -294,11 +295,11 @@ void run(const char* name, dim3 grid, int threads, int shared_bytes, const std::
   shared_begin = window + 256, shared_end = shared_begin + shared_bytes;
   const char* wish = std::getenv("FASTBERT_EMULATOR_ORDER");
   const std::string named = wish == nullptr ? "forward" : wish;
-  const Order order = named.rfind("late", 0) == 0 ? Order::kLate
-                      : named == "reverse"  ? Order::kReverse
-                      : named == "ahead"    ? Order::kAhead
-                      : named == "priority" ? Order::kPriority
-                                            : Order::kForward;
+  const Order order = named == "reverse"            ? Order::kReverse
+                      : named == "ahead"            ? Order::kAhead
+                      : named == "priority"         ? Order::kPriority
+                      : named.rfind("late", 0) == 0 ? Order::kLate
+                                                    : Order::kForward;
   const int late = order == Order::kLate ? std::atoi(named.c_str() + 4) : 0;
   body = &kernel, failure = nullptr, gridDim = grid, blockDim = dim3(threads);
   const unsigned blocks = grid.x * grid.y;
