@@ -328,7 +328,7 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
   hold(x);
   int tile = 0;
   while (true) {
-    barriers.douts_full[tile % kStages].wait(phase_of(tile));
+    barriers.douts_full[tile % kStages].wait(phase_of(tile));  // shows what TMA wrote, though `prepared` comes after it
     barriers.prepared[tile % kStages].wait(phase_of(tile));
     start_weight_grads(tile, 0);
     weigh(tile);
