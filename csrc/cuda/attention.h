@@ -221,5 +221,8 @@ bool attention_short_bwd(const Queue&, const AttentionShape&, Format format, con
 
 // For compute capability 9.0, where it was compiled (FASTBERT_SM90).
 void attention_fwd_sm90(const Queue&, const AttentionShape&, Format format, const void* qkv, void* out, float* lse);
+// Without a bias. delta is there; dq: zeros, where the gradient of the queries is summed. Does not repeat bit for bit.
+void attention_bwd_sm90(const Queue&, const AttentionShape&, Format format, const void* dout, const void* qkv,
+                        const float* lse, float* delta, void* dqkv, float* dq);
 
 }  // namespace fastbert::cuda

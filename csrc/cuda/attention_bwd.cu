@@ -1,4 +1,4 @@
-// The backward of attention. One kernel goes over the keys for a block's queries and gives dq, the other over the queries
+// The backward of attention, but for attention_bwd_sm90.cu. One kernel goes over the keys for a block's queries and gives dq, the other over the queries
 // for a block's keys and gives dk and dv: no sum is shared between blocks, so that the result repeats bit for bit. Both
 // are one template, in which a block's own rows are queries or keys and the columns, which it goes over, the other.
 #include "cuda/attention.h"
@@ -143,10 +143,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_bwd_kernel(Attenti
 
 constexpr int kDeltaThreads = 256;
 
-// delta = the sum over a head of dout out. A thread has eight of its elements.
+// delta = the sum over a head of dout out, and zeros in dq if it is there. A thread has eight of its elements.
 template <class T, int D>
 __global__ void __launch_bounds__(kDeltaThreads)
-    attention_delta_kernel(int64_t total, int heads, const T* dout, const T* out, float* delta) {
+    attention_delta_kernel(int64_t total, int heads, const T* dout, const T* out, float* delta, float* dq) {
   constexpr int kLanes = D / 8;
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x, count = total * heads * kLanes;
   float sum = 0.0f;
@@ -156,6 +156,10 @@ __global__ void __launch_bounds__(kDeltaThreads)
     load<8>(out + vector * 8, b);
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += a[i] * b[i];
+    if (dq != nullptr) {
+      const float zeros[8] = {};
+      store<8>(dq + vector * 8, zeros);
+    }
   }
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
@@ -188,9 +192,17 @@ __global__ void __launch_bounds__(kBiasThreads)
 
 }  // namespace
 
+int64_t attention_bwd_workspace(const Queue& queue, const AttentionShape& shape, bool deterministic) {
+#ifdef FASTBERT_SM90
+  if (!deterministic && shape.bias == nullptr && shape.max_seqlen > kShort && compute_capability(queue) == 90)
+    return shape.total * shape.heads * shape.head_dim;
+#endif
+  return 0;
+}
+
 void attention_bwd(const Queue& queue, const AttentionShape& shape, Format format, const void* dout, const void* qkv,
                    const void* out, const float* lse, void* dqkv, float* delta, float* dbias,
-                   const int64_t* bias_shape, float* dscores) {
+                   const int64_t* bias_shape, float* dscores, float* dq) {
   const char* const name = "attention_bwd_cuda";
   const auto blocks = [](int64_t items, int threads) {
     return dim3(static_cast<unsigned>((items + threads - 1) / threads));
@@ -202,7 +214,10 @@ void attention_bwd(const Queue& queue, const AttentionShape& shape, Format forma
       constexpr bool BIAS = decltype(has_bias)::value;
       const T *const dout_data = static_cast<const T*>(dout), *const out_data = static_cast<const T*>(out);
       launch(queue, name, attention_delta_kernel<T, D>, blocks(shape.total * shape.heads * D / 8, kDeltaThreads),
-             kDeltaThreads, 0, shape.total, shape.heads, dout_data, out_data, delta);
+             kDeltaThreads, 0, shape.total, shape.heads, dout_data, out_data, delta, dq);
+#ifdef FASTBERT_SM90
+      if (dq != nullptr) return attention_bwd_sm90(queue, shape, format, dout, qkv, lse, delta, dqkv, dq);
+#endif
       const AttentionBackward<T> a{
           dout_data, static_cast<const T*>(qkv), out_data, lse, delta, static_cast<T*>(dqkv), dscores, shape};
       const dim3 grid(count_tiles(shape.total, shape.batch, kRows), shape.heads);

@@ -64,11 +64,15 @@ struct AttentionShape {
 // lie on multiples of 16 bytes.
 void attention_fwd(const Queue&, const AttentionShape&, Format format, const void* qkv, void* out, float* lse);
 
-// dqkv as qkv. delta: workspace [heads, total]. dbias (or null) as bias, whose dimensions are bias_shape; then dscores is
+// Elements of attention_bwd's workspace dq: 0 where a kernel runs that has no use for it, and always if the result is to
+// repeat bit for bit.
+int64_t attention_bwd_workspace(const Queue&, const AttentionShape&, bool deterministic);
+
+// dqkv as qkv. delta: workspace [heads, total]. dq: workspace, null if it has no elements. dbias (or null) as bias, whose dimensions are bias_shape; then dscores is
 // a workspace [batch, heads, max_seqlen, max_seqlen].
 void attention_bwd(const Queue&, const AttentionShape&, Format format, const void* dout, const void* qkv,
                    const void* out, const float* lse, void* dqkv, float* delta, float* dbias,
-                   const int64_t* bias_shape, float* dscores);
+                   const int64_t* bias_shape, float* dscores, float* dq);
 
 // A product [rows, depth] [depth, inner] of ffn, with its activation in the epilogue.
 struct FfnShape {

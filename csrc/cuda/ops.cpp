@@ -205,8 +205,10 @@ const void* aligned(const Call& call, const char* name, const Tensor& t) {
   return data;
 }
 
+// deterministic: for the backward alone.
 std::tuple<Tensor, Tensor> attention_fwd_op(Tensor qkv, Tensor cu_seqlens, int64_t max_seqlen, double scale,
-                                            double dropout_p, OptionalTensor seed, OptionalTensor bias) {
+                                            double dropout_p, OptionalTensor seed, OptionalTensor bias,
+                                            bool /*deterministic*/) {
   const Call call(FASTBERT_OP("attention_fwd"), qkv);
   const AttentionShape shape = check_attention(call, qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias);
   const void* qkv_data = aligned(call, "qkv", qkv);
@@ -219,7 +221,7 @@ std::tuple<Tensor, Tensor> attention_fwd_op(Tensor qkv, Tensor cu_seqlens, int64
 
 std::tuple<Tensor, Tensor> attention_bwd_op(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens,
                                             int64_t max_seqlen, double scale, double dropout_p, OptionalTensor seed,
-                                            OptionalTensor bias, bool need_dbias) {
+                                            OptionalTensor bias, bool need_dbias, bool deterministic) {
   const Call call(FASTBERT_OP("attention_bwd"), qkv);
   const AttentionShape shape = check_attention(call, qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias);
   call.check("dout", dout, qkv.scalar_type(), {shape.total, shape.heads * shape.head_dim});
@@ -237,9 +239,10 @@ std::tuple<Tensor, Tensor> attention_bwd_op(Tensor dout, Tensor qkv, Tensor out,
     square = {shape.batch, shape.heads, shape.max_seqlen, shape.max_seqlen};
   }
   Tensor dbias = call.make(sizes, ScalarType::Float), dscores = call.make(square, ScalarType::Float);
+  Tensor dq = call.make({attention_bwd_workspace(current.queue, shape, deterministic)}, ScalarType::Float);
   attention_bwd(current.queue, shape, call.format("qkv", qkv), dout_data, qkv_data, out_data,
                 static_cast<const float*>(lse.const_data_ptr()), data(dqkv), floats(delta), floats(dbias),
-                sizes.data(), floats(dscores));
+                sizes.data(), floats(dscores), floats(dq));
   return {dqkv, dbias};
 }
 
@@ -315,11 +318,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
         "(Tensor dy, Tensor z, Tensor weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, "
         "bool need_x_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(FASTBERT_OP("attention_fwd")
-        "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, Tensor? bias) "
-        "-> (Tensor, Tensor)");
+        "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, Tensor? bias, "
+        "bool deterministic) -> (Tensor, Tensor)");
   m.def(FASTBERT_OP("attention_bwd")
         "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, "
-        "float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias) -> (Tensor, Tensor)");
+        "float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias, bool deterministic) -> (Tensor, Tensor)");
 #ifdef FASTBERT_CUTLASS
   m.def(FASTBERT_OP("ffn_fwd") "(Tensor x, Tensor w1, Tensor b1, Tensor w2, bool save) -> (Tensor, Tensor)");
   m.def(FASTBERT_OP("ffn_bwd")

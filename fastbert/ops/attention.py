@@ -80,7 +80,8 @@ def attention(
     dropout_p: probability of dropping an attention weight. seed: int64, one element, on qkv's device; drawn from
         PyTorch's default generator if None.
     deterministic: asks for a backward that repeats bit for bit, as torch.use_deterministic_algorithms does. Without
-        either, triton adds up the gradient of the queries of long sequences in any order; cpu and cuda always repeat.
+        either, triton, and cuda on compute capability 9.0, add up the gradient of the queries of long sequences in any
+        order; cpu always repeats.
     backend: forces an implementation (see `fastbert.dispatch`).
 
     Returns [T, heads * head_dim]. Differentiable once. Under autocast, qkv is cast as a stock module would.
@@ -209,7 +210,7 @@ def _run(
         bias = _dense_bias(bias)
     if kernels is _triton and qkv.is_cpu and not torch.compiler.is_compiling():  # on a GPU, reading them would wait
         check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
-    choice = (deterministic,) if kernels is _triton else ()  # the others have none
+    choice = () if kernels is _cpu else (deterministic,)  # it always repeats
     try:
         if leaf.needs_grad(qkv, bias) or torch.compiler.is_compiling():
             return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias, *choice)[0]
@@ -297,6 +298,7 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dout: Tensor | None, dlse: None) -> 
         return (None,) * (7 + len(ctx.deterministic))
     qkv, out, lse, cu_seqlens, seed, bias = ctx.saved_tensors
     need_dbias = ctx.needs_input_grad[6]
+    deterministic = [asked or torch.are_deterministic_algorithms_enabled() for asked in ctx.deterministic]
     dqkv, dbias = kernels.backward(
         dout.contiguous(),
         qkv,
@@ -309,7 +311,7 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dout: Tensor | None, dlse: None) -> 
         seed,
         bias,
         need_dbias,
-        *ctx.deterministic,
+        *deterministic,
     )
     return dqkv, None, None, None, None, None, dbias if need_dbias else None, *[None for _ in ctx.deterministic]
 

@@ -48,7 +48,7 @@ def compile_emulated() -> Path:
     headers = [*CSRC.glob("*.h"), *cuda.rglob("*.h"), HERE / "emulator.h", Path(__file__)]
     newest = max(header.stat().st_mtime for header in headers)
     sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), *HERE.glob("*.cpp")]
-    sources += [cuda / "cutlass" / f"{name}.cu" for name in ("ffn", "attention_fwd_sm90")]
+    sources += [cuda / "cutlass" / f"{name}.cu" for name in ("ffn", "attention_fwd_sm90", "attention_bwd_sm90")]
     objects = {source: OBJECTS / f"{source.name}.o" for source in sorted(sources)}
     library = OBJECTS / "libemulated.so"
     stale = [s for s, o in objects.items() if not o.exists() or o.stat().st_mtime < max(newest, s.stat().st_mtime)]

@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -31,17 +32,16 @@ struct Copy {
   int bytes;
 };
 
-// wgmma: c [64, 8 n] of a warp group = a [64, 16] b [16, 8 n]; `words` hold a where it comes from registers.
-struct Product {
-  bool is_bf16, from_registers, add;
-  int n;
-  float* c;
-  uint32_t words[4];
-  uint64_t a, b;
+// A multiplication that was started, and what the thread had of a in its registers then.
+struct Product : Multiplication {
+  uint32_t kept[4];
 
   bool is_like(const Product& other) const {
-    return is_bf16 == other.is_bf16 && from_registers == other.from_registers && add == other.add && n == other.n &&
-           a == other.a && b == other.b;
+    return is_bf16 == other.is_bf16 && (words == nullptr) == (other.words == nullptr) && add == other.add && n == other.n &&
+           is_same(a, other.a) && is_same(b, other.b);
+  }
+  static bool is_same(const Operand& one, const Operand& other) {
+    return one.descriptor == other.descriptor && one.by_rows == other.by_rows;
   }
 };
 
@@ -58,6 +58,7 @@ struct Fiber {
   std::deque<std::vector<Product>> products;
   std::map<float*, std::vector<float>> results;  // of products, until they are waited for
   int collectives;                         // how many this lane has taken part in
+  std::vector<const char*> unpublished;    // 16 bytes each that it wrote, for wgmma to read
 };
 
 struct Warp {
@@ -91,6 +92,7 @@ std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
 std::map<const void*, PhasedBarrier> phased_barriers;
 NamedBarrier named_barriers[16];
+std::multiset<const char*> unpublished;  // of all threads
 int64_t group_waits[8];  // threads of each warp group that have come to wait for products
 char* const window = static_cast<char*>(std::aligned_alloc(kWindow, kWindow));
 char *shared_begin, *shared_end;
@@ -138,11 +140,12 @@ void resume(Fiber* fiber) {
   setcontext(&fiber->start);
 }
 
-enum class Order { kForward, kReverse, kAhead, kPriority };
+enum class Order { kForward, kReverse, kAhead, kPriority, kLate };
 
-void run_block(const char* name, int threads, Order order) {
+void run_block(const char* name, int threads, Order order, int late) {
   std::memset(shared_begin, 0xff, shared_end - shared_begin);
   phased_barriers.clear();
+  unpublished.clear();
   for (NamedBarrier& barrier : named_barriers) barrier = {};
   for (int64_t& waits : group_waits) waits = 0;
   at_barrier = barriers = 0, alive = threads;
@@ -152,15 +155,20 @@ void run_block(const char* name, int threads, Order order) {
     Fiber& f = *fibers[t];
     f.thread = t, f.started = f.done = false, f.collectives = 0;
     f.open.clear(), f.groups.clear(), f.open_products.clear(), f.products.clear(), f.results.clear();
-    f.begun = false;
+    f.begun = false, f.unpublished.clear();
     getcontext(&f.start);
     f.start.uc_stack.ss_sp = f.stack.get(), f.start.uc_stack.ss_size = kStack, f.start.uc_link = nullptr;
     makecontext(&f.start, entry, 0);
   }
+  const int count = threads / 32;
   while (alive > 0 && !failure) {
     bool any = false;
-    for (int i = 0; i < threads / 32; ++i) {
-      const int w = order == Order::kPriority ? threads / 32 - 1 - i : i;
+    for (int i = 0; i < count; ++i) {
+      const bool is_last = i == count - 1;
+      const int w = order == Order::kPriority ? count - 1 - i
+                    : order == Order::kLate   ? (is_last ? late % count : i + (i >= late % count))
+                                              : i;
+      if (order == Order::kLate && is_last && any) break;
       do {
         progress = false;
         for (int j = 32 * w; j < 32 * w + 32 && !failure; ++j) {
@@ -214,17 +222,22 @@ void end_phase_if_complete(PhasedBarrier& barrier) {
   progress = true;
 }
 
-// wgmma's operand [rows, 16] (by_rows) or [16, rows], at [row, k], by its descriptor.
-uint16_t described(uint64_t descriptor, bool by_rows, int row, int k) {
+// wgmma's operand, at row (or column) `row` and k, by its descriptor: the canonical layouts of CuTe's
+// mma_traits_sm90_gmma.hpp.
+uint16_t described(const Operand& operand, int row, int k) {
+  const auto [descriptor, by_rows] = operand;
   const int kind = static_cast<int>(descriptor >> 62);
   if (kind != 1 && kind != 2) throw std::runtime_error("wgmma: an operand that is not exchanged by 128 or 64 bytes");
   const int pitch = kind == 1 ? 128 : 64;
   const auto field = [&](int bit) { return static_cast<int64_t>(descriptor >> bit & 0x3fff) * 16; };
   const int64_t leading = field(16), stride = field(32);
+  if ((descriptor & 0x3fffc000c000c000) != 0) throw std::runtime_error("wgmma: a field of a descriptor that is not ours");
   const int64_t offset = by_rows ? row / 8 * stride + row % 8 * pitch + k * 2
                                  : row * 2 / pitch * leading + row * 2 % pitch + k / 8 * stride + k % 8 * pitch;
   const char* at = exchanged(window + field(0) + offset, pitch);
   if (!inside_shared(at, 2)) throw std::runtime_error("wgmma: an operand lies outside shared memory");
+  if (unpublished.count(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) & ~uintptr_t{15})) > 0)
+    throw std::runtime_error("wgmma: an operand that its writer has not published");
   uint16_t value;
   std::memcpy(&value, at, 2);
   return value;
@@ -239,18 +252,18 @@ void form(int first, size_t which) {
   for (int row = 0; row < 64; ++row)
     for (int k = 0; k < 16; ++k) {
       uint16_t bits;
-      if (product.from_registers) {
+      if (product.words != nullptr) {
         const Fiber& owner = *fibers[first + row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
-        const uint32_t word = owner.products.front()[which].words[row % 16 / 8 + k / 8 * 2];
+        const uint32_t word = owner.products.front()[which].kept[row % 16 / 8 + k / 8 * 2];
         bits = static_cast<uint16_t>(k % 2 ? word >> 16 : word);
       } else {
-        bits = described(product.a, true, row, k);
+        bits = described(product.a, row, k);
       }
       a[row * 16 + k] = value(bits);
     }
   for (int k = 0; k < 16; ++k)
     for (int column = 0; column < columns; ++column)
-      b[k * columns + column] = value(described(product.b, !product.from_registers, column, k));
+      b[k * columns + column] = value(described(product.b, column, k));
   std::vector<float> sums(columns);
   for (int row = 0; row < 64; ++row) {
     sums.assign(columns, 0.0f);
@@ -282,16 +295,18 @@ void run(const char* name, dim3 grid, int threads, int shared_bytes, const std::
   shared_begin = window + 256, shared_end = shared_begin + shared_bytes;
   const char* wish = std::getenv("FASTBERT_EMULATOR_ORDER");
   const std::string named = wish == nullptr ? "forward" : wish;
-  const Order order = named == "reverse"    ? Order::kReverse
-                      : named == "ahead"    ? Order::kAhead
-                      : named == "priority" ? Order::kPriority
-                                            : Order::kForward;
+  const Order order = named == "reverse"            ? Order::kReverse
+                      : named == "ahead"            ? Order::kAhead
+                      : named == "priority"         ? Order::kPriority
+                      : named.rfind("late", 0) == 0 ? Order::kLate
+                                                    : Order::kForward;
+  const int late = order == Order::kLate ? std::atoi(named.c_str() + 4) : 0;
   body = &kernel, failure = nullptr, gridDim = grid, blockDim = dim3(threads);
   const unsigned blocks = grid.x * grid.y;
   for (unsigned i = 0; i < blocks; ++i) {
     const unsigned block = order == Order::kReverse ? blocks - 1 - i : i;
     blockIdx = dim3(block % grid.x, block / grid.x);
-    run_block(name, threads, order);
+    run_block(name, threads, order, late);
   }
 }
 
@@ -350,6 +365,18 @@ void wait_for_copies(int pending_groups) {
 int64_t take_bank_conflicts() { return std::exchange(conflicts, 0); }
 int64_t take_boxes() { return std::exchange(boxes_landed, 0); }
 
+// Of four times eight rows that a warp reads or writes.
+void count_conflicts(const Offer* offers) {
+  for (int matrix = 0; matrix < 4 && lane() == 0; ++matrix) {
+    bool taken[8] = {};
+    for (int r = 0; r < 8; ++r) {
+      bool& bank = taken[reinterpret_cast<uintptr_t>(offers[8 * matrix + r].address) / 16 % 8];
+      conflicts += bank;
+      bank = true;
+    }
+  }
+}
+
 void load_matrices(bool transposed, const void* row, uint32_t (&to)[4]) {
   const char* address = static_cast<const char*>(row);
   if (!inside_shared(address, 16)) throw std::runtime_error("ldmatrix: a row lies outside shared memory");
@@ -362,13 +389,26 @@ void load_matrices(bool transposed, const void* row, uint32_t (&to)[4]) {
     };
     to[matrix] = transposed ? element(2 * t, g) | element(2 * t + 1, g) << 16
                             : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
-    bool taken[8] = {};
-    for (int r = 0; r < 8 && lane() == 0; ++r) {
-      bool& bank = taken[reinterpret_cast<uintptr_t>(offers[8 * matrix + r].address) / 16 % 8];
-      conflicts += bank;
-      bank = true;
-    }
   }
+  count_conflicts(offers);
+}
+
+void store_matrices(void* row, const uint32_t (&from)[4]) {
+  if (!inside_shared(row, 16)) throw std::runtime_error("stmatrix: a row lies outside shared memory");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) throw std::runtime_error("stmatrix: a row is not at a multiple of 16");
+  const Offer* offers = exchange("stmatrix", {{from[0], from[1], from[2], from[3]}, row});
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    char* const to = static_cast<char*>(const_cast<void*>(offers[8 * matrix + lane() / 4].address));
+    std::memcpy(to + lane() % 4 * 4, &from[matrix], 4);
+  }
+  running->unpublished.push_back(static_cast<const char*>(row));
+  unpublished.insert(static_cast<const char*>(row));
+  count_conflicts(offers);
+}
+
+void add_to_memory(float* to, float4 value) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) throw std::runtime_error("red: an address is not a multiple of 16");
+  to[0] += value.x, to[1] += value.y, to[2] += value.z, to[3] += value.w;
 }
 
 void multiply_add(bool is_bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -442,18 +482,22 @@ void load_box(const TensorMap& map, const void* where, void* to, int row, int co
   phased_barrier(where).boxes.push_back({map, static_cast<char*>(to), row, column});
 }
 
-void publish_to_async() {}
+void publish_to_async() {
+  for (const char* row : running->unpublished) unpublished.erase(unpublished.find(row));
+  running->unpublished.clear();
+}
 
 void begin_products() { running->begun = true; }
 
-void multiply_async(bool is_bf16, int n, float* c, const uint32_t* a_words, uint64_t a, uint64_t b, bool add) {
+void multiply_async(const Multiplication& multiplication) {
   Fiber* self = running;
   if (!self->begun) throw std::runtime_error("wgmma: registers that were not fenced");
-  Product product{is_bf16, a_words != nullptr, add, n, c, {}, a, b};
-  if (a_words != nullptr) std::memcpy(product.words, a_words, sizeof product.words);
+  Product product{multiplication, {}};
+  if (product.words != nullptr) std::memcpy(product.kept, product.words, sizeof product.kept);
+  float* const c = product.c;
   if (self->results.find(c) == self->results.end()) {
-    self->results[c].assign(c, c + 4 * n);
-    std::memset(c, 0xff, sizeof(float) * 4 * n);
+    self->results[c].assign(c, c + 4 * product.n);
+    std::memset(c, 0xff, sizeof(float) * 4 * product.n);
   }
   self->open_products.push_back(product);
 }

@@ -6,8 +6,8 @@
 // find under FASTBERT_EMULATOR_CAPABILITY=90: boxes (TMA) and results of wgmma are NaN until they were waited for, wgmma
 // reads its operands no sooner than that, and nothing may be under way at the end.
 // FASTBERT_EMULATOR_ORDER=reverse runs threads and blocks in the opposite order, =ahead each warp as far as it can go
-// before the next, =priority a warp only when none with a higher number can go on: a missing barrier then gives other
-// results.
+// before the next, =priority a warp only when none with a higher number can go on, =late2 the third warp only when no other
+// can: a missing barrier then gives other results.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -89,12 +89,28 @@ struct TensorMap {
 };
 void load_box(const TensorMap& map, const void* barrier, void* to, int row, int column);
 
-// What this thread wrote to shared memory may be read by wgmma and written by boxes.
+// What this thread wrote to shared memory may be read by wgmma and written by boxes. Missed after store_matrices.
 void publish_to_async();
 
-// wgmma, as cuda/cutlass/hopper.h has it; c: 4 n floats. a_words: A from registers, else from where `a` describes.
+void store_matrices(void* row, const uint32_t (&from)[4]);
+
+// Adds four floats to device memory.
+void add_to_memory(float* to, float4 value);
+
+// wgmma, as cuda/cutlass/hopper.h has it: c [64, 8 n] of a warp group = a [64, 16] b [16, 8 n]; a thread has 4 n floats.
+struct Operand {
+  uint64_t descriptor;
+  bool by_rows;  // what is summed over is contiguous; else the rows of a, or the columns of b
+};
+struct Multiplication {
+  bool is_bf16, add;
+  int n;
+  float* c;
+  const uint32_t* words;  // of a, from registers, or null: then from memory
+  Operand a, b;
+};
 void begin_products();
-void multiply_async(bool is_bf16, int n, float* c, const uint32_t* a_words, uint64_t a, uint64_t b, bool add);
+void multiply_async(const Multiplication& multiplication);
 void commit_products();
 void wait_for_products(int pending_groups);
 

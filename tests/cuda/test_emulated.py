@@ -146,13 +146,16 @@ ATTENTION_CASES = [
 ]
 
 
-def attention(emulated: Any, lengths: tuple[int, ...], p: float = 0.0) -> Callable[..., Tensor]:
+def attention(
+    emulated: Any, lengths: tuple[int, ...], p: float = 0.0, scale: float | None = None
+) -> Callable[..., Tensor]:
+    """The backward repeats bit for bit, unless a test runs `in_any_order`."""
     seed = accuracy.seed_tensor() if p > 0 else None
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-        scale, longest = qkv.size(3) ** -0.5, max(lengths, default=0)
-        offsets = attention_cases.cumulative(lengths)
-        return run_attention(emulated.leaves["attention"], qkv, offsets, longest, scale, p, bias, seed, True)
+        longest, offsets = max(lengths, default=0), attention_cases.cumulative(lengths)
+        factor = qkv.size(3) ** -0.5 if scale is None else scale
+        return run_attention(emulated.leaves["attention"], qkv, offsets, longest, factor, p, bias, seed, False)
 
     return run
 
@@ -187,6 +190,7 @@ def test_attention_many_sequences(emulated: Any) -> None:
     tensors = attention_cases.tensors_for(lengths, 1, 32, None, torch.bfloat16)
     references = attention_cases.eager(lengths), attention_cases.reference(lengths)
     accuracy.check_forward(attention(emulated, lengths), *references, tensors)
+    accuracy.check_backward(attention(emulated, lengths), *references, tensors)
 
 
 def test_attention_forbidden_keys(emulated: Any) -> None:
@@ -246,6 +250,9 @@ HOPPER_CASES = [
     ((385, 129, 256), 2, 64, None),
     ((600,), 1, 128, None),
     ((1100, 3), 1, 64, "B1SS"),
+    ((257, 70, 1, 0, 128), 2, 32, None),
+    ((130, 200, 5), 2, 128, None),
+    ((401,), 1, 64, None),
 ]
 
 
@@ -258,7 +265,13 @@ def hopper(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert emulated.boxes() > 0
 
 
-@pytest.mark.usefixtures("hopper")
+@pytest.fixture
+def in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`poisoned_memory` asks for a deterministic backward, too. Here nothing does, and memory stays poisoned."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+
+
+@pytest.mark.usefixtures("hopper", "in_any_order")
 @pytest.mark.parametrize("case", HOPPER_CASES, ids=attention_cases.case_id)
 @pytest.mark.parametrize(("dtype", "p"), ATTENTION_VARIANTS, ids=accuracy.name_of)
 def test_attention_hopper(emulated: Any, dtype: torch.dtype, p: float, case: tuple) -> None:
@@ -270,7 +283,23 @@ def test_attention_hopper_draws_the_mask_of_the_reference(emulated: Any) -> None
     test_attention_draws_the_mask_of_the_reference(emulated)
 
 
-@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("how", ["", "deterministic", "bias"])
+def test_attention_hopper_backward(emulated: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It adds in any order: another one runs where bits are to repeat. That one takes a bias, too."""
+    monkeypatch.setenv("FASTBERT_EMULATOR_CAPABILITY", "90")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: how == "deterministic")
+    lengths = (160, 9)
+    tensors = attention_cases.tensors_for(lengths, 1, 32, "11SS" if how == "bias" else None, torch.bfloat16)
+    references = attention_cases.eager(lengths), attention_cases.reference(lengths)
+    run = attention(emulated, lengths)
+    emulated.boxes()
+    run(**tensors)
+    forward = emulated.boxes()
+    accuracy.check_backward(run, *references, tensors)
+    assert (emulated.boxes() > forward) == (how == "")
+
+
+@pytest.mark.usefixtures("hopper", "in_any_order")
 def test_attention_hopper_many_sequences(emulated: Any) -> None:
     test_attention_many_sequences(emulated)
 
@@ -290,47 +319,63 @@ def test_attention_hopper_forbidden_keys(emulated: Any, head_dim: int) -> None:
     assert (y[[33, 333]] == 0).all()
 
 
-@pytest.mark.usefixtures("hopper")
+@pytest.mark.usefixtures("hopper", "in_any_order")
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("order", ["forward", "priority"])
+@pytest.mark.parametrize("order", ["forward", "priority", "late1", "late2"])
 def test_attention_hopper_does_not_look_at_other_sequences(
     emulated: Any, head_dim: int, bad: float, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though the boxes that bring keys and values reach into them, and buffers keep what they had before."""
+    """Though the boxes that bring rows reach into them, and buffers keep what they had before."""
     lengths = (130, 9, 300, 140)
-    qkv = attention_cases.tensors_for(lengths, 2, head_dim, None, torch.float16)["qkv"]
+    tensors = attention_cases.tensors_for(lengths, 2, head_dim, None, torch.float16)
+    upstream = torch.randn(579, 2 * head_dim, generator=accuracy.generator(3)).half()
     monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
-    expected = attention(emulated, lengths)(qkv)
-    spoilt = qkv.clone()
-    spoilt[130:139] = bad
-    spoilt[439:] = bad
-    y = attention(emulated, lengths)(spoilt)
-    assert torch.equal(y[:130], expected[:130])
-    assert torch.equal(y[139:439], expected[139:439])
-    assert y[130:139].isnan().all()
+    expected, gradients = accuracy.evaluate(attention(emulated, lengths), tensors, upstream)
+    spoilt, spoilt_upstream = tensors["qkv"].clone(), upstream.clone()
+    for rows in (spoilt, spoilt_upstream):
+        rows[130:139] = bad
+        rows[439:] = bad
+    y, spoilt_gradients = accuracy.evaluate(attention(emulated, lengths), {"qkv": spoilt}, spoilt_upstream)
+    for ours, good in ((y, expected), (spoilt_gradients["qkv"], gradients["qkv"])):
+        assert torch.equal(ours[:130], good[:130])
+        assert torch.equal(ours[139:439], good[139:439])
+        assert ours[130:139].isnan().all()
 
 
-@pytest.mark.usefixtures("hopper")
+@pytest.mark.usefixtures("hopper", "in_any_order")
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.2])
 def test_attention_hopper_scale(emulated: Any, scale: float) -> None:
     lengths = (150, 7)
-    qkv = attention_cases.tensors_for(lengths, 2, 64, None, torch.bfloat16)["qkv"]
-    offsets = attention_cases.cumulative(lengths)
-    y = run_attention(emulated.leaves["attention"], qkv, offsets, 150, scale, 0.0, None, None, True)
-    torch.testing.assert_close(y, attention_ref(qkv, offsets, 150, scale), atol=2e-2, rtol=2e-2)
+    tensors = attention_cases.tensors_for(lengths, 2, 64, None, torch.bfloat16)
+    offsets, stock = attention_cases.cumulative(lengths), attention_cases.eager(lengths)  # whose scale is 1/8
+
+    def eager(qkv: Tensor) -> Tensor:
+        return stock(torch.cat([qkv[:, :1] * (8 * scale), qkv[:, 1:]], 1))
+
+    def reference(qkv: Tensor) -> Tensor:
+        return attention_ref(qkv, offsets, 150, scale)
+
+    accuracy.check_backward(attention(emulated, lengths, scale=scale), eager, reference, tensors)
 
 
-@pytest.mark.usefixtures("hopper")
-@ORDERS
-@pytest.mark.parametrize(("lengths", "head_dim"), [((130, 3, 400), 64), ((300, 270), 128)])
+LATE = [f"late{warp}" for warp in (0, 1, 2, 4, 9)]  # those that load and prepare, one of each group that multiplies
+
+
+@pytest.mark.usefixtures("hopper", "in_any_order")
+@pytest.mark.parametrize("order", ["reverse", "ahead", "priority", *LATE])
+@pytest.mark.parametrize(("lengths", "head_dim"), [((130, 3, 250), 64), ((256, 200), 128)])
 def test_attention_hopper_does_not_depend_on_the_order_of_threads(
     emulated: Any, lengths: tuple[int, ...], head_dim: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two blocks add up the gradient of a query, and two numbers have one sum in either order."""
     tensors = attention_cases.tensors_for(lengths, 2, head_dim, None, torch.bfloat16)
-    y = attention(emulated, lengths, 0.1)(**tensors)
+    upstream = torch.randn(sum(lengths), 2 * head_dim, generator=accuracy.generator(3))
+    y, gradients = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
     monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
-    assert torch.equal(attention(emulated, lengths, 0.1)(**tensors), y)
+    y_other, gradients_other = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
+    assert torch.equal(y, y_other)
+    assert torch.equal(gradients["qkv"], gradients_other["qkv"])
 
 
 # Rows in one tile and in several, whole and in part; CUTLASS's own product is a plain loop here.

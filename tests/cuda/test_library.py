@@ -35,7 +35,8 @@ def test_schema_is_that_of_the_cpu_op(op: str, direction: str) -> None:
     cuda, cpu = (dispatch.leaf(f"{op}_{direction}_{backend}") for backend in ("cuda", "cpu"))
     assert cuda is not None
     assert cpu is not None
-    assert str(cuda._schema).replace("_cuda(", "(") == str(cpu._schema).replace("_cpu(", "(")
+    found = str(cuda._schema).replace("_cuda(", "(").replace(", bool deterministic", "")  # cpu always repeats
+    assert found == str(cpu._schema).replace("_cpu(", "(")
 
 
 @built

@@ -39,18 +39,24 @@ def test_registers_change_hands() -> None:
     assert not [file.name for file in cuda_resources.reports() if "setmaxnreg" in file.read_text()]
 
 
-def test_attention_for_sm_90_is_made_of_wgmma_and_tma() -> None:
+@pytest.mark.parametrize(
+    ("direction", "opcodes"),
+    [("fwd", {"HGMMA", "UTMALDG", "USETMAXREG"}), ("bwd", {"HGMMA", "UTMALDG", "USETMAXREG", "STSM", "REDG"})],
+)
+def test_attention_for_sm_90_is_made_of_wgmma_and_tma(direction: str, opcodes: set[str]) -> None:
     pytest.importorskip("triton", reason="its package has cuobjdump")
-    objects = sorted((cuda_resources.ROOT / "build").glob("ext-*/cuda/attention_fwd_sm90.o"))
+    kernel = f"attention_{direction}_sm90"
+    objects = sorted((cuda_resources.ROOT / "build").glob(f"ext-*/cuda/{kernel}.o"))
     note = json.loads((cuda_resources.ROOT / "fastbert" / "_build.json").read_text(encoding="utf-8"))
-    assert bool(objects) == could_have(note, "attention_fwd_sm90_kernel")
+    assert bool(objects) == could_have(note, f"{kernel}_kernel")
     for binary in objects:
         functions = kernels.instructions(binary, kernels.triton_tools())
+        functions = {name: found for name, found in functions.items() if f"{kernel}_kernel" in name}
         assert functions
-        for name, opcodes in functions.items():
-            found = {opcode.split(".")[0] for opcode in opcodes}
-            assert found >= {"HGMMA", "UTMALDG", "USETMAXREG"}, name
-            assert not found & {"HMMA", "LDL", "STL"}, name
+        for name, found in functions.items():
+            first = {opcode.split(".")[0] for opcode in found}
+            assert first >= opcodes, name
+            assert not first & {"HMMA", "LDL", "STL"}, name
 
 
 def could_have(note: dict, name: str) -> bool:

@@ -400,7 +400,7 @@ def leaf_calls(op: str, backend: str, p: float) -> list[tuple[str, tuple]]:
     seed = accuracy.seed_tensor(device) if p > 0 else None
     if op == "attention":
         cu_seqlens, longest = of.run.keywords["cu_seqlens"], of.run.keywords["max_seqlen"]
-        choice = (False,) if backend == "triton" else ()
+        choice = () if backend == "cpu" else (False,)
         forward = (t["qkv"], cu_seqlens, longest, 0.2, p, seed, t["bias"], *choice)
     elif op == "embedding":
         ids = of.run.keywords

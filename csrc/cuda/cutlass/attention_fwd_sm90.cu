@@ -116,56 +116,18 @@ __device__ __forceinline__ void load_tiles(const AttentionForwardBoxed<T>& boxed
 // A box runs on into the next sequence, whose values would count if they were infinite: 0 times infinity is NaN.
 template <int D>
 __device__ __forceinline__ void clean_values(const AttentionShape& shape, const Memory<D>& memory) {
-  using Tile = typename Memory<D>::Tile;
   auto& barriers = memory.barriers();
   const int lane = threadIdx.x % kWarp;
   Place<kStages<D>> stage;
   for (Item item = next_item(shape, blockIdx.x); !item.none(); item = next_item(shape, item.index + gridDim.x))
     for (int tile = 0; tile < item.tiles(); ++tile) {
       barriers.values_full[stage.stage].wait(stage.phase);
-      if (item.ends_within(tile)) {
-        const int valid = item.work.length - tile * kKeys;
-        char* const data = memory.values(stage.stage).data;
-        for (int panel = 0; panel < Tile::kPanels; ++panel)
-          for (int at = valid * Tile::kPitch + lane * 16; at < Tile::kPanelBytes; at += kWarp * 16)
-            *reinterpret_cast<uint4*>(data + panel * Tile::kPanelBytes + at) = make_uint4(0, 0, 0, 0);
-        publish_to_async();
-      }
+      if (item.ends_within(tile)) memory.values(stage.stage).clean(item.work.length - tile * kKeys);
       barriers.values_clean[stage.stage].arrive();
       __syncwarp();
       if (lane == 0) barriers.values_empty[stage.stage].arrive();  // no tile is left out, or a phase would be
       stage.advance();
     }
-}
-
-// Writes a warp's c [16, D] to `valid` rows of `to`, 16 bytes at a time: four lanes with parts of four times eight columns
-// exchange them, so that each has eight columns.
-template <class T, int D>
-__device__ __forceinline__ void write_rows(const float (&c)[D / 8][4], T* to, int64_t stride, int valid) {
-  const int lane = threadIdx.x % kWarp, odd = lane & 1, upper = lane & 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + 8 * half;
-#pragma unroll
-    for (int n = 0; n < D / 8; n += 4) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = pack<T>(c[n + i][2 * half], c[n + i][2 * half + 1]);
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[i + 1], 1);
-        (odd ? words[i] : words[i + 1]) = other;
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? words[i] : words[i + 2], 2);
-        (upper ? words[i] : words[i + 2]) = other;
-      }
-      if (row < valid)
-        *reinterpret_cast<uint4*>(to + row * stride + (n + lane % 4) * 8) =
-            make_uint4(words[0], words[1], words[2], words[3]);
-    }
-  }
 }
 
 template <class T, int D, bool BIAS>

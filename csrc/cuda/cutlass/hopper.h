@@ -145,6 +145,29 @@ __device__ __forceinline__ void load_box(const TensorMap& map, Barrier& barrier,
 #endif
 }
 
+// Four 8x8 matrices into shared memory; lane i gives the place of row i % 8 of matrix i / 8, and has of each what
+// load_matrices would give it.
+__device__ __forceinline__ void store_matrices(Address row, const uint32_t (&from)[4]) {
+#ifdef __CUDACC__
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(from[0]),
+               "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
+#else
+  emulator::store_matrices(reinterpret_cast<void*>(row), from);
+#endif
+}
+
+// Adds to 16 bytes of device memory, in one access.
+__device__ __forceinline__ void add_to_memory(float* to, float4 value) {
+#ifdef __CUDACC__
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(value.x), "f"(value.y),
+               "f"(value.z), "f"(value.w)
+               : "memory");
+#else
+  emulator::add_to_memory(to, value);
+#endif
+}
+
 // A tile [ROWS, D] in shared memory, on a multiple of 1024 bytes, as boxes bring it: panels of 64 columns (32 if there are
 // no more) one after another, each with row after row, in which 16-byte chunks are exchanged: bits 4 to 6 of an address
 // (4 and 5 in the narrow panel) by an exclusive or with those three further up.
@@ -175,8 +198,28 @@ struct BoxedTile {
     constexpr int kSteps = kColumns / 16;
     return descriptor(k / kSteps * kPanelBytes + row * kPitch + k % kSteps * 32, 16);  // one panel: the distance is not read
   }
-  // Rows [16 k, 16 k + 16), which are summed over, and all columns.
-  __device__ __forceinline__ uint64_t by_columns(int k) const { return descriptor(16 * k * kPitch, kPanelBytes); }
+  // Rows [16 k, 16 k + 16), which are summed over, and all columns from a panel on.
+  __device__ __forceinline__ uint64_t by_columns(int k, int panel = 0) const {
+    return descriptor(panel * kPanelBytes + 16 * k * kPitch, kPanelBytes);
+  }
+
+  // A warp together: zeros in the rows from the valid-th on, which wgmma will read.
+  __device__ __forceinline__ void clean(int valid) const {
+#pragma unroll 1
+    for (int panel = 0; panel < kPanels; ++panel)
+#pragma unroll 1
+      for (int at = valid * kPitch + threadIdx.x % kWarp * 16; at < kPanelBytes; at += kWarp * 16)
+        *reinterpret_cast<uint4*>(data + panel * kPanelBytes + at) = make_uint4(0, 0, 0, 0);
+    publish_to_async();
+  }
+
+  // The four 8x8 matrices of an operand [16, 16] as mma has it, to `row`, a multiple of 8, and column 16 k. A warp together.
+  __device__ __forceinline__ void store(int row, int k, const uint32_t (&words)[4]) const {
+    static_assert(kColumns == 64);
+    const int lane = threadIdx.x % kWarp;
+    const Address first = address_of(data) + (row + lane % 16) * kPitch + ((lane / 16) ^ (lane % 8)) * 16;
+    store_matrices((first ^ (k % 4 * 32)) + k / 4 * kPanelBytes, words);
+  }
 };
 
 // The products of a warp group: groups of them run in order, while its threads do something else. Thread t has rows
@@ -190,11 +233,15 @@ struct Wgmma;
   struct Wgmma<true, n> {                                                                                             \
     using ByRows = cute::SM90::GMMA::MMA_64x##n##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;      \
     using ByColumns = cute::SM90::GMMA::MMA_64x##n##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;  \
+    using RowsByColumns = cute::SM90::GMMA::MMA_64x##n##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>; \
+    using Columns = cute::SM90::GMMA::MMA_64x##n##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::MN, cute::SM90::GMMA::Major::MN>;   \
   };                                                                                                                  \
   template <>                                                                                                         \
   struct Wgmma<false, n> {                                                                                            \
     using ByRows = cute::SM90::GMMA::MMA_64x##n##x16_F32F16F16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;        \
     using ByColumns = cute::SM90::GMMA::MMA_64x##n##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;    \
+    using RowsByColumns = cute::SM90::GMMA::MMA_64x##n##x16_F32F16F16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;  \
+    using Columns = cute::SM90::GMMA::MMA_64x##n##x16_F32F16F16_SS<cute::SM90::GMMA::Major::MN, cute::SM90::GMMA::Major::MN>;     \
   };
 FASTBERT_WGMMA(32)
 FASTBERT_WGMMA(64)
@@ -221,7 +268,7 @@ __device__ __forceinline__ void multiply_by_rows(float (&c)[N][4], uint64_t a, u
 #ifdef __CUDACC__
   wgmma<typename Wgmma<T::is_bf16, 8 * N>::ByRows>(c, a, b, add, std::make_index_sequence<4 * N>());
 #else
-  emulator::multiply_async(T::is_bf16, N, c[0], nullptr, a, b, add);
+  emulator::multiply_async({T::is_bf16, add, N, c[0], nullptr, {a, true}, {b, true}});
 #endif
 }
 // c [64, 8 N] = a [64, 16] from registers, as mma has it, times b [16, 8 N], read by columns.
@@ -230,7 +277,25 @@ __device__ __forceinline__ void multiply_by_columns(float (&c)[N][4], const uint
 #ifdef __CUDACC__
   wgmma<typename Wgmma<T::is_bf16, 8 * N>::ByColumns>(c, a, b, add, std::make_index_sequence<4 * N>());
 #else
-  emulator::multiply_async(T::is_bf16, N, c[0], a, 0, b, add);
+  emulator::multiply_async({T::is_bf16, add, N, c[0], a, {}, {b, false}});
+#endif
+}
+// The same with a from memory, read by rows.
+template <class T, int N>
+__device__ __forceinline__ void multiply_by_columns(float (&c)[N][4], uint64_t a, uint64_t b, bool add) {
+#ifdef __CUDACC__
+  wgmma<typename Wgmma<T::is_bf16, 8 * N>::RowsByColumns>(c, a, b, add, std::make_index_sequence<4 * N>());
+#else
+  emulator::multiply_async({T::is_bf16, add, N, c[0], nullptr, {a, true}, {b, false}});
+#endif
+}
+// c [64, 8 N] = the transpose of a [16, 64] times b [16, 8 N], both read by columns.
+template <class T, int N>
+__device__ __forceinline__ void multiply_columns(float (&c)[N][4], uint64_t a, uint64_t b, bool add) {
+#ifdef __CUDACC__
+  wgmma<typename Wgmma<T::is_bf16, 8 * N>::Columns>(c, a, b, add, std::make_index_sequence<4 * N>());
+#else
+  emulator::multiply_async({T::is_bf16, add, N, c[0], nullptr, {a, false}, {b, false}});
 #endif
 }
 
@@ -268,6 +333,36 @@ __device__ __forceinline__ void hold(float (&c)[N][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(c[n][i]);
 #endif
+}
+
+// Writes a warp's c [16, D] to `valid` rows of `to`, 16 bytes at a time: four lanes with parts of four times eight columns
+// exchange them, so that each has eight columns.
+template <class T, int D>
+__device__ __forceinline__ void write_rows(const float (&c)[D / 8][4], T* to, int64_t stride, int valid) {
+  const int lane = threadIdx.x % kWarp, odd = lane & 1, upper = lane & 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+#pragma unroll
+    for (int n = 0; n < D / 8; n += 4) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = pack<T>(c[n + i][2 * half], c[n + i][2 * half + 1]);
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[i + 1], 1);
+        (odd ? words[i] : words[i + 1]) = other;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? words[i] : words[i + 2], 2);
+        (upper ? words[i] : words[i + 2]) = other;
+      }
+      if (row < valid)
+        *reinterpret_cast<uint4*>(to + row * stride + (n + lane % 4) * 8) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
 }
 
 }  // namespace fastbert::cuda
