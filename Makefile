@@ -34,6 +34,10 @@ demo: build  ## fine-tune a real BERT on real text, predict, compare with Huggin
 test: build  ## run the tests (TESTS=path PYTEST_ARGS=... to choose)
 	@$(BIN)/pytest $(PYTEST_LIMIT)=900 $(PYTEST_ARGS) $(TESTS)
 
+.PHONY: floor
+floor:  ## the same of ops and models, with the oldest torch and transformers that are supported, in .venv-floor
+	@$(MAKE) test VENV=.venv-floor CONSTRAINTS=requirements/floor.txt TESTS="tests/ops tests/model"
+
 .PHONY: kernels
 kernels: build  ## compile every GPU kernel without a GPU; check registers, spills, shared memory
 	@$(BIN)/pytest $(PYTEST_LIMIT)=3600 -m kernels tests/kernels
