@@ -143,8 +143,8 @@ def pretraining_table(folder: Path) -> str:
             last = [statistics.mean(row["losses"][-20:]) for row in rows]
             spread = f" ± {statistics.stdev(last):.3f} ({len(last)} seeds)" if len(last) > 1 else ""
             apart = max(abs(a - b) for row in rows for a, b in zip(row["losses"], stock[row["seed"]], strict=True))
-            threads = f"{device}, {content['threads']} thread{'s' * (content['threads'] > 1)}"
-            cells = [threads, f"{vocabulary}", f"{tokens}", f"{dropout:g}", PRETRAINING[name]]
+            machine = f"{device}, {content['threads']} thread{'s' * (content['threads'] > 1)}"
+            cells = [machine, f"{vocabulary}", f"{tokens}", f"{dropout:g}", PRETRAINING[name]]
             # Runs over seeds are long, and made where other work shares the machine: they say nothing of speed.
             cells += ["-" if dropout else f"{rate:.0f}" + (f" ({rate / rates['hf']:.2f}x)" if name != "hf" else "")]
             cells += [f"{max(row['memory']['peak'] for row in rows) / 2**20:.0f} MiB"]

@@ -1,6 +1,7 @@
-// The backward of attention, but for attention_bwd_sm90.cu. One kernel goes over the keys for a block's queries and gives dq, the other over the queries
-// for a block's keys and gives dk and dv: no sum is shared between blocks, so that the result repeats bit for bit. Both
-// are one template, in which a block's own rows are queries or keys and the columns, which it goes over, the other.
+// The backward of attention, but for attention_bwd_sm90.cu. One kernel goes over the keys for a block's queries and gives
+// dq, the other over the queries for a block's keys and gives dk and dv: no sum is shared between blocks, so that the
+// result repeats bit for bit. Both are one template, in which a block's own rows are queries or keys and the columns,
+// which it goes over, the other.
 #include "cuda/attention.h"
 
 namespace fastbert::cuda {

@@ -68,8 +68,8 @@ void attention_fwd(const Queue&, const AttentionShape&, Format format, const voi
 // repeat bit for bit.
 int64_t attention_bwd_workspace(const Queue&, const AttentionShape&, bool deterministic);
 
-// dqkv as qkv. delta: workspace [heads, total]. dq: workspace, null if it has no elements. dbias (or null) as bias, whose dimensions are bias_shape; then dscores is
-// a workspace [batch, heads, max_seqlen, max_seqlen].
+// dqkv as qkv. delta: workspace [heads, total]. dq: workspace, null if it has no elements. dbias (or null) as bias, whose
+// dimensions are bias_shape; then dscores is a workspace [batch, heads, max_seqlen, max_seqlen].
 void attention_bwd(const Queue&, const AttentionShape&, Format format, const void* dout, const void* qkv,
                    const void* out, const float* lse, void* dqkv, float* delta, float* dbias,
                    const int64_t* bias_shape, float* dscores, float* dq);

@@ -85,7 +85,7 @@ def attention_bwd(
     """dout, out [T, h * d] and qkv contiguous; lse of the forward.
 
     Returns dqkv [T, 3, h, d] and dbias, shaped like bias (empty unless need_dbias). Repeats bit for bit if
-    deterministic is set here or by torch.use_deterministic_algorithms.
+    deterministic.
     """
     total, _, heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv)
@@ -106,7 +106,7 @@ def attention_bwd(
             )
             return dqkv, dbias
         delta = torch.empty_like(lse)
-        two_passes = qkv.dtype is torch.float32 or deterministic or torch.are_deterministic_algorithms_enabled()
+        two_passes = qkv.dtype is torch.float32 or deterministic
         config = _config("attention_bwd_dkdv" if two_passes else "attention_bwd", qkv, bias)
         slots = total // config["BLOCK_M"] + batch
         stats = dq_sum = None

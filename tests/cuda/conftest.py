@@ -24,11 +24,16 @@ CSRC, HERE, OBJECTS = ROOT / "csrc", ROOT / "tests" / "cuda", ROOT / "build" / "
 sys.path.insert(0, str(ROOT / "tests" / "ops"))  # the table of cases
 
 
-def compile_emulated() -> Path:
-    """The library, compiled again where a source or a header is newer."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    found = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
         pytest.skip("there is no C++ compiler")
+    return found
+
+
+def compile_emulated(compiler: str) -> Path:
+    """The library, compiled again where a source or a header is newer."""
     torch_folder = Path(torch.__file__).parent
     flags = [
         "-std=c++17",
@@ -100,8 +105,8 @@ class Emulated:
 
 
 @pytest.fixture(scope="session")
-def emulated() -> Emulated:
-    return Emulated(compile_emulated())
+def emulated(compiler: str) -> Emulated:
+    return Emulated(compile_emulated(compiler))
 
 
 @pytest.fixture(autouse=True)
