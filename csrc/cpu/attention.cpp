@@ -49,7 +49,8 @@ void multiply(int64_t rows, int64_t depth, const float* a, int64_t stride, const
   for (int64_t j = 0; j < n; j += NR) {
     const int64_t width = panel_width(n - j);
     const float* panel = panels + j * full_depth + k * width;
-    multiply_panel<Columns>(rows, depth, a, stride, false, panel, panel + depth * width, width, c + j, ldc, add);
+    const Lines lines{a, stride, Columns ? MR : MR * stride};
+    multiply_panel<Columns>(rows, depth, lines, panel, nullptr, width, c + j, ldc, add);
   }
 }
 

@@ -7,6 +7,7 @@ namespace FASTBERT_ISA {
 
 // A task of fewer rows would read the weights too often.
 constexpr int64_t kFusedRows = 4 * MR;
+constexpr int64_t kHiddenBytes = 512 << 10;  // of activations of a task, in L2
 // Tokens whose activation is in memory at a time where x is packed.
 constexpr int64_t kSlabTokens = 1536;
 
@@ -19,6 +20,11 @@ struct GeluToPanels {
   const T* bias;
   T* pre;  // [m, n1] or null
 
+  void expect(int64_t i, int64_t rows, int64_t j, int64_t cols, Fetch& fetch) const {
+    const int64_t width = panel_width(cols);
+    fetch.rows(panels + j * n1 + i * width, width, rows, width);
+    if (pre != nullptr) StoreTransposed<T>{pre, n1, nullptr}.expect(i, rows, j, cols, fetch);
+  }
   void operator()(float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
     const int64_t width = panel_width(cols);
     float* out = panels + j * n1 + i * width;
@@ -42,6 +48,9 @@ struct GeluRows {
   const T* bias;
   T* pre;  // [m, n1] or null
 
+  void expect(int64_t i, int64_t rows, int64_t j, int64_t cols, Fetch& fetch) const {
+    if (pre != nullptr) fetch.rows(pre + i * n1 + j, n1, rows, cols);
+  }
   void operator()(const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
     for (int64_t c = 0; c < cols; c += VLEN) {
       const int64_t n = smaller(cols - c, VLEN);
@@ -49,7 +58,6 @@ struct GeluRows {
       for (int64_t r = 0; r < rows; ++r) {
         const vf x = load(tile + r * ld + c) + b;
         if (pre != nullptr) {
-          __builtin_prefetch(pre + (i + r + kRowsAhead) * n1 + j + c, 1);
           store_n(pre + (i + r) * n1 + j + c, x, n);
         }
         store_n(out + (i + r - first) * n1 + j + c, gelu(x), n);
@@ -80,16 +88,17 @@ void ffn_fwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, int
   const PackedB up = pack(executor, single({w1, 1, k, dtype}, n1), k, kScratchPackB);
   const PackedB down = pack(executor, single({w2, 1, n1, dtype}, n2), n1, kScratchPackB2);
   const Matrix all{x, k, 1, dtype};
-  int64_t rows = task_rows(m, executor.workers);
-  while (rows > kFusedRows && rows * n1 * 4 > 2 * kTaskBytes) rows /= 2;
-  if (rows * n1 * 4 <= 2 * kTaskBytes) {
+  const int64_t most = smaller(kTaskRows, kHiddenBytes / (4 * n1) / MR * MR);
+  if (most >= kFusedRows) {
     // The activation of one task stays in L2.
-    parallel_tasks(executor, ceil_div(m, rows), [&](int64_t task, int) {
-      const int64_t first = task * rows, count = smaller(rows, m - first);
-      float* hidden = static_cast<float*>(scratch(kScratchRows, rows * n1 * 4));
-      multiply_task(all, first, count, up, 0, up.panels(), nullptr, GeluRows<T>{hidden, first, n1, b1, pre});
-      multiply_task({hidden, n1, 1, DType::kFloat32}, 0, count, down, 0, down.panels(), nullptr,
-                    StoreRows<T>{y + first * n2, n2, nullptr});
+    const RowBlocks blocks(m, executor.workers, most);
+    parallel_tasks(executor, blocks.count, [&](int64_t task, int) {
+      const int64_t first = blocks.first(task), count = blocks.first(task + 1) - first;
+      float* hidden = static_cast<float*>(scratch(kScratchRows, most * n1 * 4));
+      multiply_task(from_row(all, first), first, count, up, 0, up.panels(), nullptr,
+                    GeluRows<T>{hidden, first, n1, b1, pre});
+      multiply_task({hidden, n1, 1, DType::kFloat32}, first, count, down, 0, down.panels(), nullptr,
+                    StoreRows<T>{y, n2, nullptr});
     });
     return;
   }
@@ -126,13 +135,17 @@ struct GeluGradient {
   float* panels;  // as PackedB of hidden, depth m
   int64_t m, n1;
 
+  void expect(int64_t i, int64_t rows, int64_t j, int64_t cols, Fetch& fetch) const {
+    const int64_t width = panel_width(cols);
+    fetch.rows(pre + i * n1 + j, n1, rows, cols);
+    fetch.rows(dpre + i * n1 + j, n1, rows, cols);
+    fetch.rows(panels + j * m + i * width, width, rows, width);
+  }
   void operator()(const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
     const int64_t width = panel_width(cols);
     float* out = panels + j * m + i * width;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (i + r) * n1 + j;
-      prefetch_columns<0>(pre + at + kRowsAhead * n1, cols);
-      prefetch_columns<1>(dpre + at + kRowsAhead * n1, cols);
       for (int64_t c = 0; c < width; c += VLEN) {
         const int64_t n = smaller(larger(cols - c, 0), VLEN);
         const vf x = load_n(pre + at + c, n);

@@ -1,13 +1,15 @@
 // C = A B for the shapes of an encoder, in fp32 with fp32 or bf16 operands, after Goto & van de Geijn 2008 with one
-// departure: only B is packed, the rows of A are read where they lie, so that whichever operand is smaller can be the
-// packed one and no packed copy of a weight has to be kept (and kept fresh) between calls.
+// departure: B alone is packed as a whole, so that whichever operand is smaller can be the packed one and no packed copy of
+// a weight has to be kept (and kept fresh) between calls. A task packs its own rows of A, or reads them where they lie.
 //
 //   B    panels of NR = 2 VLEN columns, each [K][NR], the last one [K][VLEN] if that is enough
-//   A    strips of MR rows, broadcast element by element into MR x 2 accumulators
+//   A    strips of MR rows, each [K][MR], broadcast element by element into MR x 2 accumulators
 //   task rows_per_task rows by a range of panels; its result lies in L1/L2 until the epilogue takes it
 //
 // An epilogue is called as epilogue(tile, ld, i, rows, j, cols): the finished block C[i : i+rows, j : j+cols] is
-// tile[r * ld + c]; the tile may be overwritten, and has ld >= cols rounded up to VLEN readable columns.
+// tile[r * ld + c]; the tile may be overwritten, and has ld >= cols rounded up to VLEN readable columns. Before that,
+// epilogue.expect(i, rows, j, cols, fetch) names the lines of memory that it will read or write: the product fetches them
+// into L2 while it runs, a few at a time, or the epilogue would wait for memory most of its time.
 #pragma once
 #include "parallel.h"
 #include "vec.h"
@@ -15,28 +17,63 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-constexpr int MR = FASTBERT_VREGS == 32 ? 12 : 6;
+constexpr int MR = FASTBERT_VREGS == 32 ? 14 : 6;
 constexpr int NR = 2 * VLEN;
 constexpr int64_t KC = 4096 / NR;      // a KC x NR piece of a panel, 16 KiB, stays in L1 while the strips of a task pass
-constexpr int64_t kTaskRows = 96;      // and kTaskRows x K of A in L2
+constexpr int64_t kTaskRows = (FASTBERT_VREGS == 32 ? 8 : 16) * MR;  // and kTaskRows x K of A in L2
 constexpr int64_t kTaskBytes = 256 << 10;
 constexpr int64_t kDotChain = 128;     // products added up before they join the others
 constexpr int kMaxStack = 4;
-constexpr int kAhead = 4;              // lines of B fetched ahead for each line of A
 constexpr int64_t kLine = 16;          // floats in a line of cache
 constexpr int64_t kPageFloats = 1024;  // lines of A this far apart share one set of L1, which is too small for a strip
+constexpr int64_t kFewPanels = 2;      // that many do not pay for packing A
 
 // (row in strip, row whose pointer is kept, rows from it): few pointers, the rest is address arithmetic.
 #define FASTBERT_STRIP(X) \
-  X(0, 0, 0) X(1, 0, 1) X(2, 0, 2) X(3, 3, 0) X(4, 3, 1) X(5, 3, 2) X(6, 6, 0) X(7, 6, 1) X(8, 6, 2) X(9, 9, 0) X(10, 9, 1) X(11, 9, 2)
+  X(0, 0, 0) X(1, 0, 1) X(2, 0, 2) X(3, 3, 0) X(4, 3, 1) X(5, 3, 2) X(6, 6, 0) X(7, 6, 1) X(8, 6, 2) X(9, 9, 0) X(10, 9, 1) X(11, 9, 2) \
+  X(12, 12, 0) X(13, 12, 1)
+
+// Lines of memory to be fetched into L2 in the course of a product, in equal shares.
+class Fetch {
+ public:
+  // `each` addresses for every kLine elements of depth.
+  struct Share {
+    const void* const* address = nullptr;
+    int64_t each = 0;
+  };
+
+  // out [rows, cols] at ld elements a row.
+  template <class T>
+  void rows(const T* out, int64_t ld, int64_t rows, int64_t cols) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols && count_ < kMost; c += 64 / static_cast<int64_t>(sizeof(T)))
+        address_[count_++] = out + r * ld + c;
+  }
+  // steps: how often kLine elements of depth will pass.
+  void start(int64_t steps) {
+    each_ = ceil_div(count_, larger(steps, 1));
+    next_ = 0;
+  }
+  Share next(int64_t depth) {
+    const int64_t wanted = ceil_div(depth, kLine) * each_;
+    if (each_ == 0 || next_ + wanted > count_) return {};
+    next_ += wanted;
+    return {address_ + next_ - wanted, each_};
+  }
+
+ private:
+  static constexpr int64_t kMost = 6 * kTaskRows;
+  const void* address_[kMost];
+  int64_t count_ = 0, next_ = 0, each_ = 0;
+};
 
 // c [R][ldc] (+)= A [R][depth] b [depth][V * VLEN]. A(i, k) is a[i * stride + k], or a[k * stride + i] if Columns.
 // The accumulators are named one by one: GCC 12 keeps an array of them in memory. Every kDotChain products they are added to
 // c: in one long chain of additions fp32 would lose more digits than the dot products of a BLAS do.
 template <int R, int V, bool Columns>
 void micro_kernel(int64_t depth, const float* a, int64_t stride, bool a_is_new, const float* b, const float* b_ahead,
-                  float* c, int64_t ldc, bool add) {
-  const float *p0 = a, *p3 = a + 3 * stride, *p6 = a + 6 * stride, *p9 = a + 9 * stride;
+                  int64_t ahead_each, Fetch::Share fetch, float* c, int64_t ldc, bool add) {
+  const float *p0 = a, *p3 = a + 3 * stride, *p6 = a + 6 * stride, *p9 = a + 9 * stride, *p12 = a + 12 * stride;
   int64_t k0 = 0;
   do {
 #define X(i, base, more) vf c##i##_0 = {}, c##i##_1 = {};
@@ -48,7 +85,8 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, bool a_is_new, 
       // Not where they are in L2 already: the buffers for lines on their way are few, and B needs them.
       if constexpr (!Columns)
         for (int i = 0; a_is_new && i < R; ++i) __builtin_prefetch(a + (R + i) * stride + k0, 0, 2);
-      for (int i = 0; i < kAhead; ++i) __builtin_prefetch(b_ahead + k0 * kAhead + i * kLine, 0, 2);
+      for (int64_t i = 0; i < ahead_each; ++i, b_ahead += kLine) __builtin_prefetch(b_ahead, 0, 2);
+      for (int64_t i = 0; i < fetch.each; ++i) __builtin_prefetch(*fetch.address++, 0, 2);
       const int64_t end = smaller(kLine, depth - k0);
       for (int64_t k = 0; k < end; ++k) {
         const vf b0 = load(b);
@@ -66,7 +104,7 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, bool a_is_new, 
         if constexpr (Columns) {
           p0 += stride;
         } else {
-          ++p0, ++p3, ++p6, ++p9;
+          ++p0, ++p3, ++p6, ++p9, ++p12;
         }
       }
     }
@@ -82,7 +120,8 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, bool a_is_new, 
   } while (k0 < depth);
 }
 
-using MicroKernel = void (*)(int64_t, const float*, int64_t, bool, const float*, const float*, float*, int64_t, bool);
+using MicroKernel = void (*)(int64_t, const float*, int64_t, bool, const float*, const float*, int64_t, Fetch::Share,
+                             float*, int64_t, bool);
 
 template <int V, bool Columns>
 FASTBERT_INLINE MicroKernel micro_kernel_for(int64_t rows) {
@@ -92,23 +131,32 @@ FASTBERT_INLINE MicroKernel micro_kernel_for(int64_t rows) {
 #if FASTBERT_VREGS == 32
       micro_kernel<7, V, Columns>, micro_kernel<8, V, Columns>, micro_kernel<9, V, Columns>,
       micro_kernel<10, V, Columns>, micro_kernel<11, V, Columns>, micro_kernel<12, V, Columns>,
+      micro_kernel<13, V, Columns>, micro_kernel<14, V, Columns>,
 #endif
   };
   return table[rows - 1];
 }
 
-// c [rows][width] (+)= A [rows][depth] panel [depth][width], width VLEN or NR. a_is_new: A has not been read yet.
-// ahead: the piece of B that comes next.
+// Rows of A for `multiply_panel`: strip number s begins at data + s * strip; stride as in micro_kernel. is_new: they have
+// not been read yet.
+struct Lines {
+  const float* data;
+  int64_t stride, strip;
+  bool is_new = false;
+};
+
+// c [rows][width] (+)= A [rows][depth] panel [depth][width], width VLEN or NR. ahead: the piece of B that comes next, or
+// null where it is in the cache anyway.
 template <bool Columns>
-FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t stride, bool a_is_new,
-                                    const float* panel, const float* ahead, int64_t width, float* c, int64_t ldc,
-                                    bool add) {
-  for (int64_t r = 0; r < rows; r += MR) {
+FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const Lines& a, const float* panel, const float* ahead,
+                                    int64_t width, float* c, int64_t ldc, bool add, Fetch* fetch = nullptr) {
+  const int64_t ahead_each = ahead == nullptr ? 0 : ceil_div(width, ceil_div(rows, MR));
+  for (int64_t r = 0, s = 0; r < rows; r += MR, ++s) {
     const int64_t strip = smaller(rows - r, MR);
-    const float* ar = Columns ? a + r : a + r * stride;
     const MicroKernel kernel =
         width > VLEN ? micro_kernel_for<2, Columns>(strip) : micro_kernel_for<1, Columns>(strip);
-    kernel(depth, ar, stride, a_is_new, panel, ahead + r / MR * kAhead * depth, c + r * ldc, ldc, add);
+    kernel(depth, a.data + s * a.strip, a.stride, a.is_new, panel, ahead + s * ahead_each * depth, ahead_each,
+           fetch == nullptr ? Fetch::Share{} : fetch->next(depth), c + r * ldc, ldc, add);
   }
 }
 
@@ -116,14 +164,13 @@ FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a,
 // through the caches once per task, while what is read in place comes from memory once. A few rows always.
 FASTBERT_INLINE bool packs_x(int64_t m, int64_t n) { return m <= n || m <= 4 * NR; }
 
-// The rows of a block often lie a page and more apart, where no hardware prefetcher follows. So who goes through one asks
-// for a row's lines this many rows before it reads or writes them; it would wait for memory most of its time otherwise.
+// Rows of a block often lie a page and more apart, where no hardware prefetcher follows. So who goes through one asks for a
+// row's lines this many rows before it reads them. They come into L2: in L1, rows a page apart would drive each other out.
 constexpr int64_t kRowsAhead = 8;
 
-// The lines of a row, to be read (Write = 0) or written (1).
-template <int Write, class T>
+template <class T>
 FASTBERT_INLINE void prefetch_columns(const T* row, int64_t cols) {
-  for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c, Write);
+  for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c, 0, 2);
 }
 
 // ---- packing ---------------------------------------------------------------------------------------------------
@@ -279,18 +326,47 @@ inline PackedB pack_rows(const Executor& executor, const Stack& b, int64_t n, Sc
 
 // ---- one task: rows of A against a range of panels ---------------------------------------------------------------
 
-// `rows` lines of A from line `first` on, elements k .. k+depth of each, in fp32: out[r * stride + k], or
-// out[k * stride + r] if it is A's columns that are contiguous.
+// Strips of `depth` elements: what is stored a vector at a time may reach VLEN floats beyond the end.
+constexpr int64_t strip_floats(int64_t depth) { return MR * depth + VLEN; }
+
+// `rows` rows of A, elements k .. k + depth of each, as strips [depth][MR] in fp32.
 template <class T>
-void gather_lines(const Matrix& m, bool columns, int64_t first, int64_t rows, int64_t k, int64_t depth, int64_t stride,
-                  float* out) {
-  const T* src = static_cast<const T*>(m.data) + first * m.row_stride + k * m.col_stride;
-  const int64_t lines = columns ? depth : rows, length = columns ? rows : depth;
-  const int64_t line_stride = columns ? m.col_stride : m.row_stride;
-  for (int64_t i = 0; i < lines; ++i) {
-    prefetch_columns<0>(src + (i + kRowsAhead) * line_stride, length);
-    for (int64_t j = 0; j < length; j += VLEN) store(out + i * stride + j, load_n(src + i * line_stride + j, length - j));
+void pack_strips(const Matrix& m, bool columns, int64_t rows, int64_t k, int64_t depth, float* out) {
+  const int64_t strip = strip_floats(depth);
+  const T* src = static_cast<const T*>(m.data) + k * m.col_stride;
+  const auto store_group = [](float* o, vf v, int64_t g) FASTBERT_INLINED {
+    if (MR <= VLEN || g + VLEN <= MR) {
+      store(o + g, v);
+    } else {
+      store_n(o + g, v, MR - g);
+    }
+  };
+  if (columns) {
+    for (int64_t i = 0; i < depth; ++i) {
+      const T* line = src + i * m.col_stride;
+      prefetch_columns(line + kRowsAhead * m.col_stride, rows);
+      float* o = out + i * MR;
+      for (int64_t r = 0; r < rows; r += MR, o += strip)
+        for (int64_t g = 0; g < smaller(MR, rows - r); g += VLEN) store_group(o, load_n(line + r + g, rows - r - g), g);
+    }
+    return;
   }
+  for (int64_t r = 0; r < rows; r += MR, out += strip)
+    for (int64_t i = 0; i < depth; i += VLEN) {
+      const int64_t n = smaller(depth - i, VLEN);
+      for (int64_t g = 0; g < smaller(MR, rows - r); g += VLEN) {
+        const int64_t lines = smaller(smaller(MR, rows - r) - g, VLEN);
+        const T* block_src = src + (r + g) * m.row_stride + i;
+        vf block[VLEN];
+#pragma GCC unroll 16
+        for (int j = 0; j < VLEN; ++j) {
+          if (j < MR) __builtin_prefetch(block_src + (j + MR) * m.row_stride, 0, 2);
+          block[j] = j < lines ? load_n(block_src + j * m.row_stride, n) : vf{};
+        }
+        transpose(block);
+        for (int64_t j = 0; j < n; ++j) store_group(out + (i + j) * MR, block[j], g);
+      }
+    }
 }
 
 // The sum of `depth` rows of n <= VLEN columns, by halves, so that no digits are lost in a long chain of additions.
@@ -305,38 +381,52 @@ vf sum_rows(const T* rows, int64_t depth, int64_t stride, int64_t n) {
   return total;
 }
 
-// sums (null, or rows rounded up to VLEN floats; A's columns contiguous) receives the sum of each line of A.
+// The matrix from row `first` on.
+FASTBERT_INLINE Matrix from_row(const Matrix& m, int64_t first) {
+  const int64_t size = m.dtype == DType::kFloat32 ? sizeof(float) : sizeof(bf16);
+  return {static_cast<const char*>(m.data) + first * m.row_stride * size, m.row_stride, m.col_stride, m.dtype};
+}
+
+// Rows first .. first + rows of C; a: those of A. sums (null, or [rows]) receives the sum of each row of A.
 template <class Epilogue>
 void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& b, int64_t panel_begin,
                    int64_t panel_end, float* sums, const Epilogue& epilogue) {
-  const int64_t depth = b.depth;
-  const bool columns = a.col_stride != 1 || sums != nullptr;
-  const bool in_place = !columns && a.dtype == DType::kFloat32 && (a.row_stride % kPageFloats != 0 || rows == 1);
-  // Either A's lines stay in cache while every panel passes (one tile at a time), or, where they are too long or have
-  // to be copied first (converted, or moved apart), the results of many panels do while A passes once.
-  const bool stay = in_place && rows * depth * 4 <= kTaskBytes;
-  const int64_t tile_panels = stay ? 1 : larger(1, smaller(panel_end - panel_begin, 2 * kTaskBytes / (rows * NR * 4)));
+  const int64_t depth = b.depth, panels = panel_end - panel_begin, strips = ceil_div(rows, MR);
+  const bool columns = a.col_stride != 1;
+  const bool in_place = !columns && sums == nullptr && a.dtype == DType::kFloat32 && panels <= kFewPanels &&
+                        (a.row_stride % kPageFloats != 0 || rows == 1);
+  // Either all of A stays in L2 while every panel passes (one tile at a time), or, where it is too long, the results of
+  // many panels do while A passes once.
+  const bool stay = rows * depth * 4 <= kTaskBytes;
+  const int64_t tile_panels = stay ? 1 : larger(1, smaller(panels, 2 * kTaskBytes / (rows * NR * 4)));
   float* tiles = static_cast<float*>(scratch(kScratchTile, tile_panels * rows * NR * 4));
-  const int64_t padded = ceil_div(rows, VLEN) * VLEN;
-  float* gathered = in_place ? nullptr : static_cast<float*>(scratch(kScratchPackA, padded * KC * 4));
+  const int64_t held = stay ? ceil_div(depth, KC) : 1, held_floats = strips * strip_floats(KC);
+  float* packed = in_place ? nullptr : static_cast<float*>(scratch(kScratchPackA, held * held_floats * 4));
   if (sums != nullptr)
-    for (int64_t r = 0; r < padded; ++r) sums[r] = 0.0f;
+    for (int64_t r = 0; r < rows; ++r) sums[r] = 0.0f;
   for (int64_t p0 = panel_begin; p0 < panel_end; p0 += tile_panels) {
     const int64_t p1 = smaller(p0 + tile_panels, panel_end);
     for (int64_t k = 0; k < depth || k == 0; k += KC) {
       const int64_t kc = smaller(depth - k, KC);
-      const float* lines = gathered;
-      int64_t stride = columns ? padded : KC;
-      if (in_place) {
-        lines = static_cast<const float*>(a.data) + first * a.row_stride + k;
-        stride = a.row_stride;
-      } else if (a.dtype == DType::kFloat32) {
-        gather_lines<float>(a, columns, first, rows, k, kc, stride, gathered);
-      } else {
-        gather_lines<bf16>(a, columns, first, rows, k, kc, stride, gathered);
+      Lines lines{static_cast<const float*>(a.data) + k, a.row_stride, MR * a.row_stride};
+      if (!in_place) {
+        float* strip = packed + (stay ? k / KC * held_floats : 0);
+        if (!stay || p0 == panel_begin) {
+          if (a.dtype == DType::kFloat32) {
+            pack_strips<float>(a, columns, rows, k, kc, strip);
+          } else {
+            pack_strips<bf16>(a, columns, rows, k, kc, strip);
+          }
+        }
+        lines = {strip, MR, strip_floats(kc)};
       }
-      for (int64_t r = 0; sums != nullptr && p0 == panel_begin && r < rows; r += VLEN)
-        store(sums + r, load(sums + r) + sum_rows(lines + r, kc, stride, VLEN));
+      if (sums != nullptr && p0 == panel_begin)
+        for (int64_t r = 0; r < rows; r += MR)
+          for (int64_t g = 0; g < smaller(MR, rows - r); g += VLEN) {
+            const int64_t n = smaller(smaller(MR, rows - r) - g, VLEN);
+            const vf more = sum_rows(lines.data + r / MR * lines.strip + g, kc, MR, n);
+            store_n(sums + r + g, load_n(sums + r + g, n) + more, n);
+          }
       for (int64_t p = p0; p < p1; ++p) {
         int64_t col, cols;
         b.locate(p, &col, &cols);
@@ -344,10 +434,16 @@ void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& 
         const float* panel = b.data + p * depth * NR + k * width;
         const float* ahead = p + 1 < p1 ? panel + depth * NR : b.data + p0 * depth * NR + (k + kc) * NR;
         float* tile = tiles + (p - p0) * rows * NR;
-        if (columns) {
-          multiply_panel<true>(rows, kc, lines, stride, false, panel, ahead, width, tile, NR, k > 0);
+        Fetch fetch;
+        if (k + kc == depth) {
+          epilogue.expect(first, rows, col, cols, fetch);
+          fetch.start(strips * ceil_div(kc, kLine));
+        }
+        if (in_place) {
+          lines.is_new = p == panel_begin;
+          multiply_panel<false>(rows, kc, lines, panel, ahead, width, tile, NR, k > 0, &fetch);
         } else {
-          multiply_panel<false>(rows, kc, lines, stride, p == panel_begin, panel, ahead, width, tile, NR, k > 0);
+          multiply_panel<true>(rows, kc, lines, panel, ahead, width, tile, NR, k > 0, &fetch);
         }
       }
     }
@@ -359,47 +455,39 @@ void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& 
   }
 }
 
-// Rows a task takes: the most that leaves no worker idle for more than a few per cent of the time.
-inline int64_t task_rows(int64_t rows, int workers) {
-  int64_t best = MR;
-  double least = 1e30;
-  for (int64_t r = kTaskRows; r >= MR; r /= 2) {
-    const int64_t rounds = ceil_div(ceil_div(rows, r), workers);
-    const double cost = static_cast<double>(rounds * r * workers) * (1.0 + 0.04 * (kTaskRows / r > 2 ? kTaskRows / r : 0));
-    if (cost < 0.97 * least) least = cost, best = r;
-  }
-  return best;
-}
+// Rows shared out in whole strips to tasks of about one size, as many for each worker, of at most `most` rows.
+struct RowBlocks {
+  int64_t rows, strips, count;
+
+  RowBlocks() = default;
+  RowBlocks(int64_t n, int workers, int64_t most = kTaskRows)
+      : rows(n), strips(ceil_div(n, MR)), count(smaller(strips, ceil_div(ceil_div(n, most), workers) * workers)) {}
+  int64_t first(int64_t block) const { return smaller(rows, strips * block / count * MR); }
+};
 
 // The whole product, A's parts one below another. sums (null or [rows]) as in multiply_task.
 template <class Epilogue>
 void gemm(const Executor& executor, const Stack& a, const PackedB& b, float* sums, const Epilogue& epilogue) {
-  int64_t total = 0;
-  for (int i = 0; i < a.count; ++i) total += a.extent[i];
-  const int64_t rows = task_rows(total, executor.workers);
-  int64_t blocks[kMaxStack + 1] = {0};
-  for (int i = 0; i < a.count; ++i) blocks[i + 1] = blocks[i] + ceil_div(a.extent[i], rows);
+  RowBlocks blocks[kMaxStack];
+  int64_t row_blocks = 0;
+  for (int i = 0; i < a.count; ++i) {
+    blocks[i] = RowBlocks(a.extent[i], executor.workers);
+    row_blocks += blocks[i].count;
+  }
   // Few rows: share out the columns too.
-  const int64_t row_blocks = blocks[a.count];
   if (row_blocks == 0 || b.panels() == 0) return;
   const int64_t groups =
       row_blocks >= 2 * executor.workers ? 1 : smaller(b.panels(), ceil_div(4 * executor.workers, row_blocks));
   const int64_t group_panels = ceil_div(b.panels(), groups);
   parallel_tasks(executor, row_blocks * groups, [&](int64_t task, int) {
-    const int64_t block = task / groups, group = task % groups;
+    int64_t block = task / groups, above = 0;
+    const int64_t group = task % groups;
     int i = 0;
-    int64_t above = 0;
-    while (block >= blocks[i + 1]) above += a.extent[i++];
-    const int64_t first = (block - blocks[i]) * rows;
-    const int64_t count = smaller(a.extent[i] - first, rows);
-    float own_sums[kTaskRows];
-    multiply_task(a.part[i], first, count, b, group * group_panels, smaller((group + 1) * group_panels, b.panels()),
-                  sums != nullptr && group == 0 ? own_sums : nullptr,
-                  [&](float* tile, int64_t ld, int64_t r, int64_t n, int64_t j, int64_t cols) {
-                    epilogue(tile, ld, above + r, n, j, cols);
-                  });
-    if (sums != nullptr && group == 0)
-      for (int64_t r = 0; r < count; ++r) sums[above + first + r] = own_sums[r];
+    for (; block >= blocks[i].count; ++i) block -= blocks[i].count, above += a.extent[i];
+    const int64_t first = blocks[i].first(block), rows = blocks[i].first(block + 1) - first;
+    multiply_task(from_row(a.part[i], first), above + first, rows, b, group * group_panels,
+                  smaller((group + 1) * group_panels, b.panels()),
+                  sums != nullptr && group == 0 ? sums + above + first : nullptr, epilogue);
   });
 }
 
@@ -412,15 +500,15 @@ struct StoreRows {
   int64_t ld_out;
   const T* bias;
 
+  void expect(int64_t i, int64_t rows, int64_t j, int64_t cols, Fetch& fetch) const {
+    fetch.rows(out + i * ld_out + j, ld_out, rows, cols);
+  }
   void operator()(const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
     for (int64_t c = 0; c < cols; c += VLEN) {
       const vf b = bias != nullptr ? load_n(bias + j + c, cols - c) : vf{};
       T* o = out + i * ld_out + j + c;
       if (cols - c >= VLEN) {
-        for (int64_t r = 0; r < rows; ++r) {
-          __builtin_prefetch(o + (r + kRowsAhead) * ld_out, 1);
-          store(o + r * ld_out, load(tile + r * ld + c) + b);
-        }
+        for (int64_t r = 0; r < rows; ++r) store(o + r * ld_out, load(tile + r * ld + c) + b);
       } else {
         for (int64_t r = 0; r < rows; ++r) store_n(o + r * ld_out, load(tile + r * ld + c) + b, cols - c);
       }
@@ -435,6 +523,9 @@ struct StoreTransposed {
   int64_t ld_out;
   const T* bias;
 
+  void expect(int64_t i, int64_t rows, int64_t j, int64_t cols, Fetch& fetch) const {
+    fetch.rows(out + j * ld_out + i, ld_out, cols, rows);
+  }
   void operator()(const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
     for (int64_t r = 0; r < rows; r += VLEN) {
       const int64_t n = smaller(rows - r, VLEN);
@@ -445,8 +536,6 @@ struct StoreTransposed {
         for (int k = 0; k < VLEN; ++k) block[k] = k < n ? load(tile + (r + k) * ld + c) : vf{};
         transpose(block);
         T* o = out + (j + c) * ld_out + i + r;
-        T* next = c + VLEN < cols ? o + VLEN * ld_out : out + j * ld_out + i + r + VLEN;
-        for (int k = 0; k < VLEN; ++k) __builtin_prefetch(next + k * ld_out, 1);
         if (n == VLEN && cols - c >= VLEN) {
 #pragma GCC unroll 16
           for (int k = 0; k < VLEN; ++k) store(o + k * ld_out, block[k] + b);

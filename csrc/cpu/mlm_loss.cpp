@@ -61,8 +61,8 @@ struct DecoderLogits {
     const float* w = lines_of(weight, columns, begin, rows);
     for (int64_t t = 0; t < tokens; t += NR) {
       float* out = logits + t * vocabulary + begin * NR;
-      multiply_panel<false>(rows, columns, w, columns, t == 0, h + t * columns, h + (t + NR) * columns, NR, out, NR,
-                            false);
+      const Lines lines{w, columns, MR * columns, t == 0};
+      multiply_panel<false>(rows, columns, lines, h + t * columns, h + (t + NR) * columns, NR, out, NR, false);
       for (int64_t r = 0; bias != nullptr && r < rows; ++r) {
         const vf b = splat(to_float(bias[begin + r]));
         for (int64_t c = 0; c < NR; c += VLEN) store(out + r * NR + c, load(out + r * NR + c) + b);
@@ -162,13 +162,13 @@ struct DecoderGradient {
       int64_t j, cols;
       h.locate(q, &j, &cols);
       const float* panel = h.data + q * tokens * NR;
-      multiply_panel<false>(rows, tokens, d, tokens, false, panel, panel + tokens * NR, panel_width(cols), tile, NR,
-                            false);
+      const Lines lines{d, tokens, MR * tokens};
+      multiply_panel<false>(rows, tokens, lines, panel, panel + tokens * NR, panel_width(cols), tile, NR, false);
       store_tile(tile, begin, rows, j, cols);
     }
     const float* w = lines_of(weight, columns, begin, rows);
     for (int64_t t = 0; t < tokens; t += NR)
-      multiply_panel<true>(columns, rows, w, columns, false, panels + t * rows, panels + (t + NR) * rows, NR,
+      multiply_panel<true>(columns, rows, Lines{w, columns, MR}, panels + t * rows, panels + (t + NR) * rows, NR,
                            dh_part + t * columns, NR, add);
   }
 

@@ -6,9 +6,6 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// For lambdas of inner loops: one that stays a call keeps what it captures, accumulators too, in memory.
-#define FASTBERT_INLINED __attribute__((always_inline))
-
 // Elements that make it worth waking another thread, and at least as many in a task.
 constexpr int64_t kTaskElements = 32 << 10;
 

@@ -35,6 +35,8 @@
 #endif
 
 #define FASTBERT_INLINE inline __attribute__((always_inline))
+// For lambdas of inner loops: one that stays a call keeps what it captures, accumulators too, in memory.
+#define FASTBERT_INLINED __attribute__((always_inline))
 
 namespace fastbert {
 namespace FASTBERT_ISA {
@@ -131,6 +133,17 @@ FASTBERT_INLINE void store_n(T* p, vf v, int64_t n) {
   store(part, v);
   for (int64_t i = 0; i < n; ++i) p[i] = part[i];
 }
+#if defined(__AVX512F__)
+FASTBERT_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+template <>
+FASTBERT_INLINE vf load_n(const float* p, int64_t n) {
+  return n >= VLEN ? load(p) : _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+template <>
+FASTBERT_INLINE void store_n(float* p, vf v, int64_t n) {
+  n >= VLEN ? store(p, v) : _mm512_mask_storeu_ps(p, first_lanes(n), v);
+}
+#endif
 
 // Lanes i and i ^ w change places.
 FASTBERT_INLINE vf swap_lanes(vf v, int w) { return __builtin_shuffle(v, iota() ^ w); }
