@@ -26,7 +26,7 @@ constexpr int64_t kDotChain = 128;     // products added up before they join the
 constexpr int kMaxStack = 4;
 constexpr int64_t kLine = 16;          // floats in a line of cache
 constexpr int64_t kPageFloats = 1024;  // lines of A this far apart share one set of L1, which is too small for a strip
-constexpr int64_t kFewPanels = 2;      // that many do not pay for packing A
+constexpr int64_t kFewPanels = 4;      // that many do not pay for packing A
 
 // (row in strip, row whose pointer is kept, rows from it): few pointers, the rest is address arithmetic.
 #define FASTBERT_STRIP(X) \
@@ -52,18 +52,17 @@ class Fetch {
   // steps: how often kLine elements of depth will pass.
   void start(int64_t steps) {
     each_ = ceil_div(count_, larger(steps, 1));
-    next_ = 0;
+    for (; each_ > 0 && count_ < steps * each_; ++count_) address_[count_] = address_[count_ - 1];
   }
   Share next(int64_t depth) {
-    const int64_t wanted = ceil_div(depth, kLine) * each_;
-    if (each_ == 0 || next_ + wanted > count_) return {};
-    next_ += wanted;
-    return {address_ + next_ - wanted, each_};
+    const Share share{address_ + next_, each_};
+    next_ += ceil_div(depth, kLine) * each_;
+    return share;
   }
 
  private:
-  static constexpr int64_t kMost = 6 * kTaskRows;
-  const void* address_[kMost];
+  static constexpr int64_t kMost = 6 * kTaskRows, kMostSteps = ceil_div(kTaskRows, MR) * ceil_div(KC, kLine);
+  const void* address_[kMost + kMostSteps];
   int64_t count_ = 0, next_ = 0, each_ = 0;
 };
 

@@ -40,7 +40,7 @@ void parallel_tasks(const Executor& executor, int64_t tasks, const F& task) {
       &context);
 }
 
-FASTBERT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTBERT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTBERT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTBERT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
