@@ -145,7 +145,7 @@ def wrong_weights(weights: tuple[Tensor, ...], x: Tensor | None = None) -> str |
 
 
 def sharded(weights: tuple[Tensor, ...] | None) -> bool:
-    """Whether these weights lie in pieces, as FSDP leaves them between calls: only in a call do they show what they are."""
+    """Whether these weights lie in pieces. FSDP leaves them so between calls: what they are, a call has to tell."""
     return any(type(weight).__name__ == "DTensor" for weight in weights or ())
 
 

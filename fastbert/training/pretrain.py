@@ -32,6 +32,7 @@ from .report import CURVES, REPORT, versions, write_json
 from .runs import (
     RUN,
     check_loggers,
+    check_processes,
     check_same_run,
     fastbert_report,
     guarded,
@@ -40,7 +41,7 @@ from .runs import (
     save_model,
     say,
 )
-from .sharding import check_sharding
+from .sharding import check_sharding, wants_sharding
 from .shards import PAIRS
 from .throughput import Work, peak_flops
 from .trainer import LossProgressCallback, NanCallback, StopOnSignal
@@ -59,6 +60,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
     model_args, data_args, args = parsed
     quiet_transformers()
     check_loggers(args)
+    check_processes(args)
     check_sharding(args)
     started = time.perf_counter()
     output = Path(str(args.output_dir))
@@ -130,9 +132,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         say(f"stopped at step {steps}. Go on with: {resume_command('pretrain', args)}")
         return 128 + stop.caught
     trained = time.perf_counter()
-    # Where the weights are in pieces, every process has a part in saving them.
-    if trainer.is_fsdp_enabled or trainer.is_world_process_zero():
-        save_model(trainer, output)
+    save_model(trainer, output)
     if not trainer.is_world_process_zero():
         return 0
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -330,6 +330,7 @@ def _identity(
         "phase_batches": [phase.batches for phase in phases],
         "tokens_per_batch": phases[0].budget.tokens,
         "processes": args.world_size,
+        "fsdp": wants_sharding(args),
         "mlm_probability": data_args.mlm_probability,
         "whole_word_mask": data_args.whole_word_mask,
         "model_name_or_path": model_args.model_name_or_path,

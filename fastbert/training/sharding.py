@@ -7,16 +7,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from fastbert.families import role_of
+from fastbert.families import ROLES, role_of
 
 from .errors import CommandError, first_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+LAYERS = {name for (_, name), (role, _) in ROLES.items() if role == "layer"}
 
 
 def wants_sharding(args: TrainingArguments) -> bool:
@@ -34,27 +36,32 @@ def check_sharding(args: TrainingArguments) -> None:
         raise CommandError("--fsdp: this is one process; start several with torchrun or accelerate launch")
     if kind == DistributedType.MULTI_CPU:
         raise CommandError("--fsdp: accelerate shards a model on GPUs only; on CPUs every process has the whole of it")
+    given: dict[str, Any] = args.fsdp_plugin_args or {}
+    config: dict[str, Any] = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    if config.get("xla"):
+        raise CommandError("--fsdp_config: xla is not supported")
+    if int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))) != 2:
+        raise CommandError(
+            "--fsdp_config: version must be 2, FSDP1 is not supported (accelerate launch --fsdp_version 2)"
+        )
     try:
-        plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+        plugin = FullyShardedDataParallelPlugin(**given)
     except (ValueError, TypeError, KeyError) as error:
         raise CommandError(f"--fsdp_config: {first_line(error)}") from error
-    for wrong, allowed in (
-        (plugin.fsdp_version != 2, "version must be 2: FSDP1 is not supported"),
-        (bool(args.fsdp_config and args.fsdp_config.get("xla")), "xla is not supported"),
-        (getattr(args, "parallelism_config", None) is not None, "no other parallelism beside it is supported"),
-        (plugin.cpu_ram_efficient_loading, "cpu_ram_efficient_loading must be off: every process reads the weights"),
-        (plugin.activation_checkpointing, "activation_checkpointing must be off; --gradient_checkpointing does it"),
-        (
-            plugin.auto_wrap_policy is not transformer_auto_wrap_policy,
-            "auto_wrap_policy must be TRANSFORMER_BASED_WRAP",
-        ),
-        (
-            "SHARDED" in str((args.fsdp_config or {}).get("state_dict_type", "")),
-            "state_dict_type must be FULL_STATE_DICT: checkpoints are whole",
-        ),
-    ):
-        if wrong:
-            raise CommandError(f"--fsdp, --fsdp_config: {allowed}")
+    if plugin.cpu_ram_efficient_loading:
+        raise CommandError("--fsdp_config: cpu_ram_efficient_loading must be off, every process reads the weights")
+    if plugin.activation_checkpointing:
+        raise CommandError("--fsdp_config: activation_checkpointing must be off, --gradient_checkpointing does it")
+    if plugin.auto_wrap_policy is not transformer_auto_wrap_policy:
+        raise CommandError("--fsdp_config: auto_wrap_policy must be TRANSFORMER_BASED_WRAP, every layer is wrapped")
+    if other := sorted(set(plugin.transformer_cls_names_to_wrap or ()) - LAYERS):
+        raise CommandError(
+            f"--fsdp_config: transformer_layer_cls_to_wrap {', '.join(other)}: layers are wrapped, and nothing else"
+        )
+    if config.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
+        raise CommandError("--fsdp_config: state_dict_type must be FULL_STATE_DICT, checkpoints are whole")
+    if getattr(args, "parallelism_config", None) is not None:
+        raise CommandError("--parallelism_config: not together with --fsdp")
 
 
 def shard(model: Any, plugin: FullyShardedDataParallelPlugin) -> None:
