@@ -57,7 +57,8 @@ def main() -> None:
         sampler.set_epoch(epoch)
         losses = []
         for batch in loader:
-            loss = model(**batch.to(device)).loss
+            # FSDP looks at all that a model returns, and so would have the logits of every token computed.
+            loss = model(**batch.to(device), skip_logits=True).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

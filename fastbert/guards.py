@@ -144,6 +144,11 @@ def wrong_weights(weights: tuple[Tensor, ...], x: Tensor | None = None) -> str |
     return None
 
 
+def sharded(weights: tuple[Tensor, ...] | None) -> bool:
+    """Whether these weights lie in pieces. FSDP leaves them so between calls: what they are, a call has to tell."""
+    return any(type(weight).__name__ == "DTensor" for weight in weights or ())
+
+
 class Weights(NamedTuple):
     """Where to read weight and bias of some modules anew at each call."""
 

@@ -89,8 +89,6 @@ def report(model: nn.Module) -> Report:
             reason = module.static_reason() or state.reason
             if reason is None and "forward" in vars(module) and not state.fast:
                 reason = "its forward was replaced before fastbert.optimize was called"
-            if reason is not None and "DTensor" in reason and state.fast:
-                reason = state.reason  # sharded by FSDP: between calls the weights are not what they are in a call
         entry = {"name": name, "path": "fast" if reason is None else "stock", "reason": reason}
         (layers if role == "layer" else others).append(entry)
         if isinstance(module, swapped.FastLayer):

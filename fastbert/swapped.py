@@ -22,6 +22,7 @@ from fastbert.guards import (
     call_reason,
     captured,
     foreign_hook,
+    sharded,
     wrong_weights,
 )
 from fastbert.packing import PackedBatch, batch_of
@@ -129,7 +130,8 @@ class FastLayer(Fast):
         config = self._fastbert.config
         if config is not None and config._attn_implementation not in PACKABLE:
             return f"the attention implementation was set to {config._attn_implementation!r}"
-        return self.ready_parts(None)[0]
+        reason, weights, _ = self.ready_parts(None)
+        return None if sharded(weights) else reason
 
     def resolve(self) -> ResolvedLayer:
         """The layer's parts, looked up anew only if something changed."""
@@ -324,7 +326,7 @@ class FastEmbeddings(Fast):
         arguments = input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
         if not isinstance(self, FastEmbeddings):
             return restored_forward(self, *arguments)
-        reason = call_reason(self._fastbert.config, {}) or self.static_reason()
+        reason = call_reason(self._fastbert.config, {}) or self.ready_parts()[0]
         if input_ids is None or inputs_embeds is not None:
             reason = "inputs_embeds were given"
         if not torch.compiler.is_compiling():
@@ -345,10 +347,15 @@ class FastEmbeddings(Fast):
             state.resolved = ResolvedEmbeddings(self)
         return state.resolved
 
-    def static_reason(self) -> str | None:
-        """Why the module could not take the fast path whatever the call, or None."""
+    def ready_parts(self) -> tuple[str | None, tuple[Tensor, ...] | None]:
+        """(why the module's parts speak against the fast path, or None; the weights)."""
         resolved = self.resolve()
         if resolved.reason is not None:
-            return resolved.reason
+            return resolved.reason, None
         weights = resolved.weights.read()
-        return "a weight is no parameter" if weights is None else wrong_weights(weights)
+        return ("a weight is no parameter" if weights is None else wrong_weights(weights)), weights
+
+    def static_reason(self) -> str | None:
+        """Why the module could not take the fast path whatever the call, or None."""
+        reason, weights = self.ready_parts()
+        return None if sharded(weights) else reason

@@ -82,9 +82,10 @@ def checkpoint_problem(folder: str | os.PathLike[str], *, resumable: bool = True
         return "config.json is missing or truncated"
     if resumable:
         rng_states = sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
-        # accelerate gathers a sharded optimizer (FSDP) into a file of another name.
-        optimizer = folder / ("optimizer.bin" if (folder / "optimizer.bin").exists() else "optimizer.pt")
-        for path in [optimizer, folder / "scheduler.pt", *rng_states]:
+        # accelerate gathers sharded weights and optimizers (FSDP) into files of its own.
+        sharded = ["pytorch_model_fsdp.bin", "optimizer.bin"]
+        training = sharded if any((folder / name).exists() for name in sharded) else ["optimizer.pt"]
+        for path in [*(folder / name for name in training), folder / "scheduler.pt", *rng_states]:
             if problem := _torch_file_problem(path):
                 return problem
     return None

@@ -23,6 +23,7 @@ from .rows import RowFile, splits_of
 from .runs import (
     RUN,
     check_loggers,
+    check_processes,
     check_same_run,
     fastbert_report,
     guarded,
@@ -31,6 +32,7 @@ from .runs import (
     save_model,
     say,
 )
+from .sharding import check_sharding, wants_sharding
 from .task import Task
 from .tasks import choose_task
 from .trainer import (
@@ -57,6 +59,10 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     if not data_args.train_file:
         raise CommandError("--train_file is needed")
     check_loggers(args)
+    check_processes(args)
+    check_sharding(args)
+    if wants_sharding(args) and not args.do_train:
+        raise CommandError("--fsdp: only for training; a whole model predicts faster than one in pieces")
     output = Path(str(args.output_dir))
     hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
     tokenizer_name = model_args.tokenizer_name or model_args.model_name_or_path
@@ -64,6 +70,8 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     config = load_config(model_args.model_name_or_path, **hub)
     files = _open_files(data_args, args)
     kind = choose_task(data_args, files["train"][0])
+    if wants_sharding(args) and not kind.sharding:
+        raise CommandError(f"--fsdp: not with --task {kind.name}")
     tokenizer = load_tokenizer(
         tokenizer_name,
         "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path",
@@ -81,6 +89,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     run = {
         **task.identity(),
         "seed": args.seed,
+        "fsdp": wants_sharding(args),
         "rows": {name: len(split) for name, split in splits.items() if name != "test"},
         "data": {name: split.digest() for name, split in splits.items() if name != "test"},
         "model_name_or_path": model_args.model_name_or_path,
@@ -128,15 +137,15 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
         test = found[0]
         per_class = task.details("test", *found[1:])
     tested = time.perf_counter()
+    save_model(trainer, output)
     if not trainer.is_world_process_zero():
         return 0
-    save_model(trainer, output)
     curves = history(trainer.state.log_history)
     report = {
         "command": ["fastbert", "finetune", *argv],
         "model": {
             "name_or_path": model_args.model_name_or_path,
-            "class": type(model).__name__,
+            "class": type(model).__name__.removeprefix("FSDP"),
             "model_type": config.model_type,
             "parameters": sum(p.numel() for p in model.parameters()),
             "max_seq_length": max_length,

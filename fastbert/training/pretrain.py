@@ -32,6 +32,7 @@ from .report import CURVES, REPORT, versions, write_json
 from .runs import (
     RUN,
     check_loggers,
+    check_processes,
     check_same_run,
     fastbert_report,
     guarded,
@@ -40,6 +41,7 @@ from .runs import (
     save_model,
     say,
 )
+from .sharding import check_sharding, wants_sharding
 from .shards import PAIRS
 from .throughput import Work, peak_flops
 from .trainer import LossProgressCallback, NanCallback, StopOnSignal
@@ -58,13 +60,13 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
     model_args, data_args, args = parsed
     quiet_transformers()
     check_loggers(args)
+    check_processes(args)
+    check_sharding(args)
     started = time.perf_counter()
     output = Path(str(args.output_dir))
     name = model_args.tokenizer_name or cast(str, model_args.model_name_or_path)
     hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
     tokenizer = load_tokenizer(name, "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path", **hub)
-    if args.fsdp and args.device.type == "cpu":
-        raise CommandError("--fsdp: accelerate shards a model on GPUs only; on CPUs every process has the whole of it")
     prepared = [_open_dataset(path, tokenizer) for path in data_args.dataset]
     pairs = _same_format(data_args, [settings for _, settings in prepared])
     config = _config(model_args, tokenizer, **hub)
@@ -117,8 +119,6 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         bound=phases[0].budget.tokens if model_args.optimize else None,
     )
     timing.trainer = trainer
-    if trainer.is_fsdp_enabled:  # whole checkpoints that transformers opens, not one piece for each process
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossProgressCallback())
@@ -132,9 +132,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         say(f"stopped at step {steps}. Go on with: {resume_command('pretrain', args)}")
         return 128 + stop.caught
     trained = time.perf_counter()
-    # Where the weights are in pieces, every process has a part in saving them.
-    if trainer.is_fsdp_enabled or trainer.is_world_process_zero():
-        save_model(trainer, output)
+    save_model(trainer, output)
     if not trainer.is_world_process_zero():
         return 0
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -142,7 +140,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
         "command": ["fastbert", "pretrain", *argv],
         "model": {
             "name_or_path": model_args.model_name_or_path,
-            "class": type(model).__name__,
+            "class": type(model).__name__.removeprefix("FSDP"),
             "model_type": config.model_type,
             "parameters": sum(p.numel() for p in model.parameters()),
             "optimize": model_args.optimize,
@@ -332,6 +330,7 @@ def _identity(
         "phase_batches": [phase.batches for phase in phases],
         "tokens_per_batch": phases[0].budget.tokens,
         "processes": args.world_size,
+        "fsdp": wants_sharding(args),
         "mlm_probability": data_args.mlm_probability,
         "whole_word_mask": data_args.whole_word_mask,
         "model_name_or_path": model_args.model_name_or_path,

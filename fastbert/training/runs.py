@@ -55,6 +55,16 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def check_processes(args: Arguments) -> None:
+    """Raise CommandError where several processes are to train, and each would do it alone, into the same folder."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and args.world_size == 1:
+        raise CommandError(
+            f"{started} processes were started, but they train on {args.device} and accelerate has not connected them; "
+            "on CPUs it does with --use_cpu"
+        )
+
+
 def check_loggers(args: Arguments) -> None:
     """Raise CommandError for a logger of ``--report_to`` that is not known, or not installed."""
     for name in args.report_to or ():
@@ -126,11 +136,12 @@ def _short(value: Any) -> str:
 def save_model(trainer: Resumable, output: Path) -> None:
     """Write the final model next to its place, then move it there file by file.
 
-    Where the weights are in pieces (FSDP), every process calls this and the first one writes.
+    Every process calls this and the first one writes; the others have a part in it where weights are in pieces (FSDP).
     """
     partial = output / ".model.part"
     if not trainer.is_world_process_zero():
-        trainer.save_model(str(partial), _internal_call=True)
+        if trainer.is_fsdp_enabled:
+            trainer.save_model(str(partial), _internal_call=True)
         return
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -52,6 +52,7 @@ class SentenceEmbeddings(Task):
     name = "sentence_embeddings"
     head = "AutoModel"
     flags = frozenset(("text_column_name", "label_column_name"))
+    sharding = False  # its metrics and its loss call the model past the hooks that gather the weights
 
     @property
     def metrics(self) -> dict[str, bool]:  # type: ignore[override]

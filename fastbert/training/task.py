@@ -51,6 +51,7 @@ class Task:
     head: ClassVar[str]  # transformers' Auto class of the model
     flags: ClassVar[frozenset[str]]  # of DataArguments, besides SHARED_FLAGS
     label_smoothing: ClassVar[bool] = False  # whether --label_smoothing_factor means something
+    sharding: ClassVar[bool] = True  # whether --fsdp can be used
     in_order: ClassVar[bool] = False  # whether compute_metrics needs predictions in the order of the features
     metrics: dict[str, bool]  # metric -> whether greater is better; the first one chooses the best checkpoint
 

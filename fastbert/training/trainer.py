@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .checkpoints import checkpoints
 from .errors import CommandError, first_line, is_disk_full
+from .sharding import save_whole, shard
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -61,6 +62,20 @@ class Resumable(Trainer):
         # of one count only.
         self.model_accepts_loss_kwargs = False
         self._step_items: Any = None
+        if self.is_fsdp_enabled:
+            save_whole(self.accelerator.state.fsdp_plugin)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer, of weights that are sharded by then if they are to be."""
+        if self.is_fsdp_enabled:
+            shard(self.model, self.accelerator.state.fsdp_plugin)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:  # gathered from pieces name by name, so that tied weights have become several
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict |= {name: state_dict[source] for name, source in tied.items() if source in state_dict}
+        super()._save(output_dir, state_dict)
 
     def test(self) -> tuple[dict[str, float], Any, Any] | None:
         """Metrics, predictions and labels of the test data; None if there is none."""

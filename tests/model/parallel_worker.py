@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fastbert
+from fastbert import swapped
 
 PROCESSES = 2
 
@@ -41,9 +42,12 @@ def sharded(rank: int, config: Any, state: dict[str, Tensor], batch: dict[str, T
     for layer in model.train().encoder.layer:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    assert not swapped.all_stock(model.encoder), "else the first call would not be packed"
     model(**batch)[0][real(batch)].square().sum().backward()
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
-    assert all_fast(model), str(fastbert.report(model))
+    report = fastbert.report(model)
+    assert all_fast(model), str(report)
+    assert all(entry["path"] == "fast" for entry in report.others), str(report)
     return gradients
 
 
