@@ -105,7 +105,8 @@ class Resumable(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # Of a whole step: the rows of a step are the same however they are shared out to micro-batches and processes.
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.train_sampler = EpochLengthGroupedSampler(batch, self.train_lengths, seed)
         return self.train_sampler
 

@@ -562,15 +562,21 @@ def sharded(
 
 
 def finetuning(kit: Any, base_model: Path, folder: Path, **more: Any) -> list[str]:
-    """Fine-tuning of a model without dropout."""
+    """Fine-tuning of a model without dropout, in whole steps: a process that is short of rows would repeat some."""
     model = folder / "model"
     if not model.exists():
         shutil.copytree(base_model, model)
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        kit.write_rows(folder / "train.csv", kit.examples(48))
-    more = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1} | more
+        kit.write_rows(folder / "train.csv", kit.examples(64))
+    more = {
+        "validation_split_percentage": 25,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+    } | more
     return kit.finetune_flags(model, folder / "train.csv", folder / "finetuned", **more)
 
 
@@ -659,6 +665,8 @@ def test_sharded_finetuning(
     weights, pieces = (load_file(path / "finetuned" / "model.safetensors") for path in (tmp_path, folder))
     assert pieces.keys() == weights.keys()
     for key, weight in weights.items():
+        if key.endswith("key.bias"):
+            continue  # shifts all scores of a query: its gradient is rounding, which Adam makes whole steps
         torch.testing.assert_close(pieces[key], weight, rtol=1e-4, atol=1e-5, msg=key)
 
 
