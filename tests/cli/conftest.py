@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,78 @@ TOPICS = {
     "space": ["star", "planet", "orbit", "rocket", "moon", "shines", "lands", "launches", "crater", "dust"],
 }
 FILLER = ["the", "a", "very", "often", "never", "my", "old", "some", "with", "under", "near", "today"]
+
+
+# Imports are most of the time that a short command takes: they are made once, and each process is a fork of this one.
+NURSERY = """
+import json, os, sys
+import accelerate, datasets, matplotlib.pyplot, pyarrow.parquet, scipy.stats, sklearn.metrics, transformers
+import fastbert.training.finetune, fastbert.predict, fastbert.training.prepare, fastbert.training.pretrain
+from fastbert.cli import main
+
+while line := sys.stdin.readline():
+    arguments, errors = json.loads(line)
+    errors, nothing = os.open(errors, os.O_WRONLY), os.open(os.devnull, os.O_RDWR)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        for target, source in enumerate((nothing, nothing, errors)):
+            os.dup2(source, target)
+    os.close(errors), os.close(nothing)
+    if child == 0:
+        sys.exit(main(arguments))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def nursery() -> subprocess.Popen[bytes]:
+    """It ends with the tests, when its standard input does."""
+    return subprocess.Popen(
+        [sys.executable, "-c", NURSERY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+class Started:
+    """A command that runs in a process of its own."""
+
+    def __init__(self, parent: subprocess.Popen[bytes], arguments: list[str]) -> None:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        self.told = parent.stdout
+        self.returncode: int | None = None
+        with tempfile.TemporaryDirectory() as folder:
+            pipe = os.path.join(folder, "stderr")
+            os.mkfifo(pipe)
+            self.errors = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+            parent.stdin.write(f"{json.dumps([arguments, pipe])}\n".encode())
+            self.pid = int(self.told.readline())
+
+    def poll(self, seconds: float = 0) -> int | None:
+        if self.returncode is None and select.select([self.told], [], [], seconds)[0]:
+            self.returncode = int(self.told.readline())
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> str:
+        """What it has written to stderr, when it and all that it started have ended."""
+        written = b""
+        while select.select([self.errors], [], [], 120)[0]:
+            if not (part := os.read(self.errors, 1 << 16)):
+                os.close(self.errors)
+                assert self.poll(120) is not None
+                return written.decode()
+            written += part
+        self.send_signal(signal.SIGKILL)
+        pytest.fail(f"has not ended: {written.decode()}")
 
 
 class Kit:
@@ -99,30 +174,21 @@ class Kit:
         ]
 
     @staticmethod
-    def start(arguments: list[str]) -> subprocess.Popen[str]:
+    def start(arguments: list[str]) -> Started:
         """The command in a process of its own."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-m", "fastbert.cli", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
+        return Started(nursery(), arguments)
 
     @staticmethod
-    def signal_when(process: subprocess.Popen[str], ready: Callable[[], bool], number: int = signal.SIGKILL) -> str:
+    def signal_when(process: Started, ready: Callable[[], bool], number: int = signal.SIGKILL) -> str:
         """Send a signal as soon as ``ready`` says so; returns what the process wrote to stderr."""
         deadline = time.monotonic() + 120
         while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                pytest.fail(f"ended before it could be interrupted: {process.communicate()[1]}")
+                process.send_signal(signal.SIGKILL)
+                pytest.fail(f"ended before it could be interrupted: {process.wait()}")
             time.sleep(0.002)
         process.send_signal(number)
-        return process.communicate(timeout=120)[1]
+        return process.wait()
 
 
 @pytest.fixture(scope="session", autouse=True)

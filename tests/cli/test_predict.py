@@ -289,7 +289,7 @@ def test_killed_and_resumed(
 
 
 def test_interrupted_and_resumed(kit: Any, classifier: Path, tmp_path: Path) -> None:
-    given = kit.write_rows(tmp_path / "in.csv", data(kit, 1600))
+    given = kit.write_rows(tmp_path / "in.csv", data(kit, 400))
     output = tmp_path / "out.csv"
     flags = kit.predict_flags(classifier, given, output, window_rows=8)
     process = kit.start(flags)
@@ -298,7 +298,7 @@ def test_interrupted_and_resumed(kit: Any, classifier: Path, tmp_path: Path) -> 
     assert "--resume" in errors
     assert "Traceback" not in errors
     assert main([*flags, "--resume"]) == 0
-    assert [int(row["id"]) for row in read(output)] == list(range(1600))
+    assert [int(row["id"]) for row in read(output)] == list(range(400))
 
 
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])

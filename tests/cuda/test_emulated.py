@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,8 +167,7 @@ def test_attention(emulated: Any, dtype: torch.dtype, p: float, case: tuple) -> 
     lengths = case[0]
     tensors = attention_cases.tensors_for(*case, dtype)
     references = attention_cases.eager(lengths, p), attention_cases.reference(lengths, p)
-    accuracy.check_forward(attention(emulated, lengths, p), *references, tensors)
-    accuracy.check_backward(attention(emulated, lengths, p), *references, tensors)
+    accuracy.check_backward(attention(emulated, lengths, p), *references, tensors)  # with the output of the one forward
     assert emulated.bank_conflicts() == 0
 
 
@@ -189,7 +189,6 @@ def test_attention_many_sequences(emulated: Any) -> None:
     lengths = (*([1, 0, 2] * 30), 129, *([3] * 40))
     tensors = attention_cases.tensors_for(lengths, 1, 32, None, torch.bfloat16)
     references = attention_cases.eager(lengths), attention_cases.reference(lengths)
-    accuracy.check_forward(attention(emulated, lengths), *references, tensors)
     accuracy.check_backward(attention(emulated, lengths), *references, tensors)
 
 
@@ -210,16 +209,23 @@ def test_attention_forbidden_keys(emulated: Any) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@functools.cache
+def attention_in_order(
+    emulated: Any, lengths: tuple[int, ...], head_dim: int, bias: str | None, order: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output and the gradients that a kernel has when its threads run in some order."""
+    tensors = attention_cases.tensors_for(lengths, 2, head_dim, bias, torch.bfloat16)
+    upstream = torch.randn(sum(lengths), 2 * head_dim, generator=accuracy.generator(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTBERT_EMULATOR_ORDER", order)
+        return accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
+
+
 @ORDERS
 @pytest.mark.parametrize("lengths", [(17, 40), (128, 70), (130, 3)], ids=["short", "full", "long"])
-def test_attention_does_not_depend_on_the_order_of_threads(
-    emulated: Any, lengths: tuple[int, ...], order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tensors = attention_cases.tensors_for(lengths, 2, 64, "11SS", torch.bfloat16)
-    upstream = torch.randn(sum(lengths), 128, generator=accuracy.generator(3))
-    y, gradients = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
-    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
-    y_other, gradients_other = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
+def test_attention_does_not_depend_on_the_order_of_threads(emulated: Any, lengths: tuple[int, ...], order: str) -> None:
+    y, gradients = attention_in_order(emulated, lengths, 64, "11SS", "forward")
+    y_other, gradients_other = attention_in_order(emulated, lengths, 64, "11SS", order)
     assert torch.equal(y, y_other)
     assert all(torch.equal(gradients[name], gradients_other[name]) for name in gradients)
 
@@ -246,10 +252,10 @@ HOPPER_CASES = [
     *(case for case in ATTENTION_CASES if max(case[0], default=0) > 128),
     ((512,), 1, 64, None),
     ((70, 257, 1, 0, 128), 2, 32, "1h1S"),
-    ((130, 200, 5), 3, 128, "BhSS"),
+    ((130, 200, 5), 2, 128, "BhSS"),
     ((385, 129, 256), 2, 64, None),
     ((600,), 1, 128, None),
-    ((1100, 3), 1, 64, "B1SS"),
+    ((650, 3), 1, 64, "B1SS"),
     ((257, 70, 1, 0, 128), 2, 32, None),
     ((130, 200, 5), 2, 128, None),
     ((401,), 1, 64, None),
@@ -320,22 +326,25 @@ def test_attention_hopper_forbidden_keys(emulated: Any, head_dim: int) -> None:
 
 
 @pytest.mark.usefixtures("hopper", "in_any_order")
-@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("order", ["forward", "priority", "late1", "late2"])
 def test_attention_hopper_does_not_look_at_other_sequences(
-    emulated: Any, head_dim: int, bad: float, order: str, monkeypatch: pytest.MonkeyPatch
+    emulated: Any, head_dim: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though the boxes that bring rows reach into them, and buffers keep what they had before."""
-    lengths = (130, 9, 300, 140)
+    """Though the boxes that bring rows reach into them, and buffers keep what they had before.
+
+    The first sequence that is good has what is infinite behind it, the other one what is not a number, or it is the
+    other way round.
+    """
+    lengths = (130, 9, 300, 90)
+    bad = (torch.inf, torch.nan) if order in ("forward", "late1") else (torch.nan, torch.inf)
     tensors = attention_cases.tensors_for(lengths, 2, head_dim, None, torch.float16)
-    upstream = torch.randn(579, 2 * head_dim, generator=accuracy.generator(3)).half()
+    upstream = torch.randn(529, 2 * head_dim, generator=accuracy.generator(3)).half()
     monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
     expected, gradients = accuracy.evaluate(attention(emulated, lengths), tensors, upstream)
     spoilt, spoilt_upstream = tensors["qkv"].clone(), upstream.clone()
     for rows in (spoilt, spoilt_upstream):
-        rows[130:139] = bad
-        rows[439:] = bad
+        rows[130:139], rows[439:] = bad
     y, spoilt_gradients = accuracy.evaluate(attention(emulated, lengths), {"qkv": spoilt}, spoilt_upstream)
     for ours, good in ((y, expected), (spoilt_gradients["qkv"], gradients["qkv"])):
         assert torch.equal(ours[:130], good[:130])
@@ -366,14 +375,11 @@ LATE = [f"late{warp}" for warp in (0, 1, 2, 4, 9)]  # those that load and prepar
 @pytest.mark.parametrize("order", ["reverse", "ahead", "priority", *LATE])
 @pytest.mark.parametrize(("lengths", "head_dim"), [((130, 3, 250), 64), ((256, 200), 128)])
 def test_attention_hopper_does_not_depend_on_the_order_of_threads(
-    emulated: Any, lengths: tuple[int, ...], head_dim: int, order: str, monkeypatch: pytest.MonkeyPatch
+    emulated: Any, lengths: tuple[int, ...], head_dim: int, order: str
 ) -> None:
     """Two blocks add up the gradient of a query, and two numbers have one sum in either order."""
-    tensors = attention_cases.tensors_for(lengths, 2, head_dim, None, torch.bfloat16)
-    upstream = torch.randn(sum(lengths), 2 * head_dim, generator=accuracy.generator(3))
-    y, gradients = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
-    monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
-    y_other, gradients_other = accuracy.evaluate(attention(emulated, lengths, 0.1), tensors, upstream)
+    y, gradients = attention_in_order(emulated, lengths, head_dim, None, "forward")
+    y_other, gradients_other = attention_in_order(emulated, lengths, head_dim, None, order)
     assert torch.equal(y, y_other)
     assert torch.equal(gradients["qkv"], gradients_other["qkv"])
 

@@ -18,7 +18,7 @@ def fresh_compiler() -> None:
 
 @pytest.mark.parametrize("mask", ["none", "holes"])
 def test_compile_forward_and_backward(mask: str) -> None:
-    model = fastbert.optimize(build(head="ForSequenceClassification", train=True))
+    model = fastbert.optimize(build(head="ForSequenceClassification", train=True, num_hidden_layers=1))
     batch = inputs(mask)
     labels = torch.arange(4) % 2
     model(**batch, labels=labels).loss.backward()
@@ -42,7 +42,7 @@ def test_compile_with_inductor_and_another_shape() -> None:
 
 
 def test_compile_masked_language_model() -> None:
-    model = fastbert.optimize(build(head="ForMaskedLM", train=True))
+    model = fastbert.optimize(build(head="ForMaskedLM", train=True, num_hidden_layers=1))
     batch = inputs("right")
     labels = batch["input_ids"].masked_fill(~real(batch), -100)
     expected = model(**batch, labels=labels)
@@ -112,7 +112,7 @@ def test_compiled_without_logits(head: str) -> None:
     batch |= {"labels": labels.masked_fill(~real(batch), -100)}
     if head == "ForPreTraining":
         batch["next_sentence_label"] = torch.tensor([0, 1] * len(labels))[: len(labels)]
-    model = fastbert.optimize(build(head=head, train=True, vocab_size=500))
+    model = fastbert.optimize(build(head=head, train=True, num_hidden_layers=1, vocab_size=500))
     expected = model(**batch).loss
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

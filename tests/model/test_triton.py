@@ -19,7 +19,8 @@ pytest.importorskip("triton")
 OPS = ("attention", "embedding", "ffn", "layernorm", "mlm_loss")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which tests/gpu runs the kernels")
 
-SIZES: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+# Several layers are for the test that says so: the interpreter takes a second for each.
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
 DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
 
 
@@ -113,7 +114,7 @@ def test_dropout_draws_what_the_reference_draws(checkpointing: bool, monkeypatch
 
 def test_rows_to_spare() -> None:
     """The kernels write every row, and the gradients see none of the spare ones."""
-    model = fastbert.optimize(small("ForMaskedLM", train=True, num_hidden_layers=1, **DROPOUT))
+    model = fastbert.optimize(small("ForMaskedLM", train=True, **DROPOUT))
     batch = labelled("right")
     torch.manual_seed(7)
     _, expected = gradients(model, batch)
@@ -124,7 +125,7 @@ def test_rows_to_spare() -> None:
 
 
 def test_rows_to_spare_of_a_graph() -> None:
-    model = fastbert.optimize(small(num_hidden_layers=1))
+    model = fastbert.optimize(small())
     batches = [inputs(mask, batch=2, seqlen=9) for mask in ("right", "none")]
     with torch.no_grad():
         plain = [model(**batch)[0] for batch in batches]
@@ -136,7 +137,7 @@ def test_rows_to_spare_of_a_graph() -> None:
 
 def test_compiled() -> None:
     torch.compiler.reset()
-    model = fastbert.optimize(small("ForTokenClassification", num_hidden_layers=1))
+    model = fastbert.optimize(small("ForTokenClassification"))
     batch = batch_of() | {"labels": torch.zeros(3, 11, dtype=torch.long)}
     loss, expected = gradients(model, batch)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

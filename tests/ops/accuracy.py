@@ -16,6 +16,7 @@ Triton kernels run in Triton's interpreter, on the CPU, with those cases that ar
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -62,22 +63,35 @@ def typed(op: str) -> pytest.MarkDecorator:
 
 
 def table(
-    op: str, cases: Sequence[Any], *, ids: Callable[[Any], str], cost: Callable[[Any], float] = lambda case: 0.0
+    op: str,
+    cases: Sequence[Any],
+    *,
+    ids: Callable[[Any], str],
+    cost: Callable[[Any], float] = lambda case: 0.0,
+    dropouts: Sequence[float] = (),
 ) -> pytest.MarkDecorator:
-    """Parametrizes `backend`, `dtype` and `case`: every case on every backend.
+    """Parametrizes `backend`, `dtype` and `case`, and `p` if there are `dropouts`: every case on every backend.
 
     cost: about how many seconds the interpreter takes for a case, forward and backward. There, a case runs if that is
-    no more than INTERPRETER_LIMIT.
+    no more than INTERPRETER_LIMIT; not in every combination, but in float32 and in one of the 16-bit formats, with one
+    dropout and with the other. The backward's table, in which the output is judged, too, has `dropouts` in the other
+    order: between them, forwards run with both.
     """
     parameters = []
     for backend in backends_of(op):
         chosen = [case for case in cases if not interpreted(backend) or cost(case) <= INTERPRETER_LIMIT]
         assert chosen, f"{op}: no case is quick enough for the interpreter"
-        for dtype in dtypes_of(backend):
-            for case in chosen:
-                name = "-".join(filter(None, (backend, name_of(dtype), ids(case))))
-                parameters.append(pytest.param(backend, dtype, case, id=name))
-    return pytest.mark.parametrize(("backend", "dtype", "case"), parameters)
+        for i, case in enumerate(chosen):
+            ps = dropouts or (0.0,)
+            if interpreted(backend):
+                half = (torch.bfloat16, torch.float16)[i // 2 % 2]
+                combinations = [(torch.float32, ps[i % len(ps)]), (half, ps[(i + 1) % len(ps)])]
+            else:
+                combinations = list(itertools.product(dtypes_of(backend), ps))
+            for dtype, p in combinations:
+                name = "-".join(filter(None, (backend, name_of(dtype), ids(case), "dropout" if p > 0 else "")))
+                parameters.append(pytest.param(backend, dtype, case, *([p] if dropouts else []), id=name))
+    return pytest.mark.parametrize(("backend", "dtype", "case", *(["p"] if dropouts else [])), parameters)
 
 
 def device(backend: str | None) -> str:

@@ -115,14 +115,14 @@ def case_id(case: tuple) -> str:
     return f"{'+'.join(map(str, lengths)) or 'none'}-{heads}x{head_dim}{'-' + bias if bias else ''}"
 
 
-table = accuracy.table(
+table = functools.partial(
+    accuracy.table,
     "attention",
     CASES,
     cost=lambda case: sum(n * n for n in case[0]) * case[1] * case[2] * 1e-6,
     ids=case_id,
 )
 typed = accuracy.typed("attention")
-dropouts = pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
 backends = accuracy.backends("attention")
 
 
@@ -132,8 +132,7 @@ def any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
 
 
-@dropouts
-@table
+@table(dropouts=(0.0, 0.1))
 def test_attention_fwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
     accuracy.require("attention", backend, dtype, case[2])
     lengths = case[0]
@@ -142,8 +141,7 @@ def test_attention_fwd(backend: str, dtype: torch.dtype, p: float, case: tuple) 
     )
 
 
-@dropouts
-@table
+@table(dropouts=(0.1, 0.0))
 @pytest.mark.usefixtures("any_order")
 def test_attention_bwd(backend: str, dtype: torch.dtype, p: float, case: tuple) -> None:
     accuracy.require("attention", backend, dtype, case[2])
