@@ -93,8 +93,8 @@ def embedding(
         position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
     if token_type_ids is None:
         token_type_ids = torch.zeros((), dtype=torch.int64, device=input_ids.device)
-    position_ids = _like_input(position_ids, "position_ids", input_ids)
-    token_type_ids = _like_input(token_type_ids, "token_type_ids", input_ids)
+    position_ids = like_input(position_ids, "position_ids", input_ids)
+    token_type_ids = like_input(token_type_ids, "token_type_ids", input_ids)
     others = (weight.dtype, weight.size(0) > dispatch.WIDEST)
     chosen = dispatch.select("embedding", device=word.device, dtype=word.dtype, requires=others, backend=backend)
     if dropout_p > 0.0 and seed is None:
@@ -155,7 +155,8 @@ def _check(
     return padding_idx % rows
 
 
-def _like_input(ids: Tensor, name: str, input_ids: Tensor) -> Tensor:
+def like_input(ids: Tensor, name: str, input_ids: Tensor) -> Tensor:
+    """The ids called `name` as int64, in the shape of input_ids. Raises TypeError or ValueError if they are not fit."""
     checks.integer_ids("embedding", name, ids, input_ids.device)
     try:
         return ids.long().expand(input_ids.shape)
