@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
+from fastbert.ops.embedding import like_input
 from fastbert.ops.layers import layers as layers_op
 from fastbert.packing import PackedBatch
 
@@ -134,12 +135,12 @@ def encode(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """All layers: hidden_states [B, S, H] -> [B, S, H], packed once.
+    """All layers: hidden_states [B, S, H], packed once, or [T, H] -> [B, S, H].
 
     A layer that somebody watches (takes_packed is False) gets and gives padded tensors and the stock mask, with the
     further arguments that the stock encoder would hand it; the others exchange packed tensors.
     """
-    x, packed = hidden_states, False
+    x, packed = hidden_states, hidden_states.dim() == 2
     for module in layers:
         if takes_packed(module):
             x = module(x if packed else batch.pack(x), batch, *args, **kwargs)
@@ -155,9 +156,13 @@ def embed(
     input_ids: Tensor,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
-    past_key_values_length: int,
+    past_key_values_length: int = 0,
+    batch: PackedBatch | None = None,
 ) -> Tensor:
-    """The embeddings of BERT and of RoBERTa: three lookups, LayerNorm and dropout in one op. -> [B, S, H]"""
+    """The embeddings of BERT and of RoBERTa: three lookups, LayerNorm and dropout in one op.
+
+    ids [B, S] -> [B, S, H], or [T, H] for the tokens of a batch.
+    """
     word, position, token_type = module.word_embeddings, module.position_embeddings, module.token_type_embeddings
     if position_ids is None:
         if position.padding_idx is not None:  # RoBERTa: positions start after the padding index, which pads keep
@@ -167,11 +172,18 @@ def embed(
         elif past_key_values_length:
             start = past_key_values_length
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+    if batch is not None and batch.indices is not None:
+        if position_ids is None:
+            position_ids = torch.arange(batch.seqlen, device=input_ids.device)
+        position_ids = batch.pack(like_input(position_ids, "position_ids", input_ids))
+        if token_type_ids is not None:
+            token_type_ids = batch.pack(like_input(token_type_ids, "token_type_ids", input_ids))
+        input_ids = batch.pack(input_ids)
     position_weight = position.weight
     if position.padding_idx is not None and position_weight.requires_grad and torch.is_grad_enabled():
         position_weight = _FrozenRow.apply(position_weight, position.padding_idx)
     norm = module.LayerNorm
-    return ops.embedding(
+    y = ops.embedding(
         input_ids,
         word.weight,
         position_weight,
@@ -184,6 +196,7 @@ def embed(
         dropout_p=module.dropout.p if module.dropout.training else 0.0,
         eps=norm.eps,
     )
+    return y if batch is None else batch.rows(y)
 
 
 class _FrozenRow(torch.autograd.Function):

@@ -63,10 +63,12 @@ for _family in FAMILIES.values():
         ROLES[_path, _family.embeddings_class] = ("embeddings", _family)
     for _head in HEADS:
         ROLES[_path, f"{_family.prefix}For{_head}"] = (_head, _family)
-    for _role in ("Model", "LMHeadModel"):
-        ROLES[_path, f"{_family.prefix}{_role}"] = (_role, _family)
+    ROLES[_path, f"{_family.prefix}Model"] = ("base" if _family.embeddings_class else "Model", _family)
+    ROLES[_path, f"{_family.prefix}LMHeadModel"] = ("LMHeadModel", _family)
 
 
 def role_of(module: nn.Module) -> str | None:
-    """What a stock or swapped module is in its family: "layer", "encoder", "embeddings", a head's name, or None."""
+    """What a stock or swapped module is in its family: "layer", "encoder", "embeddings", a head's name,
+    "base" or "Model" (with a fast embeddings class and without), or None.
+    """
     return ROLES.get((type(module).__module__, type(module).__name__), (None,))[0]

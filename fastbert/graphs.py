@@ -127,7 +127,7 @@ class _Buffers:
 
     def load(self, hidden_states: Tensor, batch: PackedBatch) -> None:
         """Copy a batch in. Rows behind its tokens keep what they had: no token sees them."""
-        self.x[: batch.tokens].copy_(batch.pack(hidden_states))
+        self.x[: batch.tokens].copy_(batch.rows(hidden_states))
         if self.bias is not None and batch.bias is not None:
             self.bias[: len(batch.cu_seqlens) - 1, ..., : batch.bias.shape[-1]].copy_(batch.bias)
         shape = batch.even_shape
@@ -173,7 +173,7 @@ class EncoderGraphs:
         return told | {"held": len(self._graphs)}
 
     def encode(self, layers: Sequence[Any], hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
-        """hidden_states [B, S, H] through all layers -> [B, S, H], or None if no graph may serve this call.
+        """hidden_states [B, S, H] or [T, H] through all layers -> [B, S, H], or None if no graph may serve this call.
 
         layers: each one a `swapped.FastLayer`.
         """

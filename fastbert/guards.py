@@ -317,6 +317,11 @@ def captured(what: str) -> bool:
     return collected is not None and what in collected
 
 
+def recording(config: Any) -> bool:
+    """Whether outputs of single modules are recorded in the call that begins now, or by somebody around it."""
+    return config.output_hidden_states or config.output_attentions or _active_collector.get() is not None
+
+
 def call_reason(config: Any, kwargs: dict[str, Any]) -> str | None:
     """Why the call that runs now has to take the stock forward, or None."""
     implementation = None if config is None else config._attn_implementation

@@ -20,7 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    MaskedLMOutput,
+)
 from transformers.models.bert import modeling_bert
 from transformers.utils import ModelOutput
 
@@ -57,10 +61,28 @@ class FastModel(swapped.Fast):
             ) from error
 
 
+class FastBaseModel(FastModel):
+    """A base model of embeddings, encoder and perhaps a pooler. Packs before it embeds where that changes nothing."""
+
+    def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward, all arguments by name. stock: the stock class's own."""
+        y = None if torch.compiler.is_compiling() else swapped.encode_ids(self, kwargs)
+        if y is None:
+            return stock(self, **kwargs)
+        outputs: ModelOutput
+        if hasattr(self, "pooler"):
+            pooled = None if self.pooler is None else self.pooler(y)
+            outputs = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=y, pooler_output=pooled)
+        else:  # ELECTRA
+            outputs = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=y)
+        return_dict = kwargs.get("return_dict", self.config.return_dict)
+        return outputs.to_tuple() if return_dict is False else outputs
+
+
 class FastHead(FastModel):
     """A head whose loss is a mean over its labels."""
 
-    def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
         return rescaled(stock(self, **kwargs), kwargs.get("labels"), num_items)
@@ -75,7 +97,7 @@ class FastUnscaledHead(FastModel):
 class FastQuestionAnswering(FastModel):
     """Question answering: its softmax runs over all places, so the padded ones have to hold what stock computes."""
 
-    def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
         return stock(self, **kwargs | {swapped.KEEP_PADDING: True})
 
@@ -163,7 +185,7 @@ class FastMaskedLM(FastModel):
     logits_field = "logits"
     output = MaskedLMOutput
 
-    def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
         skip_logits = kwargs.pop("skip_logits", False)
@@ -246,7 +268,7 @@ class FastPreTraining(FastMaskedLM):
 
     logits_field = "prediction_logits"
 
-    def head_forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
         skip_logits = kwargs.pop("skip_logits", False)
@@ -398,6 +420,7 @@ def lazy_output(stock: type[ModelOutput], field: str, compute: Callable[[], Tens
 # --- the classes ------------------------------------------------------------------------------------
 
 _HEADS: dict[str, type[FastModel]] = {
+    "base": FastBaseModel,
     "Model": FastModel,
     "LMHeadModel": FastModel,
     "MaskedLM": FastMaskedLM,
@@ -416,7 +439,7 @@ def mixin(role: str, family: families.Family) -> type[FastModel]:
 
 
 def forward_of(stock: type[nn.Module]) -> Callable[..., Any]:
-    """A forward with the stock class's signature that calls `head_forward` with all arguments by name."""
+    """A forward with the stock class's signature that calls `forward_by_name` with all arguments by name."""
     stock_forward = stock.forward
     names = list(inspect.signature(stock_forward).parameters)[1:]
 
@@ -427,7 +450,7 @@ def forward_of(stock: type[nn.Module]) -> Callable[..., Any]:
         # somebody (accelerate) still holds this forward.
         if len(args) > len(names) or any(name in kwargs for name in given) or not isinstance(self, FastModel):
             return stock_forward(self, *args, **kwargs)
-        return self.head_forward(stock_forward, dict(zip(given, args, strict=True)) | kwargs)
+        return self.forward_by_name(stock_forward, dict(zip(given, args, strict=True)) | kwargs)
 
     return forward
 

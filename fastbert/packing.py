@@ -220,6 +220,10 @@ class PackedBatch:
         x = x.reshape(self.batch * self.seqlen, *x.shape[2:])
         return x if self.indices is None else _Gather.apply(x, self.indices, self._surplus)
 
+    def rows(self, x: Tensor) -> Tensor:
+        """States [B, S, H] packed, or [T, H] as they are."""
+        return x if x.dim() == 2 else self.pack(x)
+
     def unpack(self, x: Tensor) -> Tensor:
         """[T, ...] -> [B, S, ...], zeros where the mask is 0, but for the first place of a row that has tokens."""
         if self.indices is not None:
@@ -251,26 +255,27 @@ class PackedBatch:
 
 
 def batch_of(
-    hidden_states: Tensor, attention_mask: Any, kwargs: dict[str, Any], *, keep_padding: bool = False
+    padded: Tensor, attention_mask: Any, kwargs: dict[str, Any], *, keep_padding: bool = False
 ) -> PackedBatch | str:
-    """The batch of padded hidden_states [B, S, H] under a mask as the encoder or a layer gets it, or why there is none.
+    """The batch of padded states [B, S, H] under a mask as the encoder or a layer gets it, or why there is none.
 
+    padded: the states; ids [B, S] serve where a mask is `countable`.
     keep_padding: compute the masked places too, as stock does.
     """
     if isinstance(attention_mask, PackedBatch):
         return attention_mask
-    batch, seqlen = hidden_states.shape[:2]
+    batch, seqlen = padded.shape[:2]
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         return f"the attention mask is a {type(attention_mask).__name__}"
     if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
         names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
         if attention_mask is not None:
             raise ValueError("attention_mask must be None when cu_seq_lens_q is given")
-        return PackedBatch.from_cu_seqlens(batch, seqlen, hidden_states.device, *(kwargs.get(name) for name in names))
+        return PackedBatch.from_cu_seqlens(batch, seqlen, padded.device, *(kwargs.get(name) for name in names))
     if attention_mask is None:
         if _bound is not None and batch * seqlen > _bound:
             raise ValueError(f"token_bound: tokens is {_bound}, but the batch has no mask and {batch * seqlen} tokens")
-        return PackedBatch.full(batch, seqlen, hidden_states.device)
+        return PackedBatch.full(batch, seqlen, padded.device)
     made_here = getattr(attention_mask, "_fastbert_batch", None)
     if made_here is not None:
         return made_here
@@ -278,11 +283,11 @@ def batch_of(
         readable = _bound is None and not unreadable(attention_mask)
         if not keep_padding and readable and (mask := _same_rows(attention_mask)) is not None:
             return PackedBatch.from_mask(mask.expand(batch, seqlen), batch, seqlen)
-        return PackedBatch.from_bias(attention_mask, batch, seqlen, hidden_states.dtype)
+        return PackedBatch.from_bias(attention_mask, batch, seqlen, padded.dtype)
     if _bound is not None and not keep_padding:
         return PackedBatch.bounded(attention_mask, batch, seqlen, _bound)
     if keep_padding or unreadable(attention_mask):
-        return PackedBatch.padded(attention_mask, batch, seqlen, hidden_states.dtype, zero=not keep_padding)
+        return PackedBatch.padded(attention_mask, batch, seqlen, padded.dtype, zero=not keep_padding)
     return PackedBatch.from_mask(attention_mask, batch, seqlen)
 
 
@@ -292,6 +297,11 @@ def _same_rows(mask: Tensor) -> Tensor | None:
         return None
     rows = mask[:, 0, :1]
     return rows[:, 0] if torch.equal(mask[:, 0], rows.expand_as(mask[:, 0])) else None
+
+
+def countable(mask: Any) -> bool:
+    """Whether a mask is 2-D, and its tokens can be counted or are bounded: then the layout is packed."""
+    return type(mask) is Tensor and mask.dim() == 2 and (_bound is not None or not unreadable(mask))
 
 
 def unreadable(mask: Tensor) -> bool:

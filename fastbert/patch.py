@@ -63,7 +63,7 @@ def _fast_class(stock: type[nn.Module], role: str, family: Family) -> Any:
         from fastbert import models
 
         mixin = models.mixin(role, family)
-        if hasattr(mixin, "head_forward"):
+        if hasattr(mixin, "forward_by_name"):
             names["forward"] = models.forward_of(stock)
     return FastMeta(stock.__name__, (mixin, stock), names)
 

@@ -1,6 +1,7 @@
 """The swapped classes: how a call goes through a layer, an encoder or an embeddings module that became a fast one.
 
-Each takes the packed path when nothing in `guards.py` speaks against it, and the stock forward otherwise.
+Each takes the packed path when nothing in `guards.py` speaks against it, and the stock forward otherwise. A base model
+goes past the calls of embeddings and encoder where nobody could tell (`encode_ids`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from fastbert.guards import (
     call_reason,
     captured,
     foreign_hook,
+    recording,
     sharded,
     wrong_weights,
 )
-from fastbert.packing import PackedBatch, batch_of
+from fastbert.packing import PackedBatch, batch_of, countable
 
 KEEP_PADDING = "fastbert_keep_padding"  # a keyword argument on its way from a head to the encoder
+
+# What a base model may be given and still pack before it embeds; anything else has to be None or False.
+PLAIN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "use_cache", "return_dict"}
+PLAIN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 calls = {"fast": 0, "stock": 0}  # layer calls in this process, without those traced by torch.compile
 
@@ -225,13 +231,16 @@ def all_stock(module: Any) -> bool:
 
 
 def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, **kwargs: Any) -> Tensor:
-    """All layers of an encoder. args, kwargs: what the stock encoder hands its layers besides states and mask."""
+    """All layers of an encoder: hidden_states [B, S, H] or [T, H] -> [B, S, H].
+
+    args, kwargs: what the stock encoder hands its layers besides states and mask.
+    """
     if module._fastbert.graphs is not None and not torch.compiler.is_compiling():
         y = replay(module.layer, module._fastbert.graphs, hidden_states, batch)
         if y is not None:
             return y
-    watched = captured("hidden_states")
-    if not watched and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    recorded = captured("hidden_states")
+    if not recorded and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         y = encode_at_once(module, hidden_states, batch)
         if y is not None:
             return y
@@ -239,7 +248,7 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
         module.layer,
         hidden_states,
         batch,
-        lambda layer: not watched and takes_packed(layer, batch),
+        lambda layer: not recorded and takes_packed(layer, batch),
         lambda: linked_mask(batch, hidden_states.dtype),
         *args,
         **kwargs,
@@ -270,7 +279,7 @@ def encode_at_once(module: Any, hidden_states: Tensor, batch: PackedBatch) -> Te
         if state.resolved is None:
             return None
         weights = state.resolved.parameters
-    y = encoder.layers_at_once(batch.pack(hidden_states), batch, weights, state.resolved.settings)
+    y = encoder.layers_at_once(batch.rows(hidden_states), batch, weights, state.resolved.settings)
     if y is None:
         return None
     for layer in module.layer:
@@ -293,9 +302,14 @@ def stack_of(layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -
     return None if shared is None else ResolvedStack(layers, shared)
 
 
+def watched(layer: nn.Module) -> bool:
+    """Whether a layer has to be handed padded tensors: it is none of ours, or somebody looks at it."""
+    return not isinstance(layer, FastLayer) or "forward" in vars(layer) or foreign_hook(layer) is not None
+
+
 def takes_packed(layer: nn.Module, batch: PackedBatch) -> bool:
-    """Whether a layer may be handed packed tensors: it is one of ours, and nobody watches it."""
-    if not isinstance(layer, FastLayer) or "forward" in vars(layer) or foreign_hook(layer) is not None:
+    """Whether a layer may be handed packed tensors."""
+    if watched(layer):
         return False
     # A checkpointed layer has to get a mask with a gradient as a tensor, or the recomputation would miss it.
     return not (batch.bias is not None and batch.bias.requires_grad and layer.gradient_checkpointing)
@@ -333,7 +347,11 @@ class FastEmbeddings(Fast):
             self._fastbert.reason = reason
         if reason is not None:
             return super().forward(*arguments)
-        y = encoder.embed(self, input_ids, token_type_ids, position_ids, past_key_values_length)
+        return self.embed(input_ids, token_type_ids, position_ids, past_key_values_length)
+
+    def embed(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The fast path: `encoder.embed` of this module."""
+        y = encoder.embed(self, input_ids, *args, **kwargs)
         if self.resolve().requires_grad and torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_()
         return y
@@ -359,3 +377,54 @@ class FastEmbeddings(Fast):
         """Why the module could not take the fast path whatever the call, or None."""
         reason, weights = self.ready_parts()
         return None if sharded(weights) else reason
+
+
+def encode_ids(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The last hidden states [B, S, H] of a base model, packed before they are embedded; None if stock has to run.
+
+    kwargs: the arguments of the call, all by name.
+    """
+    if not packs_first(model, kwargs):
+        return None
+    input_ids, mask, position_ids = map(kwargs.get, ("input_ids", "attention_mask", "position_ids"))
+    if mask is not None:
+        mask = mask.to(input_ids.device, torch.bool)
+    batch = batch_of(input_ids, mask, kwargs)
+    x = model.embeddings.embed(input_ids, kwargs.get("token_type_ids"), position_ids, batch=batch)
+    model.embeddings._fastbert.reason = None
+    rest = {"encoder_attention_mask": None, "past_key_values": None, "position_ids": position_ids}
+    rest |= {name: kwargs[name] for name in kwargs if name.startswith(("cu_seq_lens", "max_length"))}
+    return encode(model.encoder, x, batch, None, **rest)
+
+
+def packs_first(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a base model's call may be packed before it is embedded: nobody wants to see or to give padded states."""
+    input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    config, parts = model.config, model._modules
+    embeddings, stack = parts.get("embeddings"), parts.get("encoder")
+    return (
+        type(input_ids) is Tensor
+        and input_ids.dim() == 2
+        and (mask is None or countable(mask))
+        and all(value is None or value is False for name, value in kwargs.items() if name not in PLAIN)
+        and not recording(config)
+        and not config.is_decoder
+        and getattr(config, "is_causal", None) is None
+        and call_reason(config, {}) is None
+        and untouched(embeddings, FastEmbeddings)
+        and untouched(stack, FastEncoder)
+        and "embeddings_project" not in parts  # ELECTRA's, where embeddings are narrower than the layers
+        and embeddings.ready_parts()[0] is None
+        and not any(map(watched, stack.layer))
+        and not all_stock(stack)
+    )
+
+
+def untouched(module: Any, kind: type[Fast]) -> bool:
+    """Whether a module need not be called: of a swapped class itself, and without a hook or another forward."""
+    return (
+        isinstance(module, kind)
+        and "stock" in vars(type(module))
+        and "forward" not in vars(module)
+        and not any(getattr(module, name) for name in HOOKS)
+    )

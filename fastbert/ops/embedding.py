@@ -62,17 +62,17 @@ def embedding(
 ) -> Tensor:
     """dropout(LayerNorm(word[input_ids] + position[position_ids] + token_type[token_type_ids])).
 
-    input_ids: [B, S] int64 or int32. position_ids, token_type_ids: of a shape that broadcasts to [B, S]; by
-        default 0, 1, ... S - 1 and 0.
+    input_ids: [B, S], or [T] where sequences are packed; int64 or int32. position_ids, token_type_ids: of a shape that
+        broadcasts to that of input_ids; by default 0, 1, ... S - 1 and 0. Packed ids need their positions.
     word: [V, H]. position: [P, H]. token_type: [Y, H]. weight, bias: [H], of the LayerNorm. One dtype and device.
     padding_idx: the row of `word` that gets no gradient.
     dropout_p: probability of dropping an element. seed: int64, one element, on word's device; drawn from PyTorch's
         default generator if None.
     backend: forces an implementation (see `fastbert.dispatch`).
 
-    Returns [B, S, H]. Differentiable once. Raises IndexError if an id has no row in its table, ValueError or
-    TypeError for wrong shapes, dtypes or devices. The Triton kernels, for which the host does not wait, give NaN
-    where an id has no row.
+    Returns [B, S, H], or [T, H]. Differentiable once. Raises IndexError if an id has no row in its table, ValueError or
+    TypeError for wrong shapes, dtypes or devices, ValueError for packed ids without positions. The Triton kernels, for
+    which the host does not wait, give NaN where an id has no row.
     """
     if dropout_p == 0.0 and seed is None and leaf.direct(word, backend):
         y = _direct(input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, padding_idx, eps)
@@ -80,6 +80,11 @@ def embedding(
             return y
     padding_idx = _check(input_ids, word, position, token_type, weight, bias, padding_idx, dropout_p, seed)
     if position_ids is None:
+        if input_ids.dim() == 1:
+            raise ValueError(
+                "embedding: position_ids must be given with input_ids of shape [tokens], which do not tell where a "
+                f"sequence begins; got None with {list(input_ids.shape)}"
+            )
         if input_ids.size(1) > position.size(0):
             raise IndexError(
                 f"embedding: input_ids has sequences of {input_ids.size(1)} tokens, but position has only "
@@ -88,8 +93,8 @@ def embedding(
         position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
     if token_type_ids is None:
         token_type_ids = torch.zeros((), dtype=torch.int64, device=input_ids.device)
-    position_ids = _like_input(position_ids, "position_ids", input_ids)
-    token_type_ids = _like_input(token_type_ids, "token_type_ids", input_ids)
+    position_ids = like_input(position_ids, "position_ids", input_ids)
+    token_type_ids = like_input(token_type_ids, "token_type_ids", input_ids)
     others = (weight.dtype, weight.size(0) > dispatch.WIDEST)
     chosen = dispatch.select("embedding", device=word.device, dtype=word.dtype, requires=others, backend=backend)
     if dropout_p > 0.0 and seed is None:
@@ -124,8 +129,10 @@ def _check(
     """Checks all but the other ids. Returns padding_idx counted from 0."""
     checks.floating("embedding", "word", word)
     checks.integer_ids("embedding", "input_ids", input_ids, word.device)
-    if input_ids.dim() != 2:
-        raise ValueError(f"embedding: input_ids must have shape [batch, tokens], got {list(input_ids.shape)}")
+    if input_ids.dim() not in (1, 2):
+        raise ValueError(
+            f"embedding: input_ids must have shape [batch, tokens] or [tokens], got {list(input_ids.shape)}"
+        )
     if word.dim() != 2 or word.size(1) == 0:
         raise ValueError(f"embedding: word must have shape [rows, hidden] with hidden > 0, got {list(word.shape)}")
     hidden = word.size(1)
@@ -148,7 +155,8 @@ def _check(
     return padding_idx % rows
 
 
-def _like_input(ids: Tensor, name: str, input_ids: Tensor) -> Tensor:
+def like_input(ids: Tensor, name: str, input_ids: Tensor) -> Tensor:
+    """The ids called `name` as int64, in the shape of input_ids. Raises TypeError or ValueError if they are not fit."""
     checks.integer_ids("embedding", name, ids, input_ids.device)
     try:
         return ids.long().expand(input_ids.shape)
@@ -271,7 +279,7 @@ def _direct(
         return None
     try:
         shape = input_ids.shape
-        if padding_idx is not None and not 0 <= padding_idx < word.shape[0]:
+        if len(shape) not in (1, 2) or (padding_idx is not None and not 0 <= padding_idx < word.shape[0]):
             return None
         if position_ids is None:
             position_ids = torch.arange(shape[1])
@@ -284,7 +292,7 @@ def _direct(
         ids = (input_ids.reshape(-1), position_ids.reshape(-1), token_type_ids.reshape(-1))
         with leaf.below_autograd():
             y = _cpu.forward(*ids, word, position, token_type, weight, bias, -1, eps, 0.0, None, False)[0]
-        return y.view(shape[0], shape[1], y.size(1))
+        return y.view(*shape, y.size(1))
     except (AttributeError, IndexError, RuntimeError, TypeError):  # the full way says what is wrong
         return None
 

@@ -13,7 +13,7 @@ from fastbert import ops
 from fastbert.ops import philox
 from fastbert.ops.embedding import embedding_ref
 
-# batch, tokens, hidden, padding_idx, ids of positions and types given
+# batch (None: packed), tokens, hidden, padding_idx, ids of positions and types given
 CASES = [
     (1, 1, 8, None, False),
     (1, 32, 384, 0, False),
@@ -25,6 +25,9 @@ CASES = [
     (2, 3, 13, None, True),
     (0, 4, 16, 0, False),
     (3, 0, 16, 0, True),
+    (None, 37, 384, 0, True),
+    (None, 1, 13, None, True),
+    (None, 0, 16, 1, True),
 ]
 VOCABULARY, POSITIONS, TYPES = 61, 512, 2
 
@@ -34,12 +37,13 @@ def positions(backend: str | None) -> int:
     return 40 if accuracy.interpreted(backend) else POSITIONS
 
 
-def ids_for(batch: int, tokens: int, given: bool, backend: str | None = None) -> dict[str, Tensor]:
-    random = accuracy.generator(batch + tokens)
-    ids = {"input_ids": torch.randint(VOCABULARY, (batch, tokens), generator=random)}
+def ids_for(batch: int | None, tokens: int, given: bool, backend: str | None = None) -> dict[str, Tensor]:
+    random = accuracy.generator((batch or 0) + tokens)
+    shape = (tokens,) if batch is None else (batch, tokens)
+    ids = {"input_ids": torch.randint(VOCABULARY, shape, generator=random)}
     if given:
-        ids["position_ids"] = torch.randint(positions(backend), (batch, tokens), generator=random)
-        ids["token_type_ids"] = torch.randint(TYPES, (batch, tokens), generator=random)
+        ids["position_ids"] = torch.randint(positions(backend), shape, generator=random)
+        ids["token_type_ids"] = torch.randint(TYPES, shape, generator=random)
     return accuracy.to_device(backend, ids)
 
 
@@ -61,7 +65,7 @@ def ours(backend: str, ids: dict[str, Tensor], padding_idx: int | None, p: float
 
 def full(ids: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     input_ids = ids["input_ids"]
-    positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
+    positions = torch.arange(input_ids.size(-1), device=input_ids.device).expand_as(input_ids)
     return input_ids, ids.get("position_ids", positions), ids.get("token_type_ids", torch.zeros_like(input_ids))
 
 
@@ -89,13 +93,14 @@ def reference(ids: dict[str, Tensor], padding_idx: int | None, p: float = 0.0) -
 
 def case_id(case: tuple) -> str:
     batch, tokens, hidden, padding_idx, given = case
+    batch = "packed" if batch is None else batch
     return f"{batch}x{tokens}x{hidden}{'' if padding_idx is None else f'-pad{padding_idx}'}{'-ids' if given else ''}"
 
 
 table = accuracy.table(
     "embedding",
     CASES,
-    cost=lambda case: case[1] / 40 if case[2] < 300 else case[0] * case[1] * case[2] / 13000,
+    cost=lambda case: case[1] / 40 if case[2] < 300 else (case[0] or 1) * case[1] * case[2] / 13000,
     ids=case_id,
 )
 typed = accuracy.typed("embedding")
@@ -201,17 +206,26 @@ def test_embedding_triton_gives_nan_for_ids_without_a_row() -> None:
     assert torch.isfinite(leaves["word"].grad).all()
 
 
+@pytest.mark.parametrize("types", [True, False], ids=["types", ""])
+@dropouts
 @backends
-def test_embedding_of_packed_ids(backend: str) -> None:
-    """Ids without padding, as one long row, land in the packed layout; their positions are given."""
+def test_embedding_of_packed_ids(backend: str, p: float, types: bool) -> None:
+    """They give the rows that a batch without padding gives, dropout included; token types may be left out."""
     accuracy.require("embedding", backend, torch.float32)
     tensors, ids = tensors_for(16, torch.float32, backend), ids_for(2, 9, True, backend)
-    packed = {name: value.view(1, -1) for name, value in ids.items()}
-    expected = ops.embedding(**ids, **tensors, backend=backend)
-    assert torch.equal(ops.embedding(**packed, **tensors, backend=backend)[0], expected.flatten(0, 1))
+    if not types:
+        ids["token_type_ids"].zero_()
+    expected = ours(backend, ids, 0, p)(**tensors).flatten(0, 1)
+    packed = {name: value.flatten() for name, value in ids.items() if types or name != "token_type_ids"}
+    assert torch.equal(ours(backend, packed, 0, p)(**tensors), expected)
+    with torch.no_grad():  # the short way of inference
+        direct = ops.embedding(**packed, **tensors, eps=1e-5)
+    if p == 0.0:
+        torch.testing.assert_close(direct, expected)
 
 
 GOOD = {"input_ids": torch.tensor([[1, 2], [3, 4]])} | tensors_for(16, torch.float32)
+PACKED = {"input_ids": torch.tensor([1, 2]), "position_ids": torch.tensor([0, 1])}
 
 
 @pytest.mark.parametrize("backend", [None, "reference"], ids=["any", "reference"])
@@ -225,12 +239,20 @@ GOOD = {"input_ids": torch.tensor([[1, 2], [3, 4]])} | tensors_for(16, torch.flo
         ({"position_ids": torch.tensor([[0, 512]])}, IndexError, ["position_ids", "512", "position"]),
         ({"token_type_ids": torch.tensor([[2, 0]])}, IndexError, ["token_type_ids", "2", "0 to 1"]),
         ({"input_ids": torch.zeros(1, 513, dtype=torch.int64)}, IndexError, ["513", "position", "512"]),
-        ({"input_ids": torch.tensor([1, 2])}, ValueError, ["input_ids", "[batch, tokens]", "[2]"]),
+        (
+            {"input_ids": torch.ones(1, 1, 2, dtype=torch.int64)},
+            ValueError,
+            ["[batch, tokens] or [tokens]", "[1, 1, 2]"],
+        ),
+        ({"input_ids": torch.tensor([1, 2])}, ValueError, ["position_ids", "[tokens]", "None", "[2]"]),
         ({"input_ids": torch.tensor([[1.0]])}, TypeError, ["input_ids", "float32", "int64"]),
         ({"input_ids": [[1]]}, TypeError, ["input_ids", "list"]),
         ({"input_ids": torch.zeros(1, 1, dtype=torch.int64, device="meta")}, ValueError, ["input_ids", "meta"]),
         ({"position_ids": [[0, 1]]}, TypeError, ["position_ids", "list"]),
         ({"position_ids": torch.tensor([[0, 1, 2]])}, ValueError, ["position_ids", "[2, 2]", "[1, 3]"]),
+        (PACKED | {"position_ids": torch.tensor([[0, 1]])}, ValueError, ["position_ids", "[2]", "[1, 2]"]),
+        (PACKED | {"position_ids": torch.tensor([0, 512])}, IndexError, ["position_ids", "512", "position"]),
+        (PACKED | {"token_type_ids": torch.tensor([0, 1, 1])}, ValueError, ["token_type_ids", "[2]", "[3]"]),
         ({"token_type_ids": torch.tensor([[True, False]])}, TypeError, ["token_type_ids", "bool"]),
         ({"word": torch.randn(61)}, ValueError, ["word", "[61]"]),
         ({"word": torch.ones(61, 16, dtype=torch.int64)}, TypeError, ["word", "int64"]),
