@@ -19,6 +19,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c $(C
 export FASTBERT_BUILD_EXTENSION ?= 1
 TESTS ?= tests
 PYTEST_ARGS ?= -m "not slow and not kernels"
+# Processes that share the tests file by file: most tests keep one core busy. 0 runs them in this one.
+WORKERS ?= 2
 # A test that hangs ends the run, with the stacks of all threads, instead of holding it until somebody looks.
 PYTEST_LIMIT := -o faulthandler_exit_on_timeout=true -o faulthandler_timeout
 
@@ -32,7 +34,7 @@ demo: build  ## fine-tune a real BERT on real text, predict, compare with Huggin
 
 .PHONY: test
 test: build  ## run the tests (TESTS=path PYTEST_ARGS=... to choose)
-	@$(BIN)/pytest $(PYTEST_LIMIT)=900 $(PYTEST_ARGS) $(TESTS)
+	@OMP_WAIT_POLICY=passive $(BIN)/pytest $(PYTEST_LIMIT)=900 -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(TESTS)
 
 .PHONY: floor
 floor:  ## the same of ops and models, with the oldest torch and transformers that are supported, in .venv-floor
