@@ -19,7 +19,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c $(C
 export FASTBERT_BUILD_EXTENSION ?= 1
 TESTS ?= tests
 PYTEST_ARGS ?= -m "not slow and not kernels"
-# Processes that share the tests file by file: most tests keep one core busy. 0 runs them in this one.
+# Processes that share the tests file by file: most tests keep one core busy. 0 runs them in this one. Their OpenMP threads
+# wait passively: one that spins holds up those of the other process.
 WORKERS ?= 2
 # A test that hangs ends the run, with the stacks of all threads, instead of holding it until somebody looks.
 PYTEST_LIMIT := -o faulthandler_exit_on_timeout=true -o faulthandler_timeout
