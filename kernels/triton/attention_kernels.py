@@ -105,6 +105,16 @@ def _load_bias(
 
 
 @triton.jit
+def _scale(scores, scale, bias):
+    """scores * scale + bias, rounded once, in every kernel alike.
+
+    Left to itself the compiler fuses this product with whatever follows: with - lse in the backward, so that exp takes
+    the rounding error of large scores for a difference.
+    """
+    return tl.fma(scores, scale, bias)
+
+
+@triton.jit
 def _keep(seed, threshold, head, token, key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Dropout's mask [ROWS, COLUMNS] for queries token, token + 1, ... and keys key, key + 1, ..., key % 4 being 0.
 
@@ -163,10 +173,11 @@ def _attend(
     """One step of the online softmax: the queries q (first, first + 1, ...) meet the keys n, n + 1, ..."""
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if SCALED:
-        scores *= scale
     if bias is not None:
-        scores += _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
+        added = _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
+        scores = _scale(scores, scale, added)
+    elif SCALED:
+        scores = _scale(scores, scale, 0.0)
     top, p, shrink = _softmax_block(scores, top, scale, n, length, BLOCK_N, SCALED, MASKED)
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
@@ -246,10 +257,11 @@ def _attention_fwd_short_kernel(
 
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     top = tl.full((BLOCK_S,), -INFINITY, tl.float32)
-    if SCALED:
-        scores *= scale
     if bias is not None:
-        scores += _load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True)
+        added = _load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True)
+        scores = _scale(scores, scale, added)
+    elif SCALED:
+        scores = _scale(scores, scale, 0.0)
     top, p, _ = _softmax_block(scores, top, scale, 0, length, BLOCK_S, SCALED, True)
     row_sum = tl.sum(p, 1)
     if seed is not None:
@@ -292,10 +304,11 @@ def _meet_keys(
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if SCALED:
-        scores *= scale
     if bias is not None:
-        scores += _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
+        added = _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
+        scores = _scale(scores, scale, added)
+    elif SCALED:
+        scores = _scale(scores, scale, 0.0)
     p = _probabilities(scores, lse[:, None], scale, SCALED)
     if MASKED:
         p = tl.where(tl.arange(0, BLOCK_N)[None, :] < length - n, p, 0.0)
@@ -460,10 +473,11 @@ def _attention_bwd_dkdv_kernel(
             row_lse = tl.load(stats + 2 * m + tl.arange(0, BLOCK_M))
             row_delta = tl.load(stats + 2 * m + BLOCK_M + tl.arange(0, BLOCK_M))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        if SCALED:
-            scores *= scale
         if bias is not None:
-            scores += tl.trans(_load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
+            added = tl.trans(_load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
+            scores = _scale(scores, scale, added)
+        elif SCALED:
+            scores = _scale(scores, scale, 0.0)
         p = _probabilities(scores, row_lse[None, :], scale, SCALED)
         if dq_sum is not None:
             p = tl.where(key < length, p, 0.0)
@@ -519,10 +533,11 @@ def _attention_bwd_short_kernel(
     do = _load_rows(do_head, 0, length, out_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
 
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-    if SCALED:
-        scores *= scale
     if bias is not None:
-        scores += tl.trans(_load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True))
+        added = tl.trans(_load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True))
+        scores = _scale(scores, scale, added)
+    elif SCALED:
+        scores = _scale(scores, scale, 0.0)
     p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], scale, SCALED), 0.0)
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     kept = p
@@ -586,8 +601,8 @@ def _attention_bwd_dbias_kernel(
                 row_lse = _load_lse(lse + rows, query, length, SCALED)
                 row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-                scores *= scale
-                scores += _load_bias(bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
+                added = _load_bias(bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
+                scores = _scale(scores, scale, added)
                 p = tl.where(key < length, _probabilities(scores, row_lse[:, None], scale, SCALED), 0.0)
                 dp = tl.dot(do, tl.trans(v), input_precision="ieee")
                 if seed is not None:
