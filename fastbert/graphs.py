@@ -22,15 +22,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert import encoder
-from fastbert.guards import captured, foreign_hook
+from fastbert.guards import ResolvedStack, captured, foreign_hook
 from fastbert.packing import PackedBatch, capturing, surplus_ends
 
 DEFAULT_LIMIT = 32  # graphs held by an encoder under cuda_graphs=True
 
-_dtype = operator.attrgetter("dtype")
+_nbytes = operator.attrgetter("nbytes")
 
 
 class Bucket(NamedTuple):
@@ -163,6 +163,7 @@ class EncoderGraphs:
         self.reason: str | None = None
         self.captured = self.replayed = self.dropped = 0
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
+        self._stack: ResolvedStack | None = None
         self._state: tuple[Any, ...] | None = None
         self._broken: str | None = None
         self._lock = threading.Lock()
@@ -172,7 +173,7 @@ class EncoderGraphs:
         told = {name: getattr(self, name) for name in ("reason", "limit", "captured", "replayed", "dropped")}
         return told | {"held": len(self._graphs)}
 
-    def encode(self, layers: Sequence[Any], hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
+    def encode(self, layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
         """hidden_states [B, S, H] or [T, H] through all layers -> [B, S, H], or None if no graph may serve this call.
 
         layers: each one a `swapped.FastLayer`.
@@ -181,13 +182,14 @@ class EncoderGraphs:
         if self.reason is not None:
             return None
         with self._lock:
-            state = _state(layers, hidden_states)
-            if state is None or state != self._state:
+            weights = None if self._stack is None else self._stack.weights(layers)
+            if weights is None or _state(weights, hidden_states) != self._state:
                 self.reason = next(filter(None, (layer_reason(layer, hidden_states) for layer in layers)), None)
                 if self.reason is not None:
                     return None
                 self.clear()
-                self._state = state
+                self._stack = ResolvedStack(layers)
+                self._state = _state(self._stack.parameters, hidden_states)
             with self.recorder.on(hidden_states.device):
                 return self._encode(layers, hidden_states, batch)
 
@@ -196,7 +198,7 @@ class EncoderGraphs:
         self.recorder.finish()
         self._graphs.clear()
 
-    def _encode(self, layers: Sequence[Any], hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
+    def _encode(self, layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
         bucket = Bucket.of(batch.tokens, len(batch.cu_seqlens) - 1, batch.max_seqlen, batch.bias is not None)
         graph = self._graphs.get(bucket)
         if graph is not None:
@@ -220,7 +222,7 @@ class EncoderGraphs:
         y = graph.y[: batch.tokens]
         return batch.unpack(y.clone() if batch.indices is None else y)
 
-    def _record(self, layers: Sequence[Any], buffers: _Buffers) -> _Graph | None:
+    def _record(self, layers: nn.ModuleList, buffers: _Buffers) -> _Graph | None:
         def run() -> Tensor:
             x = buffers.x
             for layer in layers:
@@ -269,19 +271,12 @@ def layer_reason(layer: Any, x: Tensor) -> str | None:
     return reason
 
 
-def _state(layers: Sequence[Any], x: Tensor) -> tuple[Any, ...] | None:
-    """What the graphs take for granted, to be compared at the next call; None if a layer says no."""
+def _state(weights: Sequence[Tensor], x: Tensor) -> tuple[Any, ...]:
+    """What the graphs take for granted besides the modules, to be compared at the next call."""
     matmul = torch.backends.cuda.matmul
     state: list[Any] = [x.device, x.dtype, os.environ.get("FASTBERT_BACKEND"), matmul.fp32_precision]
     state += [matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction]
-    for layer in layers:
-        resolved = layer.resolve()
-        weights = None if resolved.reason is not None else resolved.weights.read()
-        if weights is None or any(weight is None for weight in weights) or "forward" in vars(layer):
-            return None
-        if (layer._forward_hooks or layer._forward_pre_hooks) and foreign_hook(layer) is not None:
-            return None
-        state += (resolved, resolved.settings(), getattr(resolved.chunked, "chunk_size_feed_forward", 0))
-        for look in (type, _dtype, Tensor.data_ptr, Tensor.numel, Tensor.stride):
-            state += map(look, weights)
+    state.append(torch.are_deterministic_algorithms_enabled())
+    for look in (Tensor.data_ptr, Tensor.stride, _nbytes):
+        state += map(look, weights)
     return tuple(state)

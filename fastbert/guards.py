@@ -242,12 +242,12 @@ class ResolvedLayer(Resolved):
 
 
 class ResolvedStack:
-    """Layers without dropout that can run as one, with all that this takes for granted.
+    """The layers of an encoder as they were last found, to be looked at in one go.
 
-    layers: of an encoder, each with `resolve` and ready for the fast path. settings: theirs, which they share.
+    layers: each with `resolve` and ready for the fast path. settings: theirs, if they share them.
     """
 
-    def __init__(self, layers: nn.ModuleList, settings: encoder.LayerSettings) -> None:
+    def __init__(self, layers: nn.ModuleList, settings: encoder.LayerSettings | None = None) -> None:
         resolved = [layer.resolve() for layer in layers]
         self.settings = settings
         self.layers = tuple(layers)
@@ -256,6 +256,7 @@ class ResolvedStack:
         self.types = tuple(map(type, self.modules))
         self.instances = [vars(module) for module in self.modules]
         self.hooks = [*_GLOBAL_HOOKS, *(getattr(module, name) for module in self.modules for name in HOOKS)]
+        self.hook_ids = tuple(chain.from_iterable(self.hooks))
         watched: list[tuple[dict[str, Any], str]] = []
         for its in resolved:
             watched += zip(its.dicts, its.names, strict=True)
@@ -264,7 +265,7 @@ class ResolvedStack:
         self.values = tuple(map(operator.getitem, self.dicts, self.names))
         self.parameter_dicts = [parameters for its in resolved for parameters in its.weights.dicts]
         self.parameter_names = [name for its in resolved for name in its.weights.names]
-        self.parameters = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
+        self.parameters: tuple[Tensor, ...] = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
 
     def weights(self, layers: nn.ModuleList) -> tuple[Tensor, ...] | None:
         """Weight and bias of each layer's modules in turn, or None if anything is not what it was."""
@@ -274,7 +275,7 @@ class ResolvedStack:
                 and all(map(operator.is_, map(operator.attrgetter("_modules"), layers), self.roots))
                 and tuple(map(operator.getitem, self.dicts, self.names)) == self.values
                 and tuple(map(type, self.modules)) == self.types
-                and not any(self.hooks)
+                and (tuple(chain.from_iterable(self.hooks)) == self.hook_ids if any(self.hooks) else not self.hook_ids)
                 and not any(map(operator.contains, self.instances, repeat("forward")))
             ):
                 found: tuple[Any, ...] = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
