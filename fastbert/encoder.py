@@ -151,19 +151,24 @@ def encode(
     return batch.unpack(x) if packed else x
 
 
-def embed(
+class TokenIds(NamedTuple):
+    """What embeddings look up: [B, S], or [T] of packed tokens. None stands for type 0 and for positions 0, 1, ..."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor | None
+    position_ids: Tensor | None
+
+
+def token_ids(
     module: nn.Module,
     input_ids: Tensor,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     past_key_values_length: int = 0,
     batch: PackedBatch | None = None,
-) -> Tensor:
-    """The embeddings of BERT and of RoBERTa: three lookups, LayerNorm and dropout in one op.
-
-    ids [B, S] -> [B, S, H], or [T, H] for the tokens of a batch.
-    """
-    word, position, token_type = module.word_embeddings, module.position_embeddings, module.token_type_embeddings
+) -> TokenIds:
+    """The ids of a call [B, S], with the positions that BERT or RoBERTa counts; of the tokens of a batch that packs."""
+    position = module.position_embeddings
     if position_ids is None:
         if position.padding_idx is not None:  # RoBERTa: positions start after the padding index, which pads keep
             position_ids = module.create_position_ids_from_input_ids(
@@ -172,31 +177,42 @@ def embed(
         elif past_key_values_length:
             start = past_key_values_length
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-    if batch is not None and batch.indices is not None:
-        if position_ids is None:
+    if batch is not None:
+        if position_ids is None and batch.indices is not None:
             position_ids = torch.arange(batch.seqlen, device=input_ids.device)
-        position_ids = batch.pack(like_input(position_ids, "position_ids", input_ids))
+        if position_ids is not None:
+            position_ids = like_input(position_ids, "position_ids", input_ids)
         if token_type_ids is not None:
-            token_type_ids = batch.pack(like_input(token_type_ids, "token_type_ids", input_ids))
-        input_ids = batch.pack(input_ids)
+            token_type_ids = like_input(token_type_ids, "token_type_ids", input_ids)
+        if batch.indices is not None:
+            ids = input_ids, token_type_ids, position_ids
+            return TokenIds(*(None if given is None else batch.pack(given) for given in ids))
+    return TokenIds(input_ids, token_type_ids, position_ids)
+
+
+def embed(module: nn.Module, ids: TokenIds) -> Tensor:
+    """The embeddings of BERT and of RoBERTa: three lookups, LayerNorm and dropout in one op.
+
+    ids [B, S] -> [B, S, H], or [T] -> [T, H].
+    """
+    word, position, token_type = module.word_embeddings, module.position_embeddings, module.token_type_embeddings
     position_weight = position.weight
     if position.padding_idx is not None and position_weight.requires_grad and torch.is_grad_enabled():
         position_weight = _FrozenRow.apply(position_weight, position.padding_idx)
     norm = module.LayerNorm
-    y = ops.embedding(
-        input_ids,
+    return ops.embedding(
+        ids.input_ids,
         word.weight,
         position_weight,
         token_type.weight,
         norm.weight,
         norm.bias,
-        position_ids=position_ids,
-        token_type_ids=token_type_ids,
+        position_ids=ids.position_ids,
+        token_type_ids=ids.token_type_ids,
         padding_idx=word.padding_idx,
         dropout_p=module.dropout.p if module.dropout.training else 0.0,
         eps=norm.eps,
     )
-    return y if batch is None else batch.rows(y)
 
 
 class _FrozenRow(torch.autograd.Function):

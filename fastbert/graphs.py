@@ -1,4 +1,4 @@
-"""CUDA graphs for inference: the layers of an encoder replayed by one launch.
+"""CUDA graphs for inference: the layers of an encoder, and the embeddings before them, replayed by one launch.
 
 A small batch's kernels run for less time than it takes to launch them one by one. A CUDA graph launches them all at
 once, but for fixed sizes and addresses only. So a batch is packed into static buffers of the next larger size, its
@@ -18,13 +18,14 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import encoder
+from fastbert.encoder import TokenIds
 from fastbert.guards import ResolvedStack, captured, foreign_hook
 from fastbert.packing import PackedBatch, capturing, surplus_ends
 
@@ -34,15 +35,16 @@ _nbytes = operator.attrgetter("nbytes")
 
 
 class Bucket(NamedTuple):
-    """The sizes that a graph is recorded for, and whether it adds a bias to the keys."""
+    """The sizes that a graph is recorded for, whether it adds a bias to the keys, and whether it begins with ids."""
 
     tokens: int
     sequences: int
     max_seqlen: int
     biased: bool
+    embeds: bool
 
     @classmethod
-    def of(cls, tokens: int, sequences: int, max_seqlen: int, biased: bool = False) -> Bucket:
+    def of(cls, tokens: int, sequences: int, max_seqlen: int, biased: bool = False, embeds: bool = False) -> Bucket:
         """The smallest bucket that holds a batch, with the sequences that its rows to spare make.
 
         tokens: to a multiple of 16 and of an eighth of the power of two below: at most 12.5 % to spare from 128 tokens
@@ -50,7 +52,7 @@ class Bucket(NamedTuple):
         """
         longest = max(16, _geometric(max_seqlen, 1))
         rows = max(16, -(-_geometric(tokens, 8) // 16) * 16)
-        return cls(rows, _geometric(sequences - (tokens - rows) // longest, 4), longest, biased)
+        return cls(rows, _geometric(sequences - (tokens - rows) // longest, 4), longest, biased, embeds)
 
 
 def _geometric(number: int, steps: int) -> int:
@@ -113,21 +115,32 @@ class CudaRecorder:
 class _Buffers:
     """The static input of one bucket.
 
-    x: [tokens, H]. cu_seqlens: int32 [sequences + 1]. bias: float32 [sequences, 1, 1, max_seqlen], or None.
+    states: [tokens, H]; or ids: those of TokenIds, int64 [tokens] each. cu_seqlens: int32 [sequences + 1].
+    bias: float32 [sequences, 1, 1, max_seqlen], or None.
     """
 
-    def __init__(self, bucket: Bucket, like: Tensor) -> None:
+    def __init__(self, bucket: Bucket, like: Tensor | TokenIds) -> None:
         self.bucket = bucket
-        tokens, sequences, longest, biased = bucket
-        self.x = like.new_zeros(tokens, like.shape[-1])
-        self.cu_seqlens = torch.zeros(sequences + 1, dtype=torch.int32, device=like.device)
-        self.bias = torch.zeros(sequences, 1, 1, longest, device=like.device) if biased else None
+        tokens, sequences, longest, biased, _ = bucket
+        if isinstance(like, TokenIds):
+            device = like.input_ids.device
+            self.ids = [torch.zeros(tokens, dtype=torch.int64, device=device) for _ in TokenIds._fields]
+            self.typed = False  # whether token_type_ids holds those of the last batch; else zeros
+            self.counted: tuple[int, int] | None = None  # the last batch's shape, if its positions count from 0
+        else:
+            device = like.device
+            self.states = like.new_zeros(tokens, like.shape[-1])
+        self.cu_seqlens = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+        self.bias = torch.zeros(sequences, 1, 1, longest, device=device) if biased else None
         self.batch = PackedBatch(1, tokens, self.cu_seqlens, longest, bias=self.bias)
         self.shape: tuple[int, int] | None = None  # of the last batch, if it had no padding: then cu_seqlens is right
 
-    def load(self, hidden_states: Tensor, batch: PackedBatch) -> None:
+    def load(self, source: Tensor | TokenIds, batch: PackedBatch) -> None:
         """Copy a batch in. Rows behind its tokens keep what they had: no token sees them."""
-        self.x[: batch.tokens].copy_(batch.rows(hidden_states))
+        if isinstance(source, TokenIds):
+            self._load_ids(source, batch)
+        else:
+            self.states[: batch.tokens].copy_(batch.rows(source))
         if self.bias is not None and batch.bias is not None:
             self.bias[: len(batch.cu_seqlens) - 1, ..., : batch.bias.shape[-1]].copy_(batch.bias)
         shape = batch.even_shape
@@ -140,6 +153,19 @@ class _Buffers:
         if len(spare):
             rows, longest = self.bucket.tokens, self.bucket.max_seqlen
             spare.copy_(surplus_ends(batch.tokens, len(spare), longest, rows, spare.device))
+
+    def _load_ids(self, ids: TokenIds, batch: PackedBatch) -> None:
+        for buffer, given in zip(self.ids, ids, strict=True):
+            if given is not None:
+                buffer[: batch.tokens].copy_(given.reshape(-1))
+        _, types, positions = self.ids
+        if ids.token_type_ids is None and self.typed:
+            types.zero_()
+        self.typed = ids.token_type_ids is not None
+        counted = None if ids.position_ids is not None else (batch.batch, batch.seqlen)
+        if counted is not None and counted != self.counted:
+            positions[: batch.tokens].view(counted).copy_(torch.arange(batch.seqlen, device=positions.device))
+        self.counted = counted
 
 
 class _Graph(NamedTuple):
@@ -165,6 +191,7 @@ class EncoderGraphs:
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
         self._stack: ResolvedStack | None = None
         self._state: tuple[Any, ...] | None = None
+        self._embeddings_state: tuple[Any, ...] | None = None
         self._broken: str | None = None
         self._lock = threading.Lock()
 
@@ -173,36 +200,61 @@ class EncoderGraphs:
         told = {name: getattr(self, name) for name in ("reason", "limit", "captured", "replayed", "dropped")}
         return told | {"held": len(self._graphs)}
 
-    def encode(self, layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
-        """hidden_states [B, S, H] or [T, H] through all layers -> [B, S, H], or None if no graph may serve this call.
+    def encode(
+        self,
+        layers: nn.ModuleList,
+        source: Tensor | TokenIds,
+        batch: PackedBatch,
+        embeddings: Any = None,
+    ) -> Tensor | None:
+        """Through all layers -> [B, S, H], or None if no graph may serve this call.
 
-        layers: each one a `swapped.FastLayer`.
+        layers: each one a `swapped.FastLayer`. source: hidden states [B, S, H] or [T, H]; or, with embeddings (a
+        `swapped.FastEmbeddings` that is ready for them), ids.
         """
-        self.reason = self._broken or call_reason(hidden_states, batch, self.recorder.device_type)
+        first = source if isinstance(source, Tensor) else source.input_ids
+        self.reason = self._broken or call_reason(first, batch, self.recorder.device_type)
+        if self.reason is None and embeddings is not None:
+            self.reason = ids_reason(embeddings, batch)
         if self.reason is not None:
             return None
+        x = first if embeddings is None else embeddings.word_embeddings.weight
         with self._lock:
             weights = None if self._stack is None else self._stack.weights(layers)
-            if weights is None or _state(weights, hidden_states) != self._state:
-                self.reason = next(filter(None, (layer_reason(layer, hidden_states) for layer in layers)), None)
+            if weights is None or _state(weights, x) != self._state:
+                self.reason = next(filter(None, (layer_reason(layer, x) for layer in layers)), None)
                 if self.reason is not None:
                     return None
                 self.clear()
                 self._stack = ResolvedStack(layers)
-                self._state = _state(self._stack.parameters, hidden_states)
-            with self.recorder.on(hidden_states.device):
-                return self._encode(layers, hidden_states, batch)
+                self._state = _state(self._stack.parameters, x)
+            if embeddings is not None:
+                state = _embeddings_state(embeddings)
+                if state != self._embeddings_state:
+                    self._forget_ids()
+                    self._embeddings_state = state
+            with self.recorder.on(x.device):
+                return self._encode(layers, source, batch, embeddings)
+
+    def _forget_ids(self) -> None:
+        """Drop the graphs that begin with ids."""
+        self.recorder.finish()
+        for bucket in [bucket for bucket in self._graphs if bucket.embeds]:
+            del self._graphs[bucket]
 
     def clear(self) -> None:
         """Drop all graphs."""
         self.recorder.finish()
         self._graphs.clear()
 
-    def _encode(self, layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
-        bucket = Bucket.of(batch.tokens, len(batch.cu_seqlens) - 1, batch.max_seqlen, batch.bias is not None)
+    def _encode(
+        self, layers: Iterable[Any], source: Tensor | TokenIds, batch: PackedBatch, embeddings: Any
+    ) -> Tensor | None:
+        embeds, biased = embeddings is not None, batch.bias is not None
+        bucket = Bucket.of(batch.tokens, len(batch.cu_seqlens) - 1, batch.max_seqlen, biased, embeds)
         graph = self._graphs.get(bucket)
         if graph is not None:
-            graph.buffers.load(hidden_states, batch)
+            graph.buffers.load(source, batch)
         else:
             if len(self._graphs) >= self.limit:
                 self.recorder.finish()
@@ -210,9 +262,9 @@ class EncoderGraphs:
                 self.dropped += 1
             # Inference tensors could not be written again outside of inference mode.
             with torch.inference_mode(False), torch.no_grad():
-                buffers = _Buffers(bucket, hidden_states)
-                buffers.load(hidden_states, batch)
-                graph = self._record(layers, buffers)
+                buffers = _Buffers(bucket, source)
+                buffers.load(source, batch)
+                graph = self._record(layers, buffers, embeddings)
             if graph is None:
                 return None
             self._graphs[bucket] = graph
@@ -222,9 +274,9 @@ class EncoderGraphs:
         y = graph.y[: batch.tokens]
         return batch.unpack(y.clone() if batch.indices is None else y)
 
-    def _record(self, layers: nn.ModuleList, buffers: _Buffers) -> _Graph | None:
+    def _record(self, layers: Iterable[Any], buffers: _Buffers, embeddings: Any) -> _Graph | None:
         def run() -> Tensor:
-            x = buffers.x
+            x = buffers.states if embeddings is None else encoder.embed(embeddings, TokenIds(*buffers.ids))
             for layer in layers:
                 _, weights, settings = layer.ready_parts(x)
                 x = encoder.layer(x, buffers.batch, weights, settings)
@@ -258,6 +310,15 @@ def call_reason(hidden_states: Tensor, batch: PackedBatch, device_type: str) -> 
     return None
 
 
+def ids_reason(embeddings: Any, batch: PackedBatch) -> str | None:
+    """Why no graph may begin with the embeddings, or None."""
+    if embeddings.dropout.training and embeddings.dropout.p:
+        return "dropout is on; model.eval() switches it off"
+    if batch.seqlen > embeddings.position_embeddings.weight.shape[0]:
+        return "a sequence has more tokens than there are positions"
+    return None
+
+
 def layer_reason(layer: Any, x: Tensor) -> str | None:
     """Why a layer cannot be part of a graph, or None."""
     hook = foreign_hook(layer)
@@ -280,3 +341,10 @@ def _state(weights: Sequence[Tensor], x: Tensor) -> tuple[Any, ...]:
     for look in (Tensor.data_ptr, Tensor.stride, _nbytes):
         state += map(look, weights)
     return tuple(state)
+
+
+def _embeddings_state(embeddings: Any) -> tuple[Any, ...]:
+    """The same of the embeddings."""
+    weights = embeddings.resolve().weights.read()
+    looks = (Tensor.data_ptr, Tensor.stride, _nbytes, operator.attrgetter("dtype"))
+    return (embeddings.LayerNorm.eps, *(found for look in looks for found in map(look, weights)))

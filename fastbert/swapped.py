@@ -256,14 +256,21 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
 
 
 def replay(
-    layers: nn.ModuleList, held: graphs.EncoderGraphs, hidden_states: Tensor, batch: PackedBatch
+    layers: nn.ModuleList,
+    held: graphs.EncoderGraphs,
+    source: Tensor | encoder.TokenIds,
+    batch: PackedBatch,
+    embeddings: nn.Module | None = None,
 ) -> Tensor | None:
-    """All layers of an encoder by a CUDA graph, or None, with the reason in `held`, if none may serve this call."""
+    """All layers of an encoder by a CUDA graph, or None, with the reason in `held`, if none may serve this call.
+
+    source: hidden states, or, with embeddings to begin with, ids.
+    """
     for layer in layers:
         if not isinstance(layer, FastLayer) or "stock" not in vars(type(layer)):  # or of a class on top of ours
             held.reason = f"a layer is a {type(layer).__qualname__} of {type(layer).__module__}"
             return None
-    y = held.encode(layers, hidden_states, batch)
+    y = held.encode(layers, source, batch, embeddings)
     if y is not None:
         for layer in layers:
             layer._fastbert.count(None)
@@ -347,11 +354,11 @@ class FastEmbeddings(Fast):
             self._fastbert.reason = reason
         if reason is not None:
             return super().forward(*arguments)
-        return self.embed(input_ids, token_type_ids, position_ids, past_key_values_length)
+        return self.embed(encoder.token_ids(self, input_ids, token_type_ids, position_ids, past_key_values_length))
 
-    def embed(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def embed(self, ids: encoder.TokenIds) -> Tensor:
         """The fast path: `encoder.embed` of this module."""
-        y = encoder.embed(self, input_ids, *args, **kwargs)
+        y = encoder.embed(self, ids)
         if self.resolve().requires_grad and torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_()
         return y
@@ -390,8 +397,14 @@ def encode_ids(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
     if mask is not None:
         mask = mask.to(input_ids.device, torch.bool)
     batch = batch_of(input_ids, mask, kwargs)
-    x = model.embeddings.embed(input_ids, kwargs.get("token_type_ids"), position_ids, batch=batch)
-    model.embeddings._fastbert.reason = None
+    embeddings, held = model.embeddings, model.encoder._fastbert.graphs
+    ids = encoder.token_ids(embeddings, input_ids, kwargs.get("token_type_ids"), position_ids, batch=batch)
+    embeddings._fastbert.reason = None
+    if held is not None:
+        y = replay(model.encoder.layer, held, ids, batch, embeddings)
+        if y is not None:
+            return y
+    x = batch.rows(embeddings.embed(ids))
     rest = {"encoder_attention_mask": None, "past_key_values": None, "position_ids": position_ids}
     rest |= {name: kwargs[name] for name in kwargs if name.startswith(("cu_seq_lens", "max_length"))}
     return encode(model.encoder, x, batch, None, **rest)

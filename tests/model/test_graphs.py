@@ -82,7 +82,7 @@ def test_full_batches_of_usual_sizes_have_no_spare_rows() -> None:
 
 def test_there_are_few_buckets() -> None:
     assert len({Bucket.of(tokens, 1, 512).tokens for tokens in range(1, 16385)}) == 64
-    assert Bucket.of(0, 1, 1) == (16, 2, 16, False)
+    assert Bucket.of(0, 1, 1) == (16, 2, 16, False, False)
 
 
 # --- results ------------------------------------------------------------------------------------
@@ -163,6 +163,40 @@ def test_rows_to_spare_are_seen_by_no_token() -> None:
         torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=batch["attention_mask"])[0], expected)
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_ids_of_every_kind(family: str) -> None:
+    """One graph serves calls with and without token types and positions; none sees what an earlier one left."""
+    model, graphs = graphed(family)
+    types = int(model.config.type_vocab_size)
+    ragged, full, even = inputs("right", 4, 20), inputs("none", 4, 20), inputs("none", 5, 16)
+    positions = torch.arange(20).flip(0)[None] + 2
+
+    def typed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch | {"token_type_ids": torch.randint(0, types, batch["input_ids"].shape)}
+
+    calls = [full, typed(full), full | {"position_ids": positions}, full, even, typed(ragged), ragged, full]
+    calls += [ragged | {"position_ids": positions}, {"input_ids": full["input_ids"].int()}, typed(even)]
+    with torch.no_grad():
+        for batch in calls:
+            torch.testing.assert_close(model(**batch)[0], without(model, batch), atol=1e-5, rtol=1e-5)
+    assert (graphs.reason, graphs.replayed) == (None, len(calls))
+    assert graphs.captured <= 3
+    assert model.embeddings._fastbert.reason is None
+
+
+def test_ids_that_no_graph_may_serve() -> None:
+    model, graphs = graphed()
+    with torch.no_grad():
+        with pytest.raises(IndexError, match="tokens"):
+            model(torch.ones(1, model.config.max_position_embeddings + 1, dtype=torch.long))
+        with pytest.raises(ValueError, match="position_ids"):
+            model(torch.ones(2, 8, dtype=torch.long), position_ids=torch.arange(7))
+        assert graphs.captured == 0
+        model.embeddings.dropout.train()
+        model(torch.ones(2, 8, dtype=torch.long))  # then the layers alone
+    assert graphs.replayed == 1
+
+
 def test_heads_use_the_graphs_of_their_encoder() -> None:
     model, graphs = graphed(head="ForMaskedLM")
     batch = inputs("left")
@@ -233,7 +267,22 @@ def _fewer_layers(model: Any) -> None:
     del model.encoder.layer[1]
 
 
+def _replace_table(model: Any) -> None:
+    table = model.embeddings.word_embeddings
+    table.weight = nn.Parameter(table.weight * 2)
+
+
+def _replace_positions(model: Any) -> None:
+    weight = model.embeddings.position_embeddings.weight
+    weight.data = weight.data.flip(0)
+
+
+def _change_eps_of_embeddings(model: Any) -> None:
+    model.embeddings.LayerNorm.eps = 0.5
+
+
 MOVED = [_replace_parameter, _replace_data, _transpose_data, _change_eps, _change_dtype, _share_a_layer, _fewer_layers]
+MOVED += [_replace_table, _replace_positions, _change_eps_of_embeddings]
 
 
 @pytest.mark.parametrize("change", MOVED)
