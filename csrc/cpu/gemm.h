@@ -26,7 +26,7 @@ constexpr int64_t kDotChain = 128;     // products added up before they join the
 constexpr int kMaxStack = 4;
 constexpr int64_t kLine = 16;          // floats in a line of cache
 constexpr int64_t kPageFloats = 1024;  // lines of A this far apart share one set of L1, which is too small for a strip
-constexpr int64_t kFewPanels = 4;      // that many do not pay for packing A
+constexpr int64_t kFewPanels = 6;      // that many do not pay for packing A
 
 // (row in strip, row whose pointer is kept, rows from it): few pointers, the rest is address arithmetic.
 #define FASTBERT_STRIP(X) \
@@ -67,43 +67,68 @@ class Fetch {
 };
 
 // c [R][ldc] (+)= A [R][depth] b [depth][V * VLEN]. A(i, k) is a[i * stride + k], or a[k * stride + i] if Columns.
-// The accumulators are named one by one: GCC 12 keeps an array of them in memory. Every kDotChain products they are added to
-// c: in one long chain of additions fp32 would lose more digits than the dot products of a BLAS do.
+// Lines from `ahead` on are fetched: ahead_each for every kLine elements of depth if Columns, else about as many as the strip
+// has, where ahead_each is not 0. The accumulators are named one by one: GCC 12 keeps an array of them in memory. Every
+// kDotChain products they are added to c: in one long chain of additions fp32 would lose more digits than the dot products
+// of a BLAS do.
 template <int R, int V, bool Columns>
-void micro_kernel(int64_t depth, const float* a, int64_t stride, bool a_is_new, const float* b, const float* b_ahead,
-                  int64_t ahead_each, Fetch::Share fetch, float* c, int64_t ldc, bool add) {
+void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, const float* ahead, int64_t ahead_each,
+                  Fetch::Share fetch, float* c, int64_t ldc, bool add) {
   const float *p0 = a, *p3 = a + 3 * stride, *p6 = a + 6 * stride, *p9 = a + 9 * stride, *p12 = a + 12 * stride;
+  const int64_t ahead_step = ahead_each > 0 ? kLine : 0;
+  if (ahead_each == 0) ahead = b;
   int64_t k0 = 0;
   do {
 #define X(i, base, more) vf c##i##_0 = {}, c##i##_1 = {};
     FASTBERT_STRIP(X)
 #undef X
+    // Element k from where the pointers are.
+    const auto step = [&](int64_t k) FASTBERT_INLINED {
+      const vf b0 = load(b + k * V * VLEN);
+      vf b1 = {};
+      if constexpr (V > 1) b1 = load(b + k * V * VLEN + VLEN);
+#define X(i, base, more)                                              \
+  if constexpr (R > i) {                                              \
+    const vf s = splat(Columns ? p0[i] : p##base[more * stride + k]); \
+    c##i##_0 += s * b0;                                               \
+    if constexpr (V > 1) c##i##_1 += s * b1;                          \
+  }
+      FASTBERT_STRIP(X)
+#undef X
+    };
     const int64_t chain_end = smaller(depth, k0 + kDotChain);
     for (; k0 < chain_end; k0 += kLine) {
-      // The next strip's lines, on their way while this one is worked on: weights of a latency call come from memory.
-      // Not where they are in L2 already: the buffers for lines on their way are few, and B needs them.
-      if constexpr (!Columns)
-        for (int i = 0; a_is_new && i < R; ++i) __builtin_prefetch(a + (R + i) * stride + k0, 0, 2);
-      for (int64_t i = 0; i < ahead_each; ++i, b_ahead += kLine) __builtin_prefetch(b_ahead, 0, 2);
-      for (int64_t i = 0; i < fetch.each; ++i) __builtin_prefetch(*fetch.address++, 0, 2);
       const int64_t end = smaller(kLine, depth - k0);
-      for (int64_t k = 0; k < end; ++k) {
-        const vf b0 = load(b);
-        vf b1 = {};
-        if constexpr (V > 1) b1 = load(b + VLEN);
-#define X(i, base, more)                                          \
-  if constexpr (R > i) {                                          \
-    const vf s = splat(Columns ? p0[i] : p##base[more * stride]); \
-    c##i##_0 += s * b0;                                           \
-    if constexpr (V > 1) c##i##_1 += s * b1;                      \
-  }
-        FASTBERT_STRIP(X)
-#undef X
-        b += V * VLEN;
-        if constexpr (Columns) {
-          p0 += stride;
-        } else {
-          ++p0, ++p3, ++p6, ++p9, ++p12;
+      if constexpr (Columns) {
+        for (int64_t i = 0; i < ahead_each; ++i, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
+        for (int64_t i = 0; i < fetch.each; ++i) __builtin_prefetch(*fetch.address++, 0, 2);
+        for (int64_t k = 0; k < end; ++k) {
+          step(0);
+          p0 += stride, b += V * VLEN;
+        }
+      } else {
+        // Two elements at a time: instructions are decoded hardly faster than the arithmetic goes. Prefetches stand among
+        // it, as many at once would fill the buffers for lines on their way. `ahead` comes into L2, and into L1 what is
+        // next of b and of the strip, whose rows are too many streams for the hardware to follow.
+        const auto advance = [&](int64_t k) FASTBERT_INLINED {
+          p0 += k, p3 += k, p6 += k, p9 += k, p12 += k, b += k * V * VLEN;
+        };
+        const float* own = a + k0 + kLine;
+        for (int64_t k = 1; k < end; k += 2) {
+          for (int64_t i = 0; i < 2 * V * VLEN; i += kLine) __builtin_prefetch(b + kLine * V * VLEN + i, 0, 3);
+          for (int64_t i = 0; i < 2; ++i) {
+            if (i == 0 || R > kLine / 2) {
+              __builtin_prefetch(own, 0, 3);
+              __builtin_prefetch(ahead, 0, 2);
+              own += stride, ahead += ahead_step;
+            }
+            step(i);
+          }
+          advance(2);
+        }
+        if (end % 2 != 0) {
+          step(0);
+          advance(1);
         }
       }
     }
@@ -119,8 +144,8 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, bool a_is_new, 
   } while (k0 < depth);
 }
 
-using MicroKernel = void (*)(int64_t, const float*, int64_t, bool, const float*, const float*, int64_t, Fetch::Share,
-                             float*, int64_t, bool);
+using MicroKernel = void (*)(int64_t, const float*, int64_t, const float*, const float*, int64_t, Fetch::Share, float*,
+                             int64_t, bool);
 
 template <int V, bool Columns>
 FASTBERT_INLINE MicroKernel micro_kernel_for(int64_t rows) {
@@ -137,15 +162,15 @@ FASTBERT_INLINE MicroKernel micro_kernel_for(int64_t rows) {
 }
 
 // Rows of A for `multiply_panel`: strip number s begins at data + s * strip; stride as in micro_kernel. is_new: they have
-// not been read yet.
+// not been read yet, and each strip fetches what lies behind it in memory, which is the next one if the lines are whole.
 struct Lines {
   const float* data;
   int64_t stride, strip;
   bool is_new = false;
 };
 
-// c [rows][width] (+)= A [rows][depth] panel [depth][width], width VLEN or NR. ahead: the piece of B that comes next, or
-// null where it is in the cache anyway.
+// c [rows][width] (+)= A [rows][depth] panel [depth][width], width VLEN or NR. ahead: the piece of B that comes next, where
+// A's columns lie packed and that piece is not in the cache anyway.
 template <bool Columns>
 FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const Lines& a, const float* panel, const float* ahead,
                                     int64_t width, float* c, int64_t ldc, bool add, Fetch* fetch = nullptr) {
@@ -154,8 +179,13 @@ FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const Lines& a,
     const int64_t strip = smaller(rows - r, MR);
     const MicroKernel kernel =
         width > VLEN ? micro_kernel_for<2, Columns>(strip) : micro_kernel_for<1, Columns>(strip);
-    kernel(depth, a.data + s * a.strip, a.stride, a.is_new, panel, ahead + s * ahead_each * depth, ahead_each,
-           fetch == nullptr ? Fetch::Share{} : fetch->next(depth), c + r * ldc, ldc, add);
+    const float* lines = a.data + s * a.strip;
+    if constexpr (Columns) {
+      kernel(depth, lines, a.stride, panel, ahead + s * ahead_each * depth, ahead_each,
+             fetch == nullptr ? Fetch::Share{} : fetch->next(depth), c + r * ldc, ldc, add);
+    } else {
+      kernel(depth, lines, a.stride, panel, lines + MR * a.stride, a.is_new ? 1 : 0, {}, c + r * ldc, ldc, add);
+    }
   }
 }
 
@@ -386,39 +416,67 @@ FASTBERT_INLINE Matrix from_row(const Matrix& m, int64_t first) {
   return {static_cast<const char*>(m.data) + first * m.row_stride * size, m.row_stride, m.col_stride, m.dtype};
 }
 
+// multiply_task where few panels do not pay for packing A, which comes from memory in a latency call: strip by strip, each in
+// its whole length, so that memory is read in one stream, and fetched ahead by a strip. What the epilogue touches is not
+// fetched, as so few columns of results are in the cache.
+template <class Epilogue>
+void multiply_in_place(const Matrix& a, int64_t first, int64_t rows, const PackedB& b, int64_t panel_begin,
+                       int64_t panel_end, const Epilogue& epilogue) {
+  const int64_t panels = panel_end - panel_begin;
+  float* tiles = static_cast<float*>(scratch(kScratchTile, panels * rows * NR * 4));
+  const auto each_panel = [&](auto&& visit) FASTBERT_INLINED {
+    for (int64_t p = 0; p < panels; ++p) {
+      int64_t col, cols;
+      b.locate(panel_begin + p, &col, &cols);
+      visit(b.data + (panel_begin + p) * b.depth * NR, tiles + p * rows * NR, col, cols);
+    }
+  };
+  for (int64_t r = 0; r < rows; r += MR) {
+    Lines strip{static_cast<const float*>(a.data) + r * a.row_stride, a.row_stride, 0, true};
+    each_panel([&](const float* panel, float* tile, int64_t, int64_t cols) FASTBERT_INLINED {
+      multiply_panel<false>(smaller(rows - r, MR), b.depth, strip, panel, nullptr, panel_width(cols), tile + r * NR, NR,
+                            false);
+      strip.is_new = false;
+    });
+  }
+  each_panel([&](const float*, float* tile, int64_t col, int64_t cols) FASTBERT_INLINED {
+    epilogue(tile, NR, first, rows, col, cols);
+  });
+}
+
 // Rows first .. first + rows of C; a: those of A. sums (null, or [rows]) receives the sum of each row of A.
 template <class Epilogue>
 void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& b, int64_t panel_begin,
                    int64_t panel_end, float* sums, const Epilogue& epilogue) {
   const int64_t depth = b.depth, panels = panel_end - panel_begin, strips = ceil_div(rows, MR);
   const bool columns = a.col_stride != 1;
-  const bool in_place = !columns && sums == nullptr && a.dtype == DType::kFloat32 && panels <= kFewPanels &&
-                        (a.row_stride % kPageFloats != 0 || rows == 1);
+  if (!columns && sums == nullptr && a.dtype == DType::kFloat32 && panels <= kFewPanels &&
+      (a.row_stride % kPageFloats != 0 || rows == 1)) {
+    multiply_in_place(a, first, rows, b, panel_begin, panel_end, epilogue);
+    return;
+  }
   // Either all of A stays in L2 while every panel passes (one tile at a time), or, where it is too long, the results of
   // many panels do while A passes once.
   const bool stay = rows * depth * 4 <= kTaskBytes;
   const int64_t tile_panels = stay ? 1 : larger(1, smaller(panels, 2 * kTaskBytes / (rows * NR * 4)));
   float* tiles = static_cast<float*>(scratch(kScratchTile, tile_panels * rows * NR * 4));
   const int64_t held = stay ? ceil_div(depth, KC) : 1, held_floats = strips * strip_floats(KC);
-  float* packed = in_place ? nullptr : static_cast<float*>(scratch(kScratchPackA, held * held_floats * 4));
+  float* packed = static_cast<float*>(scratch(kScratchPackA, held * held_floats * 4));
   if (sums != nullptr)
     for (int64_t r = 0; r < rows; ++r) sums[r] = 0.0f;
   for (int64_t p0 = panel_begin; p0 < panel_end; p0 += tile_panels) {
     const int64_t p1 = smaller(p0 + tile_panels, panel_end);
     for (int64_t k = 0; k < depth || k == 0; k += KC) {
       const int64_t kc = smaller(depth - k, KC);
-      Lines lines{static_cast<const float*>(a.data) + k, a.row_stride, MR * a.row_stride};
-      if (!in_place) {
-        float* strip = packed + (stay ? k / KC * held_floats : 0);
-        if (!stay || p0 == panel_begin) {
-          if (a.dtype == DType::kFloat32) {
-            pack_strips<float>(a, columns, rows, k, kc, strip);
-          } else {
-            pack_strips<bf16>(a, columns, rows, k, kc, strip);
-          }
+      float* strip = packed + (stay ? k / KC * held_floats : 0);
+      if (!stay || p0 == panel_begin) {
+        if (a.dtype == DType::kFloat32) {
+          pack_strips<float>(a, columns, rows, k, kc, strip);
+        } else {
+          pack_strips<bf16>(a, columns, rows, k, kc, strip);
         }
-        lines = {strip, MR, strip_floats(kc)};
       }
+      const Lines lines{strip, MR, strip_floats(kc)};
       if (sums != nullptr && p0 == panel_begin)
         for (int64_t r = 0; r < rows; r += MR)
           for (int64_t g = 0; g < smaller(MR, rows - r); g += VLEN) {
@@ -438,12 +496,7 @@ void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& 
           epilogue.expect(first, rows, col, cols, fetch);
           fetch.start(strips * ceil_div(kc, kLine));
         }
-        if (in_place) {
-          lines.is_new = p == panel_begin;
-          multiply_panel<false>(rows, kc, lines, panel, ahead, width, tile, NR, k > 0, &fetch);
-        } else {
-          multiply_panel<true>(rows, kc, lines, panel, ahead, width, tile, NR, k > 0, &fetch);
-        }
+        multiply_panel<true>(rows, kc, lines, panel, ahead, width, tile, NR, k > 0, &fetch);
       }
     }
     for (int64_t p = p0; p < p1; ++p) {

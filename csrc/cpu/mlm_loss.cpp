@@ -62,7 +62,7 @@ struct DecoderLogits {
     for (int64_t t = 0; t < tokens; t += NR) {
       float* out = logits + t * vocabulary + begin * NR;
       const Lines lines{w, columns, MR * columns, t == 0};
-      multiply_panel<false>(rows, columns, lines, h + t * columns, h + (t + NR) * columns, NR, out, NR, false);
+      multiply_panel<false>(rows, columns, lines, h + t * columns, nullptr, NR, out, NR, false);
       for (int64_t r = 0; bias != nullptr && r < rows; ++r) {
         const vf b = splat(to_float(bias[begin + r]));
         for (int64_t c = 0; c < NR; c += VLEN) store(out + r * NR + c, load(out + r * NR + c) + b);
@@ -163,7 +163,7 @@ struct DecoderGradient {
       h.locate(q, &j, &cols);
       const float* panel = h.data + q * tokens * NR;
       const Lines lines{d, tokens, MR * tokens};
-      multiply_panel<false>(rows, tokens, lines, panel, panel + tokens * NR, panel_width(cols), tile, NR, false);
+      multiply_panel<false>(rows, tokens, lines, panel, nullptr, panel_width(cols), tile, NR, false);
       store_tile(tile, begin, rows, j, cols);
     }
     const float* w = lines_of(weight, columns, begin, rows);
