@@ -43,7 +43,7 @@ def _row(axis: Any, row: dict[str, Any]) -> None:
         else:
             axis.text(0.01, place, f"no speed: {item['status']}", va="center", fontsize=8, color="#999999")
     axis.set_yticks(range(len(entries)), [name for name, _ in entries], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(entries) - 0.5, -0.5)  # names without a bar need their room, too
     axis.set_xlim(0, max(1.0, *(c["rate"] / peak for _, c in entries if "rate" in c), 1.0) * 1.2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.tick_params(axis="x", labelsize=7)

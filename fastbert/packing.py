@@ -365,7 +365,8 @@ class _Gather(torch.autograd.Function):
         if not surplus:
             return x.index_select(0, indices)
         none = (indices == ctx.rows).view(-1, *(1,) * (x.dim() - 1))
-        return x.index_select(0, indices.clamp(max=ctx.rows - 1)).masked_fill_(none, 0.0)
+        # Not in place: torch.compile of torch 2.11 loses the gradient of what an in-place operation returns.
+        return x.index_select(0, indices.clamp(max=ctx.rows - 1)).masked_fill(none, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

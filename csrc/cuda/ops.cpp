@@ -197,12 +197,10 @@ AttentionShape check_attention(const Call& call, const Tensor& qkv, const Tensor
   return shape;
 }
 
-// The kernels copy 16 bytes at a time.
-const void* aligned(const Call& call, const char* name, const Tensor& t) {
-  const void* data = t.const_data_ptr();
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0)
-    fail(call.op, ": ", name, " begins at an address that is not a multiple of 16; clone it");
-  return data;
+// The kernels copy 16 bytes at a time: a tensor that begins elsewhere, a part of a larger one, is copied first.
+const void* aligned(Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) t = torch::stable::clone(t);
+  return t.const_data_ptr();
 }
 
 // deterministic: for the backward alone.
@@ -211,7 +209,7 @@ std::tuple<Tensor, Tensor> attention_fwd_op(Tensor qkv, Tensor cu_seqlens, int64
                                             bool /*deterministic*/) {
   const Call call(FASTBERT_OP("attention_fwd"), qkv);
   const AttentionShape shape = check_attention(call, qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias);
-  const void* qkv_data = aligned(call, "qkv", qkv);
+  const void* qkv_data = aligned(qkv);
   const Current current(call.device);
   Tensor out = call.make({shape.total, shape.heads * shape.head_dim}, qkv.scalar_type());
   Tensor lse = call.make({shape.heads, shape.total}, ScalarType::Float);
@@ -228,8 +226,7 @@ std::tuple<Tensor, Tensor> attention_bwd_op(Tensor dout, Tensor qkv, Tensor out,
   call.check("out", out, qkv.scalar_type(), {shape.total, shape.heads * shape.head_dim});
   call.check("lse", lse, ScalarType::Float, {shape.heads, shape.total});
   if (need_dbias && !bias.has_value()) fail(call.op, ": need_dbias is set but bias is missing");
-  const void *qkv_data = aligned(call, "qkv", qkv), *dout_data = aligned(call, "dout", dout),
-             *out_data = aligned(call, "out", out);
+  const void *qkv_data = aligned(qkv), *dout_data = aligned(dout), *out_data = aligned(out);
   const Current current(call.device);
   Tensor dqkv = call.make({shape.total, 3, shape.heads, shape.head_dim}, qkv.scalar_type());
   Tensor delta = call.make({shape.heads, shape.total}, ScalarType::Float);
@@ -280,7 +277,7 @@ std::tuple<Tensor, Tensor> ffn_fwd_op(Tensor x, Tensor w1, Tensor b1, Tensor w2,
   const Format format = check_ffn_weights(call, x, w1, w2);
   const FfnShape shape = check_ffn(call, "x", x, w1.size(0));
   call.check("b1", b1, x.scalar_type(), {shape.inner});
-  const void *x_data = aligned(call, "x", x), *w1_data = aligned(call, "w1", w1), *b1_data = aligned(call, "b1", b1);
+  const void *x_data = aligned(x), *w1_data = aligned(w1), *b1_data = aligned(b1);
   const Current current(call.device);
   Tensor act = call.make({shape.rows, shape.inner}, x.scalar_type());
   Tensor pre = save ? call.make({shape.rows, shape.inner}, x.scalar_type()) : call.make({0}, x.scalar_type());
@@ -295,8 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_bwd_op(Tensor dy, Tensor x, Tenso
   call.check("dy", dy, type, {x.size(0), w2.size(0)});
   const FfnShape shape = check_ffn(call, "dy", dy, w1.size(0));
   call.check("pre", pre, type, {shape.rows, shape.inner});
-  const void *dy_data = aligned(call, "dy", dy), *w2_data = aligned(call, "w2", w2),
-             *pre_data = aligned(call, "pre", pre);
+  const void *dy_data = aligned(dy), *w2_data = aligned(w2), *pre_data = aligned(pre);
   const Current current(call.device);
   Tensor dpre = call.make({shape.rows, shape.inner}, type), act = call.make({shape.rows, shape.inner}, type);
   Tensor db1 = call.make({shape.inner}, type);

@@ -134,6 +134,21 @@ def test_compiled() -> None:
             torch.testing.assert_close(bounded, expected[real(batch)], atol=1e-5, rtol=1e-5)
 
 
+def test_compiled_gradients() -> None:
+    torch.compiler.reset()
+    model = fastbert.optimize(build(train=True, num_hidden_layers=1))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    batch = inputs("right")
+    results = []
+    for run, bound in ((model, 84), (compiled, 84), (compiled, 70)):
+        model.zero_grad()
+        with fastbert.token_bound(bound):
+            run(**batch)[0].square().sum().backward()
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], atol=1e-4, rtol=1e-4)
+
+
 def test_four_dimensional_masks_keep_their_layout() -> None:
     model = fastbert.optimize(build())
     batch = inputs("none")

@@ -79,13 +79,15 @@ backends = accuracy.backends("linear")
 @table
 def test_linear_fwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     accuracy.require("linear", backend, dtype)
-    accuracy.check_forward(ours(backend), eager, reference, tensors_for(*case, dtype))
+    tensors = accuracy.to_device(backend, tensors_for(*case, dtype))
+    accuracy.check_forward(ours(backend), eager, reference, tensors)
 
 
 @table
 def test_linear_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     accuracy.require("linear", backend, dtype)
-    accuracy.check_backward(ours(backend), eager, reference, tensors_for(*case, dtype))
+    tensors = accuracy.to_device(backend, tensors_for(*case, dtype))
+    accuracy.check_backward(ours(backend), eager, reference, tensors)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -116,7 +118,7 @@ def test_linear_any_shape(rows: int, features: int, outputs: tuple[int, ...], bi
 @backends
 def test_linear_partial_gradients(backend: str, frozen: str) -> None:
     accuracy.require("linear", backend, torch.float32)
-    tensors = tensors_for(9, 24, (8, 16), True, torch.float32)
+    tensors = accuracy.to_device(backend, tensors_for(9, 24, (8, 16), True, torch.float32))
     for name in {"x": ["x"], "weight": ["weight0", "weight1"], "bias": ["bias0", "bias1"]}.get(frozen, ["weight1"]):
         tensors[name].requires_grad_(False)
         frozen_names = [name]
