@@ -177,16 +177,13 @@ def token_ids(
         elif past_key_values_length:
             start = past_key_values_length
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-    if batch is not None:
-        if position_ids is None and batch.indices is not None:
+    if batch is not None and batch.indices is not None:
+        if position_ids is None:
             position_ids = torch.arange(batch.seqlen, device=input_ids.device)
-        if position_ids is not None:
-            position_ids = like_input(position_ids, "position_ids", input_ids)
+        position_ids = batch.pack(like_input(position_ids, "position_ids", input_ids))
         if token_type_ids is not None:
-            token_type_ids = like_input(token_type_ids, "token_type_ids", input_ids)
-        if batch.indices is not None:
-            ids = input_ids, token_type_ids, position_ids
-            return TokenIds(*(None if given is None else batch.pack(given) for given in ids))
+            token_type_ids = batch.pack(like_input(token_type_ids, "token_type_ids", input_ids))
+        input_ids = batch.pack(input_ids)
     return TokenIds(input_ids, token_type_ids, position_ids)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fastbert import encoder
 from fastbert.encoder import TokenIds
 from fastbert.guards import ResolvedStack, captured, foreign_hook
+from fastbert.ops.embedding import like_input
 from fastbert.packing import PackedBatch, capturing, surplus_ends
 
 DEFAULT_LIMIT = 32  # graphs held by an encoder under cuda_graphs=True
@@ -155,9 +156,9 @@ class _Buffers:
             spare.copy_(surplus_ends(batch.tokens, len(spare), longest, rows, spare.device))
 
     def _load_ids(self, ids: TokenIds, batch: PackedBatch) -> None:
-        for buffer, given in zip(self.ids, ids, strict=True):
+        for name, buffer, given in zip(TokenIds._fields, self.ids, ids, strict=True):
             if given is not None:
-                buffer[: batch.tokens].copy_(given.reshape(-1))
+                buffer[: batch.tokens].copy_(like_input(given, name, ids.input_ids).reshape(-1))
         _, types, positions = self.ids
         if ids.token_type_ids is None and self.typed:
             types.zero_()

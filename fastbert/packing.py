@@ -99,8 +99,7 @@ class PackedBatch:
         Reads the lengths back from the device, once. Raises ValueError for another shape or other values.
         """
         _check_shape(attention_mask, batch, seqlen)
-        # Soon told on the CPU, and true of single requests, where microseconds count.
-        if attention_mask.is_cpu and bool((attention_mask == 1).all()):
+        if attention_mask.is_cpu and bool((attention_mask == 1).all()):  # soon told on the CPU
             return cls.full(batch, seqlen, attention_mask.device)
         mask = kept = checked_mask(attention_mask)
         lengths = mask.sum(1, dtype=torch.int32)
@@ -267,7 +266,7 @@ def batch_of(
     batch, seqlen = padded.shape[:2]
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         return f"the attention mask is a {type(attention_mask).__name__}"
-    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
+    if sequences(kwargs):
         names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
         if attention_mask is not None:
             raise ValueError("attention_mask must be None when cu_seq_lens_q is given")
@@ -289,6 +288,23 @@ def batch_of(
     if keep_padding or unreadable(attention_mask):
         return PackedBatch.padded(attention_mask, batch, seqlen, padded.dtype, zero=not keep_padding)
     return PackedBatch.from_mask(attention_mask, batch, seqlen)
+
+
+def batch_of_ids(input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> PackedBatch | str:
+    """The same of ids [B, S] under a mask that is `countable`, any value but 0 being a token, or under None."""
+    if attention_mask is None:
+        return batch_of(input_ids, None, kwargs)
+    batch, seqlen = input_ids.shape
+    plain = attention_mask.is_cpu and _bound is None and not sequences(kwargs)
+    # True of single requests, where an operation counts.
+    if plain and attention_mask.shape == (batch, seqlen) and bool(attention_mask.all()):
+        return PackedBatch.full(batch, seqlen, input_ids.device)
+    return batch_of(input_ids, attention_mask.to(input_ids.device, torch.bool), kwargs)
+
+
+def sequences(kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of a call say where sequences end in input that comes packed."""
+    return kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None
 
 
 def _same_rows(mask: Tensor) -> Tensor | None:
@@ -349,7 +365,9 @@ def surplus_ends(last: Tensor | int, count: int, longest: int, total: int, devic
 
 
 def _even(batch: int, seqlen: int, device: torch.device) -> Tensor:
-    return torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+    if torch.compiler.is_compiling() or seqlen == 0:
+        return torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+    return torch.arange(0, batch * seqlen + 1, seqlen, dtype=torch.int32, device=device)
 
 
 class _Gather(torch.autograd.Function):

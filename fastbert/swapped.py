@@ -27,7 +27,7 @@ from fastbert.guards import (
     sharded,
     wrong_weights,
 )
-from fastbert.packing import PackedBatch, batch_of, countable
+from fastbert.packing import PackedBatch, batch_of, batch_of_ids, countable
 
 KEEP_PADDING = "fastbert_keep_padding"  # a keyword argument on its way from a head to the encoder
 
@@ -240,7 +240,7 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
         if y is not None:
             return y
     recorded = captured("hidden_states")
-    if not recorded and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not recorded and hidden_states.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         y = encode_at_once(module, hidden_states, batch)
         if y is not None:
             return y
@@ -277,10 +277,15 @@ def replay(
     return y
 
 
-def encode_at_once(module: Any, hidden_states: Tensor, batch: PackedBatch) -> Tensor | None:
-    """All layers of an encoder in one op, or None if they have to be called one by one."""
+def encode_at_once(
+    module: Any, hidden_states: Tensor, batch: PackedBatch, weights: tuple[Tensor, ...] | None = None
+) -> Tensor | None:
+    """All layers of an encoder in one op, or None if they have to be called one by one.
+
+    weights: `settled`, if that has been asked.
+    """
     state = module._fastbert
-    weights = None if state.resolved is None else state.resolved.weights(module.layer)
+    weights = settled(module) if weights is None else weights
     if weights is None:
         state.resolved = stack_of(module.layer, hidden_states, batch)
         if state.resolved is None:
@@ -292,6 +297,12 @@ def encode_at_once(module: Any, hidden_states: Tensor, batch: PackedBatch) -> Te
     for layer in module.layer:
         layer._fastbert.count(None)
     return batch.unpack(y)
+
+
+def settled(module: Any) -> tuple[Tensor, ...] | None:
+    """The weights of an encoder whose layers ran as one before, if nothing about them has changed since."""
+    resolved = module._fastbert.resolved
+    return None if resolved is None else resolved.weights(module.layer)
 
 
 def stack_of(layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -> ResolvedStack | None:
@@ -393,21 +404,27 @@ def encode_ids(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """
     if not packs_first(model, kwargs):
         return None
+    embeddings, stack = model.embeddings, model.encoder
+    weights = None if torch.is_grad_enabled() else settled(stack)
+    if weights is None and (any(map(watched, stack.layer)) or all_stock(stack)):
+        return None
     input_ids, mask, position_ids = map(kwargs.get, ("input_ids", "attention_mask", "position_ids"))
-    if mask is not None:
-        mask = mask.to(input_ids.device, torch.bool)
-    batch = batch_of(input_ids, mask, kwargs)
-    embeddings, held = model.embeddings, model.encoder._fastbert.graphs
+    batch = batch_of_ids(input_ids, mask, kwargs)
+    held = stack._fastbert.graphs
     ids = encoder.token_ids(embeddings, input_ids, kwargs.get("token_type_ids"), position_ids, batch=batch)
     embeddings._fastbert.reason = None
     if held is not None:
-        y = replay(model.encoder.layer, held, ids, batch, embeddings)
+        y = replay(stack.layer, held, ids, batch, embeddings)
         if y is not None:
             return y
     x = batch.rows(embeddings.embed(ids))
+    if weights is not None:
+        y = encode_at_once(stack, x, batch, weights)
+        if y is not None:
+            return y
     rest = {"encoder_attention_mask": None, "past_key_values": None, "position_ids": position_ids}
     rest |= {name: kwargs[name] for name in kwargs if name.startswith(("cu_seq_lens", "max_length"))}
-    return encode(model.encoder, x, batch, None, **rest)
+    return encode(stack, x, batch, None, **rest)
 
 
 def packs_first(model: Any, kwargs: dict[str, Any]) -> bool:
@@ -428,8 +445,6 @@ def packs_first(model: Any, kwargs: dict[str, Any]) -> bool:
         and untouched(stack, FastEncoder)
         and "embeddings_project" not in parts  # ELECTRA's, where embeddings are narrower than the layers
         and embeddings.ready_parts()[0] is None
-        and not any(map(watched, stack.layer))
-        and not all_stock(stack)
     )
 
 
