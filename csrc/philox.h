@@ -29,11 +29,14 @@ FASTBERT_HOST_DEVICE inline Philox4 philox4x32(uint64_t seed, uint32_t c0, uint3
   return {{c0, c1, c2, c3}};
 }
 
-// An element is kept when its word is at least this; p in [0, 1].
+// The halves of a call's words serve eight neighbouring elements, the lower half of a word before its upper one. An
+// element is kept when its half, as the upper half of a word, is at least this; p in [0, 1].
 FASTBERT_HOST_DEVICE inline uint32_t dropout_threshold(double p) {
-  const double t = p * 4294967296.0;
-  return t >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(t);
+  const uint32_t t = static_cast<uint32_t>(p * 65536.0 + 0.5);
+  return (t < 65535u ? t : 65535u) << 16;
 }
+FASTBERT_HOST_DEVICE inline bool keeps_lower(uint32_t word, uint32_t threshold) { return word << 16 >= threshold; }
+FASTBERT_HOST_DEVICE inline bool keeps_upper(uint32_t word, uint32_t threshold) { return word >= threshold; }
 
 // What a kept element is multiplied by.
 FASTBERT_HOST_DEVICE inline float dropout_scale(double p) { return p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p)); }

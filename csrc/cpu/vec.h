@@ -239,7 +239,7 @@ FASTBERT_INLINE vq multiply_low(vq a, vq b) {
 #endif
 }
 
-// The words of 4 * VLEN neighbouring elements, in their order; `first` is the first counter of theirs.
+// The words of VLEN neighbouring counters, in their order, `first` being the first.
 struct PhiloxWords {
   vu word[4];
 };
@@ -272,7 +272,7 @@ FASTBERT_INLINE PhiloxWords philox(uint64_t seed, uint32_t first, uint32_t c1, u
            reinterpret_cast<vu>(__builtin_shuffle(b01, b23, even)), reinterpret_cast<vu>(__builtin_shuffle(b01, b23, odd))}};
 }
 
-// Dropout factors (0 or 1 / (1 - p)) of elements first .. first + n of a row, first a multiple of 4: out[0 .. n), where
+// Dropout factors (0 or 1 / (1 - p)) of elements first .. first + n of a row, first a multiple of 8: out[0 .. n), where
 // n rounded up to a multiple of 4 * VLEN must fit.
 struct Dropout {
   uint64_t seed;
@@ -282,10 +282,18 @@ struct Dropout {
 
   __attribute__((noinline)) void factors(float* out, int64_t first, int64_t n, uint32_t c1, uint32_t c2,
                                          uint32_t c3) const {
-    for (int64_t j = 0; j < n; j += 4 * VLEN) {
-      const PhiloxWords r = philox(seed, static_cast<uint32_t>((first + j) >> 2), c1, c2, c3);
+    vu left, right;  // how the factors of lower and upper halves alternate
+    for (int i = 0; i < VLEN; ++i) left[i] = i / 2 + i % 2 * VLEN, right[i] = left[i] + VLEN / 2;
+    for (int64_t j = 0; j < n; j += 8 * VLEN) {
+      const PhiloxWords r = philox(seed, static_cast<uint32_t>((first + j) >> 3), c1, c2, c3);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) store(out + j + i * VLEN, r.word[i] >= threshold ? splat(scale) : vf{});
+      for (int i = 0; i < 4; ++i) {
+        if (i == 2 && j + 4 * VLEN >= n) break;
+        const vf lower = r.word[i] << 16 >= threshold ? splat(scale) : vf{};
+        const vf upper = r.word[i] >= threshold ? splat(scale) : vf{};
+        store(out + j + 2 * i * VLEN, __builtin_shuffle(lower, upper, left));
+        store(out + j + (2 * i + 1) * VLEN, __builtin_shuffle(lower, upper, right));
+      }
     }
   }
 };

@@ -105,47 +105,57 @@ __device__ __forceinline__ void multiply_rows(float (&x)[N][4], const float (&by
     for (int i = 0; i < 4; ++i) x[n][i] *= by[i / 2];
 }
 
-// Bits of `nibble`: which of the four keys from a multiple of four on are kept.
-__device__ __forceinline__ uint32_t keep_nibble(const DropoutMask& dropout, uint32_t key, uint32_t token, uint32_t head) {
-  const Philox4 random = philox4x32(dropout.seed, key >> 2, token, head, kStreamAttention);
-  uint32_t nibble = 0;
+// Bits: which of the eight keys from a multiple of eight on are kept.
+__device__ __forceinline__ uint32_t keep_eight(const DropoutMask& dropout, uint32_t key, uint32_t token, uint32_t head) {
+  const Philox4 random = philox4x32(dropout.seed, key >> 3, token, head, kStreamAttention);
+  uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) nibble |= (random.word[i] >= dropout.threshold ? 1u : 0u) << i;
-  return nibble;
+  for (int i = 0; i < 4; ++i) {
+    bits |= (keeps_lower(random.word[i], dropout.threshold) ? 1u : 0u) << (2 * i);
+    bits |= (keeps_upper(random.word[i], dropout.threshold) ? 1u : 0u) << (2 * i + 1);
+  }
+  return bits;
 }
 
-// The mask of this lane's four elements of C [16, 8], bit i of element i, where rows are queries and columns are keys.
-// query: the packed index of row 0. key: that of column 0, a multiple of 8. Two lanes share a draw for two rows.
+// The masks of this lane's elements of C [16, 16], bit i of element i % 4 of the half with columns i / 4 * 8 and on, where
+// rows are queries and columns are keys. query: the packed index of row 0. key: that of column 0, a multiple of 8. The
+// four lanes of two rows share their draws: each draws for one row and one half.
 __device__ __forceinline__ uint32_t keep_by_query(const DropoutMask& dropout, int query, int key, int head) {
-  const int lane = threadIdx.x % kWarp, odd = lane & 1;
-  const uint32_t mine = keep_nibble(dropout, key + lane % 4 * 2, query + lane / 4 + odd * 8, head);
-  const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, 1);
-  const uint32_t first = (odd ? other : mine) >> (2 * odd), second = (odd ? mine : other) >> (2 * odd);
-  return (first & 3u) | (second & 3u) << 2;
+  const int lane = threadIdx.x % kWarp, mine = lane % 4;
+  uint32_t drawn = keep_eight(dropout, key + (mine >> 1) * 8, query + lane / 4 + (mine & 1) * 8, head) << (8 * mine);
+  drawn |= __shfl_xor_sync(0xffffffffu, drawn, 1);
+  drawn |= __shfl_xor_sync(0xffffffffu, drawn, 2);
+  uint32_t keep = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) keep |= (drawn >> (8 * i + 2 * mine) & 3u) << (2 * i);
+  return keep;
 }
 
-// The same where rows are keys and columns are queries. Lanes of four neighbouring keys share four draws: the i-th of
-// them draws for its element i.
+// The same where rows are keys and columns are queries. The eight lanes of two queries share their draws, the i-th lane
+// drawing for its own bit i, and transpose the bits that they have for each other.
 __device__ __forceinline__ uint32_t keep_by_key(const DropoutMask& dropout, int query, int key, int head) {
-  const int lane = threadIdx.x % kWarp, mine = lane / 4 % 4;
-  const uint32_t nibble =
-      keep_nibble(dropout, key + lane / 4 + (mine >> 1) * 8, query + lane % 4 * 2 + (mine & 1), head);
-  uint32_t keep = (nibble >> mine & 1u) << mine;
+  const int lane = threadIdx.x % kWarp, mine = lane / 4;
+  uint32_t bits = keep_eight(dropout, key + (mine >> 1 & 1) * 8, query + lane % 4 * 2 + (mine & 1) + (mine >> 2) * 8, head);
+  constexpr uint32_t kFirst[3] = {0x55, 0x33, 0x0f};
 #pragma unroll
-  for (int other = 1; other < 4; ++other)
-    keep |= (__shfl_xor_sync(0xffffffffu, nibble, other * 4) >> mine & 1u) << (mine ^ other);
-  return keep;
+  for (int round = 0; round < 3; ++round) {
+    const int distance = 1 << round;
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, bits, 4 * distance);
+    bits = mine & distance ? (bits & ~kFirst[round]) | (other & ~kFirst[round]) >> distance
+                           : (bits & kFirst[round]) | (other & kFirst[round]) << distance;
+  }
+  return bits;
 }
 
 // The masks of C [16, 8 N] in one word, four bits for each eight columns, so that they take one register and the draws
 // need not be unrolled. own: the first row, column: the first column; queries count in the packed batch from `start` on.
 template <bool KEYS, int N>
 __device__ __forceinline__ uint32_t keep_tile(const DropoutMask& dropout, int start, int own, int column, int head) {
-  static_assert(N <= 8);
+  static_assert(N <= 8 && N % 2 == 0);
   if (!dropout.active) return ~0u;
   uint32_t keep = 0;
 #pragma unroll 1
-  for (int n = 0; n < N; ++n) {
+  for (int n = 0; n < N; n += 2) {
     const int other = column + 8 * n;
     keep |= (KEYS ? keep_by_key(dropout, start + other, own, head) : keep_by_query(dropout, start + own, other, head))
             << (4 * n);

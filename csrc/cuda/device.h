@@ -173,25 +173,21 @@ struct DropoutMask {
   __device__ __forceinline__ explicit DropoutMask(const Dropout& d)
       : seed(d.active ? static_cast<uint64_t>(*d.seed) : 0), threshold(d.threshold), scale(d.scale), active(d.active) {}
 
-  // value, dropped or scaled.
-  __device__ __forceinline__ float apply(float value, uint32_t word) const {
-    return word >= threshold ? value * scale : 0.0f;
-  }
-
   // N neighbouring columns of a row, N = 1 or 8 and `column` a multiple of it.
   template <int N>
   __device__ __forceinline__ void apply_row(float (&values)[N], uint32_t row, uint32_t column) const {
     if constexpr (N == 1) {
-      const Philox4 random = philox4x32(seed, column >> 2, row, 0, kStreamRows);
-      const uint32_t low = column & 1 ? random.word[1] : random.word[0];
-      const uint32_t high = column & 1 ? random.word[3] : random.word[2];
-      values[0] = apply(values[0], column & 2 ? high : low);
+      const Philox4 random = philox4x32(seed, column >> 3, row, 0, kStreamRows);
+      const uint32_t first = column & 2 ? random.word[1] : random.word[0];
+      const uint32_t second = column & 2 ? random.word[3] : random.word[2];
+      const uint32_t word = column & 4 ? second : first;
+      values[0] = keeps_upper(column & 1 ? word : word << 16, threshold) ? values[0] * scale : 0.0f;
     } else {
+      const Philox4 random = philox4x32(seed, column >> 3, row, 0, kStreamRows);
 #pragma unroll
-      for (int i = 0; i < N; i += 4) {
-        const Philox4 random = philox4x32(seed, (column + i) >> 2, row, 0, kStreamRows);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) values[i + j] = apply(values[i + j], random.word[j]);
+      for (int i = 0; i < 4; ++i) {
+        values[2 * i] = keeps_lower(random.word[i], threshold) ? values[2 * i] * scale : 0.0f;
+        values[2 * i + 1] = keeps_upper(random.word[i], threshold) ? values[2 * i + 1] * scale : 0.0f;
       }
     }
   }

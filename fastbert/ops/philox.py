@@ -1,9 +1,11 @@
 """Counter-based dropout randomness: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
 1, 2, 3", SC 2011), the one definition that every backend follows bit for bit.
 
-The key is the 64-bit seed; the counter is the element's place. One Philox call gives four 32-bit words, which serve
-four neighbouring columns: word ``c & 3`` of counter ``c0 = c >> 2`` decides about column ``c``. An element is kept iff
-its word is at least ``threshold(p)``, and kept values are scaled by ``1 / (1 - p)``.
+The key is the 64-bit seed; the counter is the element's place. One Philox call gives four 32-bit words, whose eight
+halves serve eight neighbouring columns (draws of 32 bits would be most of what attention computes): half ``c & 7`` of
+counter ``c0 = c >> 3`` decides about column ``c``, the lower half of a word before its upper one. An element is kept
+iff its half is at least ``threshold(p)``, so that p counts in steps of 1 / 65536, and kept values are scaled by
+``1 / (1 - p)``.
 """
 
 from __future__ import annotations
@@ -36,16 +38,17 @@ def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Te
 
 
 def threshold(p: float) -> int:
-    """Smallest 32-bit word that is kept at dropout probability ``p``."""
-    return min(int(p * 4294967296.0), _MASK)
+    """Smallest 16-bit number that is kept at dropout probability ``p``."""
+    return min(int(p * 65536.0 + 0.5), 0xFFFF)
 
 
 def _keep(seed: Tensor, p: float, columns: int, c1: Tensor, c2: Tensor, c3: int) -> Tensor:
     """Keep-mask whose last dimension runs over ``columns``; ``c1`` and ``c2`` end in a dimension of size 1."""
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    c0 = torch.arange((columns + 3) // 4, device=c1.device)
+    c0 = torch.arange((columns + 7) // 8, device=c1.device)
     words = torch.stack(torch.broadcast_tensors(*philox(key, (c0, c1, c2, torch.full_like(c0, c3)))), dim=-1)
-    keep = words.flatten(-2)[..., :columns] >= threshold(p)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
+    keep = halves.flatten(-3)[..., :columns] >= threshold(p)
     return keep if p < 1.0 else torch.zeros_like(keep)
 
 

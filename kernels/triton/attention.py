@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastbert.kernels import attention_kernels as kernels
 from fastbert.kernels import configs, interpreter
-from fastbert.ops import philox
+from fastbert.kernels.rows import dropout_scalars
 
 interpreter.install()
 
@@ -149,13 +149,12 @@ def attention_bwd(
 def _scalars(qkv: Tensor, batch: int, scale: float, dropout_p: float, bias: Tensor | None) -> tuple[int | float, ...]:
     """What every kernel takes after its pointers, from `batch` to `bias_width`."""
     total, _, heads, _ = qkv.shape
-    threshold = philox.threshold(dropout_p)
-    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    threshold, keep_scale = dropout_scalars(dropout_p)
     quads = (0, 0, 0, 0)
     if bias is not None:
         strides = (bias.stride(dim) if bias.size(dim) > 1 else 0 for dim in range(3))
         quads = tuple(size // 4 for size in (*strides, bias.size(3)))
-    return batch, total, heads, scale, threshold - (threshold >> 31 << 32), keep_scale, *quads
+    return batch, total, heads, scale, threshold, keep_scale, *quads
 
 
 def _aligned(bias: Tensor) -> Tensor:

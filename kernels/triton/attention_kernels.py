@@ -12,7 +12,7 @@ Arguments that recur, T tokens in B sequences:
     cu_seqlens int32 [B + 1]
     bias float32 [B or 1, heads or 1, S or 1, S] or None; bias_batch, bias_head, bias_query: its strides, 0 where it
         broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
-    seed int64 [1] or None; threshold: the smallest Philox word that is kept, as int32 bits; keep_scale: 1 / (1 - p)
+    seed int64 [1] or None; threshold, keep_scale: as in rows.dropout_scalars
 HEAD_DIM is padded to the power of two BLOCK_D with zeros. Products of float32 matrices are exact ("ieee"), not TF32.
 SCALED: Q K^T is multiplied by scale before anything else, as a bias, a negative scale and float32's accuracy want it;
 otherwise exp takes the scale in, in one fused operation.
@@ -20,6 +20,8 @@ otherwise exp takes the scale in, in one fused operation.
 
 import triton
 import triton.language as tl
+
+from fastbert.kernels.rows import keep
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -116,21 +118,14 @@ def _scale(scores, scale, bias):
 
 @triton.jit
 def _keep(seed, threshold, head, token, key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Dropout's mask [ROWS, COLUMNS] for queries token, token + 1, ... and keys key, key + 1, ..., key % 4 being 0.
+    """Dropout's mask [ROWS, COLUMNS] for queries token, token + 1, ... and keys key, key + 1, ..., key % 8 being 0.
 
-    The Philox of fastbert/ops/philox.py: a call's four words serve four neighbouring keys.
+    The Philox of fastbert/ops/philox.py: the halves of a call's words serve eight neighbouring keys.
     """
-    seed = tl.load(seed).to(tl.uint64, bitcast=True)
-    c0 = (tl.arange(0, COLUMNS // 4) + key // 4).to(tl.uint32)[None, :]
+    c0 = (tl.arange(0, COLUMNS // 8) + key // 8).to(tl.uint32)[None, :]
     c1 = (tl.arange(0, ROWS) + token).to(tl.uint32)[:, None]
-    c2 = head.to(tl.uint32)
-    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
-    k1 = (seed >> 32).to(tl.uint32)
-    word0, word1, word2, word3 = tl.philox_impl(c0, c1, c2, c2 * 0, k0, k1)
-    least = threshold.to(tl.uint32, bitcast=True)
-    even = tl.join(word0 >= least, word2 >= least)
-    odd = tl.join(word1 >= least, word3 >= least)
-    return tl.reshape(tl.join(even, odd), (ROWS, COLUMNS))
+    zero = tl.zeros([ROWS, COLUMNS // 8], tl.uint32)
+    return keep(seed, threshold, c0 + zero, c1 + zero, head.to(tl.uint32) + zero, zero, ROWS, COLUMNS)
 
 
 @triton.jit

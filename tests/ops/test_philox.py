@@ -37,17 +37,20 @@ def scalar(seed: int, counter: tuple[int, int, int, int]) -> tuple[int, ...]:
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**63 - 1, -1, -(2**63)])
 def test_masks_follow_the_definition(seed: int) -> None:
     p, tensor = 0.3, torch.tensor([seed])
-    limit = int(p * 2**32)
-    rows = philox.keep_rows(tensor, p, 3, 10)
+    limit = round(p * 2**16)
+
+    def half(counter: tuple[int, int, int, int], column: int) -> int:
+        return scalar(seed, (column >> 3, *counter[1:]))[(column & 7) >> 1] >> 16 * (column & 1) & 0xFFFF
+
+    rows = philox.keep_rows(tensor, p, 3, 20)
     for row in range(3):
-        for column in range(10):
-            assert rows[row, column] == (scalar(seed, (column >> 2, row, 0, 1))[column & 3] >= limit)
-    keep = philox.keep_attention(tensor, p, torch.tensor([[4, 5], [9, 10]]), 2, 7)
-    assert keep.shape == (2, 2, 2, 7)
-    for sequence, query, head, key in [(0, 0, 0, 0), (0, 1, 1, 3), (1, 0, 1, 4), (1, 1, 0, 6)]:
+        for column in range(20):
+            assert rows[row, column] == (half((0, row, 0, 1), column) >= limit)
+    keep = philox.keep_attention(tensor, p, torch.tensor([[4, 5], [9, 10]]), 2, 13)
+    assert keep.shape == (2, 2, 2, 13)
+    for sequence, query, head, key in [(0, 0, 0, 0), (0, 1, 1, 3), (1, 0, 1, 4), (1, 1, 0, 6), (0, 1, 0, 12)]:
         token = (4, 9)[sequence] + query
-        expected = scalar(seed, (key >> 2, token, head, 0))[key & 3] >= limit
-        assert keep[sequence, head, query, key] == expected
+        assert keep[sequence, head, query, key] == (half((0, token, head, 0), key) >= limit)
 
 
 def test_extreme_probabilities() -> None:
