@@ -150,8 +150,9 @@ class Run:
                 records[name] = self.begin(name)
                 self.content["rows"].append(records[name])
             self.row(records[name], slow)
-        for record in records.values():
-            record["complete"] = True
+            taken_up = (item["status"] != "not run" or item["reason"] for item in records[name]["contestants"].values())
+            records[name]["complete"] = all(taken_up)
+            report.write(self.content, self.path)
         self.progress("")
         report.write(self.content, self.path)
         self.stopped = False

@@ -75,6 +75,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None  # the last one that used the static buffers
+        self._aside: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None  # to warm up on, and to record on
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
@@ -84,6 +85,10 @@ class CudaRecorder:
             if self._stream is not None and self._stream != stream:
                 stream.wait_stream(self._stream)
             self._stream = stream
+            # Not the stream that PyTorch records on, which stays on the device that recorded first; and no new ones at
+            # each bucket: cuBLAS keeps a workspace for each stream that it has worked on.
+            if self._aside is None or self._aside[0].device != stream.device:
+                self._aside = torch.cuda.Stream(), torch.cuda.Stream()
             yield
 
     def finish(self) -> None:
@@ -93,7 +98,8 @@ class CudaRecorder:
 
     def warm_up(self, function: Callable[[], Tensor]) -> None:
         """Run what will be recorded until it does only what can be: no compiling, no first call of a library."""
-        stream = torch.cuda.Stream()
+        assert self._aside is not None
+        stream, _ = self._aside
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -107,8 +113,10 @@ class CudaRecorder:
         """
         if first:  # a pool does not outlive its last graph
             self._pool = torch.cuda.graph_pool_handle()
+        assert self._aside is not None
+        _, stream = self._aside
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             y = function()
         return graph.replay, y
 

@@ -124,6 +124,21 @@ class TestRun:
         assert "used up" in record["contestants"]["pytorch"]["reason"]
         assert run.worker.process is None
 
+    def test_rows_that_were_finished_are_complete(self, tmp_path, monkeypatch):
+        def ask(worker, do, seconds, row=None, name=None):
+            if row == "layernorm_fwd_bwd[base]":
+                raise KeyboardInterrupt
+            return {"status": "ok", "error": 0.0, "median_s": 0.1} if do == "measure" else {}
+
+        monkeypatch.setattr(gpu.Worker, "ask", ask)
+        content = report.result("gpu", {"device": "none"}, None, None, [])
+        run = gpu.Run(content, tmp_path / "x.json", ["pytorch"], 60.0)
+        with pytest.raises(KeyboardInterrupt):
+            run.everything(["layernorm_fwd[base]", "layernorm_fwd_bwd[base]"])
+        assert [row["complete"] for row in content["rows"]] == [True, False]
+        written = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+        assert written["rows"][0]["complete"]
+
     def test_rates(self, tmp_path):
         content = report.result("gpu", {"device": "NVIDIA H200"}, None, None, [])
         run = gpu.Run(content, tmp_path / "x.json", ["fastbert"], 1.0)
