@@ -21,7 +21,7 @@ constexpr int MR = FASTBERT_VREGS == 32 ? 14 : 6;
 constexpr int NR = 2 * VLEN;
 constexpr int64_t KC = 4096 / NR;      // a KC x NR piece of a panel, 16 KiB, stays in L1 while the strips of a task pass
 constexpr int64_t kTaskRows = (FASTBERT_VREGS == 32 ? 8 : 16) * MR;  // and kTaskRows x K of A in L2
-constexpr int64_t kTaskBytes = 256 << 10;
+constexpr int64_t kTaskBytes = (FASTBERT_VREGS == 32 ? 384 : 256) << 10;
 constexpr int64_t kDotChain = 128;     // products added up before they join the others
 constexpr int kMaxStack = 4;
 constexpr int64_t kLine = 16;          // floats in a line of cache
@@ -67,11 +67,15 @@ class Fetch {
   int64_t count_ = 0, next_ = 0, each_ = 0;
 };
 
+// GCC may not take the steps before and after this apart and mix them, which both read b: accumulators leave too few
+// registers for that.
+FASTBERT_INLINE void separate(const float*& b) { asm volatile("" : "+r"(b)); }
+
 // c [R][ldc] (+)= A [R][depth] b [depth][V * VLEN]. A(i, k) is a[i * stride + k], or a[k * stride + i] if Columns.
-// Lines from `ahead` on are fetched, ahead_step floats apart (0: none): one every kTurn elements of depth if Columns, else
-// about as many as the strip has. The accumulators are named one by one: GCC 12 keeps an array of them in memory. Every
-// kDotChain products they are added to c: in one long chain of additions fp32 would lose more digits than the dot products
-// of a BLAS do.
+// Lines from `ahead` on are fetched, ahead_step floats apart (0: none): one every kTurn elements of depth if Columns,
+// else about as many as the strip has. The accumulators are named one by one: GCC 12 keeps an array of them in memory.
+// Every kDotChain products they are added to c: in one long chain of additions fp32 would lose more digits than the dot
+// products of a BLAS do.
 template <int R, int V, bool Columns>
 void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, const float* ahead, int64_t ahead_step,
                   Fetch::Share fetch, float* c, int64_t ldc, bool add) {
@@ -101,10 +105,9 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
       const int64_t end = smaller(kLine, depth - k0);
       if constexpr (Columns) {
         for (int64_t i = 0; i < fetch.each; ++i) __builtin_prefetch(*fetch.address++, 0, 2);
-        // GCC may not take steps apart and mix them: the accumulators leave too few registers for that.
         const auto advance = [&]() FASTBERT_INLINED {
           p0 += stride, b += V * VLEN;
-          asm volatile("" : "+r"(p0), "+r"(b));
+          separate(b);
         };
         for (int64_t k = 1; k < end; k += kTurn) {
           __builtin_prefetch(ahead, 0, 2);
@@ -119,9 +122,9 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
           advance();
         }
       } else {
-        // A turn is two elements: instructions are decoded hardly faster than the arithmetic goes. Prefetches stand among
-        // it, as many at once would fill the buffers for lines on their way. `ahead` comes into L2, and into L1 what is
-        // next of b and of the strip, whose rows are too many streams for the hardware to follow.
+        // A turn is two elements: instructions are decoded hardly faster than the arithmetic goes. Prefetches stand
+        // among it, as many at once would fill the buffers for lines on their way. `ahead` comes into L2, and into L1
+        // what is next of b and of the strip, whose rows are too many streams for the hardware to follow.
         const auto advance = [&](int64_t k) FASTBERT_INLINED {
           p0 += k, p3 += k, p6 += k, p9 += k, p12 += k, b += k * V * VLEN;
         };
@@ -135,6 +138,7 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
               own += stride, ahead += ahead_step;
             }
             step(i);
+            separate(b);
           }
           advance(kTurn);
         }
@@ -258,9 +262,11 @@ template <class T>
 void pack_panel(const T* src, int64_t row_stride, int64_t col_stride, int64_t depth, int64_t cols, float* out) {
   const int64_t width = panel_width(cols);
   if (col_stride == 1) {
-    for (int64_t k = 0; k < depth; ++k)
+    for (int64_t k = 0; k < depth; ++k) {
+      prefetch_columns(src + (k + kRowsAhead) * row_stride, cols);
       for (int64_t c = 0; c < width; c += VLEN)
         store(out + k * width + c, c < cols ? load_n(src + k * row_stride + c, cols - c) : vf{});
+    }
     return;
   }
   for (int64_t c0 = 0; c0 < width; c0 += VLEN) {
@@ -269,8 +275,11 @@ void pack_panel(const T* src, int64_t row_stride, int64_t col_stride, int64_t de
       const int64_t n = smaller(depth - k, VLEN);
       vf block[VLEN];
 #pragma GCC unroll 16
-      for (int i = 0; i < VLEN; ++i)
-        block[i] = i < lines ? load_n(src + (c0 + i) * col_stride + k * row_stride, n) : vf{};
+      for (int i = 0; i < VLEN; ++i) {
+        const T* line = src + (c0 + i) * col_stride + k * row_stride;
+        __builtin_prefetch(line + VLEN * col_stride, 0, 2);
+        block[i] = i < lines ? load_n(line, n) : vf{};
+      }
       transpose(block);
       float* o = out + k * width + c0;
       if (n == VLEN) {
