@@ -67,9 +67,9 @@ class Fetch {
   int64_t count_ = 0, next_ = 0, each_ = 0;
 };
 
-// GCC may not take the steps before and after this apart and mix them, which both read b: accumulators leave too few
-// registers for that.
-FASTBERT_INLINE void separate(const float*& b) { asm volatile("" : "+r"(b)); }
+// GCC may not take the steps before and after this apart and mix them, which both read a and b: accumulators leave too
+// few registers for that.
+FASTBERT_INLINE void separate(const float*& a, const float*& b) { asm volatile("" : "+r"(a), "+r"(b)); }
 
 // c [R][ldc] (+)= A [R][depth] b [depth][V * VLEN]. A(i, k) is a[i * stride + k], or a[k * stride + i] if Columns.
 // Lines from `ahead` on are fetched, ahead_step floats apart (0: none): one every kTurn elements of depth if Columns,
@@ -107,7 +107,7 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
         for (int64_t i = 0; i < fetch.each; ++i) __builtin_prefetch(*fetch.address++, 0, 2);
         const auto advance = [&]() FASTBERT_INLINED {
           p0 += stride, b += V * VLEN;
-          separate(b);
+          separate(p0, b);
         };
         for (int64_t k = 1; k < end; k += kTurn) {
           __builtin_prefetch(ahead, 0, 2);
@@ -138,7 +138,7 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
               own += stride, ahead += ahead_step;
             }
             step(i);
-            separate(b);
+            separate(p0, b);
           }
           advance(kTurn);
         }
