@@ -21,10 +21,11 @@ constexpr int MR = FASTBERT_VREGS == 32 ? 14 : 6;
 constexpr int NR = 2 * VLEN;
 constexpr int64_t KC = 4096 / NR;      // a KC x NR piece of a panel, 16 KiB, stays in L1 while the strips of a task pass
 constexpr int64_t kTaskRows = (FASTBERT_VREGS == 32 ? 8 : 16) * MR;  // and kTaskRows x K of A in L2
-constexpr int64_t kTaskBytes = 256 << 10;
+constexpr int64_t kTaskBytes = (FASTBERT_VREGS == 32 ? 384 : 256) << 10;
 constexpr int64_t kDotChain = 128;     // products added up before they join the others
 constexpr int kMaxStack = 4;
 constexpr int64_t kLine = 16;          // floats in a line of cache
+constexpr int64_t kTurn = 2;           // elements of depth that a turn of the inmost loop takes
 constexpr int64_t kPageFloats = 1024;  // lines of A this far apart share one set of L1, which is too small for a strip
 constexpr int64_t kFewPanels = 6;      // that many do not pay for packing A
 
@@ -66,17 +67,20 @@ class Fetch {
   int64_t count_ = 0, next_ = 0, each_ = 0;
 };
 
+// GCC may not take the steps before and after this apart and mix them, which both read a and b: accumulators leave too
+// few registers for that.
+FASTBERT_INLINE void separate(const float*& a, const float*& b) { asm volatile("" : "+r"(a), "+r"(b)); }
+
 // c [R][ldc] (+)= A [R][depth] b [depth][V * VLEN]. A(i, k) is a[i * stride + k], or a[k * stride + i] if Columns.
-// Lines from `ahead` on are fetched: ahead_each for every kLine elements of depth if Columns, else about as many as the strip
-// has, where ahead_each is not 0. The accumulators are named one by one: GCC 12 keeps an array of them in memory. Every
-// kDotChain products they are added to c: in one long chain of additions fp32 would lose more digits than the dot products
-// of a BLAS do.
+// Lines from `ahead` on are fetched, ahead_step floats apart (0: none): one every kTurn elements of depth if Columns,
+// else about as many as the strip has. The accumulators are named one by one: GCC 12 keeps an array of them in memory.
+// Every kDotChain products they are added to c: in one long chain of additions fp32 would lose more digits than the dot
+// products of a BLAS do.
 template <int R, int V, bool Columns>
-void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, const float* ahead, int64_t ahead_each,
+void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, const float* ahead, int64_t ahead_step,
                   Fetch::Share fetch, float* c, int64_t ldc, bool add) {
   const float *p0 = a, *p3 = a + 3 * stride, *p6 = a + 6 * stride, *p9 = a + 9 * stride, *p12 = a + 12 * stride;
-  const int64_t ahead_step = ahead_each > 0 ? kLine : 0;
-  if (ahead_each == 0) ahead = b;
+  if (ahead_step == 0) ahead = b;
   int64_t k0 = 0;
   do {
 #define X(i, base, more) vf c##i##_0 = {}, c##i##_1 = {};
@@ -90,8 +94,8 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
 #define X(i, base, more)                                              \
   if constexpr (R > i) {                                              \
     const vf s = splat(Columns ? p0[i] : p##base[more * stride + k]); \
-    c##i##_0 += s * b0;                                               \
-    if constexpr (V > 1) c##i##_1 += s * b1;                          \
+    add_product(c##i##_0, s, b0);                                     \
+    if constexpr (V > 1) add_product(c##i##_1, s, b1);                \
   }
       FASTBERT_STRIP(X)
 #undef X
@@ -100,33 +104,45 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
     for (; k0 < chain_end; k0 += kLine) {
       const int64_t end = smaller(kLine, depth - k0);
       if constexpr (Columns) {
-        for (int64_t i = 0; i < ahead_each; ++i, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
         for (int64_t i = 0; i < fetch.each; ++i) __builtin_prefetch(*fetch.address++, 0, 2);
-        for (int64_t k = 0; k < end; ++k) {
-          step(0);
+        const auto advance = [&]() FASTBERT_INLINED {
           p0 += stride, b += V * VLEN;
+          separate(p0, b);
+        };
+        for (int64_t k = 1; k < end; k += kTurn) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += ahead_step;
+          step(0);
+          advance();
+          step(0);
+          advance();
+        }
+        if (end % kTurn != 0) {
+          step(0);
+          advance();
         }
       } else {
-        // Two elements at a time: instructions are decoded hardly faster than the arithmetic goes. Prefetches stand among
-        // it, as many at once would fill the buffers for lines on their way. `ahead` comes into L2, and into L1 what is
-        // next of b and of the strip, whose rows are too many streams for the hardware to follow.
+        // A turn is two elements: instructions are decoded hardly faster than the arithmetic goes. Prefetches stand
+        // among it, as many at once would fill the buffers for lines on their way. `ahead` comes into L2, and into L1
+        // what is next of b and of the strip, whose rows are too many streams for the hardware to follow.
         const auto advance = [&](int64_t k) FASTBERT_INLINED {
           p0 += k, p3 += k, p6 += k, p9 += k, p12 += k, b += k * V * VLEN;
         };
         const float* own = a + k0 + kLine;
-        for (int64_t k = 1; k < end; k += 2) {
+        for (int64_t k = 1; k < end; k += kTurn) {
           for (int64_t i = 0; i < 2 * V * VLEN; i += kLine) __builtin_prefetch(b + kLine * V * VLEN + i, 0, 3);
-          for (int64_t i = 0; i < 2; ++i) {
+          for (int64_t i = 0; i < kTurn; ++i) {
             if (i == 0 || R > kLine / 2) {
               __builtin_prefetch(own, 0, 3);
               __builtin_prefetch(ahead, 0, 2);
               own += stride, ahead += ahead_step;
             }
             step(i);
+            separate(p0, b);
           }
-          advance(2);
+          advance(kTurn);
         }
-        if (end % 2 != 0) {
+        if (end % kTurn != 0) {
           step(0);
           advance(1);
         }
@@ -174,17 +190,17 @@ struct Lines {
 template <bool Columns>
 FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const Lines& a, const float* panel, const float* ahead,
                                     int64_t width, float* c, int64_t ldc, bool add, Fetch* fetch = nullptr) {
-  const int64_t ahead_each = ahead == nullptr ? 0 : ceil_div(width, ceil_div(rows, MR));
+  const int64_t ahead_step = ahead == nullptr ? 0 : kTurn * width / ceil_div(rows, MR);
   for (int64_t r = 0, s = 0; r < rows; r += MR, ++s) {
     const int64_t strip = smaller(rows - r, MR);
     const MicroKernel kernel =
         width > VLEN ? micro_kernel_for<2, Columns>(strip) : micro_kernel_for<1, Columns>(strip);
     const float* lines = a.data + s * a.strip;
     if constexpr (Columns) {
-      kernel(depth, lines, a.stride, panel, ahead + s * ahead_each * depth, ahead_each,
+      kernel(depth, lines, a.stride, panel, ahead + s * ahead_step * (depth / kTurn), ahead_step,
              fetch == nullptr ? Fetch::Share{} : fetch->next(depth), c + r * ldc, ldc, add);
     } else {
-      kernel(depth, lines, a.stride, panel, lines + MR * a.stride, a.is_new ? 1 : 0, {}, c + r * ldc, ldc, add);
+      kernel(depth, lines, a.stride, panel, lines + MR * a.stride, a.is_new ? kLine : 0, {}, c + r * ldc, ldc, add);
     }
   }
 }
@@ -246,9 +262,11 @@ template <class T>
 void pack_panel(const T* src, int64_t row_stride, int64_t col_stride, int64_t depth, int64_t cols, float* out) {
   const int64_t width = panel_width(cols);
   if (col_stride == 1) {
-    for (int64_t k = 0; k < depth; ++k)
+    for (int64_t k = 0; k < depth; ++k) {
+      prefetch_columns(src + (k + kRowsAhead) * row_stride, cols);
       for (int64_t c = 0; c < width; c += VLEN)
         store(out + k * width + c, c < cols ? load_n(src + k * row_stride + c, cols - c) : vf{});
+    }
     return;
   }
   for (int64_t c0 = 0; c0 < width; c0 += VLEN) {
@@ -257,8 +275,11 @@ void pack_panel(const T* src, int64_t row_stride, int64_t col_stride, int64_t de
       const int64_t n = smaller(depth - k, VLEN);
       vf block[VLEN];
 #pragma GCC unroll 16
-      for (int i = 0; i < VLEN; ++i)
-        block[i] = i < lines ? load_n(src + (c0 + i) * col_stride + k * row_stride, n) : vf{};
+      for (int i = 0; i < VLEN; ++i) {
+        const T* line = src + (c0 + i) * col_stride + k * row_stride;
+        __builtin_prefetch(line + VLEN * col_stride, 0, 2);
+        block[i] = i < lines ? load_n(line, n) : vf{};
+      }
       transpose(block);
       float* o = out + k * width + c0;
       if (n == VLEN) {
@@ -497,12 +518,8 @@ void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& 
           fetch.start(strips * ceil_div(kc, kLine));
         }
         multiply_panel<true>(rows, kc, lines, panel, ahead, width, tile, NR, k > 0, &fetch);
+        if (k + kc == depth) epilogue(tile, NR, first, rows, col, cols);
       }
-    }
-    for (int64_t p = p0; p < p1; ++p) {
-      int64_t col, cols;
-      b.locate(p, &col, &cols);
-      epilogue(tiles + (p - p0) * rows * NR, NR, first, rows, col, cols);
     }
   }
 }

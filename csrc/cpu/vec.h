@@ -118,6 +118,14 @@ FASTBERT_INLINE void store(bf16* p, vf v) {
 #endif
 }
 
+// sum += a * b for loops that need every register: where GCC 12 may choose which of the three is overwritten, sums
+// change their registers from step to step, and some are copied or spilled.
+#if defined(__AVX512F__)
+FASTBERT_INLINE void add_product(vf& sum, vf a, vf b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+#else
+FASTBERT_INLINE void add_product(vf& sum, vf a, vf b) { sum += a * b; }
+#endif
+
 // The first n of VLEN elements; the rest of the vector is zero, the rest of memory untouched.
 template <class T>
 FASTBERT_INLINE vf load_n(const T* p, int64_t n) {
