@@ -108,11 +108,11 @@ __device__ __forceinline__ void multiply_rows(float (&x)[N][4], const float (&by
 // Bits: which of the eight keys from a multiple of eight on are kept.
 __device__ __forceinline__ uint32_t keep_eight(const DropoutMask& dropout, uint32_t key, uint32_t token, uint32_t head) {
   const Philox4 random = philox4x32(dropout.seed, key >> 3, token, head, kStreamAttention);
-  uint32_t bits = 0;
+  uint32_t bits = 0;  // one after the other, so that few registers are in use at a time
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    bits |= (keeps_lower(random.word[i], dropout.threshold) ? 1u : 0u) << (2 * i);
-    bits |= (keeps_upper(random.word[i], dropout.threshold) ? 1u : 0u) << (2 * i + 1);
+  for (int i = 3; i >= 0; --i) {
+    bits = bits << 1 | (keeps_upper(random.word[i], dropout.threshold) ? 1u : 0u);
+    bits = bits << 1 | (keeps_lower(random.word[i], dropout.threshold) ? 1u : 0u);
   }
   return bits;
 }
@@ -153,11 +153,13 @@ template <bool KEYS, int N>
 __device__ __forceinline__ uint32_t keep_tile(const DropoutMask& dropout, int start, int own, int column, int head) {
   static_assert(N <= 8 && N % 2 == 0);
   if (!dropout.active) return ~0u;
+  DropoutMask drawn = dropout;
+  recompute(drawn.seed);  // or the keys of the rounds stay in registers all along
   uint32_t keep = 0;
 #pragma unroll 1
   for (int n = 0; n < N; n += 2) {
     const int other = column + 8 * n;
-    keep |= (KEYS ? keep_by_key(dropout, start + other, own, head) : keep_by_query(dropout, start + own, other, head))
+    keep |= (KEYS ? keep_by_key(drawn, start + other, own, head) : keep_by_query(drawn, start + own, other, head))
             << (4 * n);
   }
   return keep;

@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_short_bwd_kernel(A
       float p[N][4] = {}, kept[N][4], dp[N][4] = {};
       multiply_transposed<T, D>(p, keys, row, these);
       finish_scores<true, BIAS>(p, shape, bias, row, query, work.length);
+      recompute(row);
       const uint32_t keep = keep_tile<true, N>(dropout, work.start, row, query, head);
 #pragma unroll
       for (int n = 0; n < N; ++n)

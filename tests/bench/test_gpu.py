@@ -247,7 +247,7 @@ class TestMakeGpu:
         package.mkdir()
         (package / "__init__.py").write_text("")
         code = "import fastbert; print(fastbert.__file__)"
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        command = [sys.executable, *suite.Suite(tmp_path, tmp_path, 1.0).pytest()[1:2], "-c", code]
+        environment = suite.Suite(tmp_path, tmp_path, 1.0).environment | {"PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert Path(done.stdout.strip()).parent == package
