@@ -29,11 +29,18 @@ FASTBERT_HOST_DEVICE inline Philox4 philox4x32(uint64_t seed, uint32_t c0, uint3
   return {{c0, c1, c2, c3}};
 }
 
-// The halves of a call's words serve eight neighbouring elements, the lower half of a word before its upper one. An
+// The halves of a call's words serve eight elements (fastbert/ops/philox.py says which), the lower half of a word first. An
 // element is kept when its half, as the upper half of a word, is at least this; p in [0, 1].
 FASTBERT_HOST_DEVICE inline uint32_t dropout_threshold(double p) {
   const uint32_t t = static_cast<uint32_t>(p * 65536.0 + 0.5);
   return (t < 65535u ? t : 65535u) << 16;
+}
+// Both halves of a word at once: bits 15 and 31, kept or not; of the others, nothing is said. Each half is compared by
+// subtracting all of its bits but the uppermost, which nothing is borrowed from, and then by the uppermost bits.
+FASTBERT_HOST_DEVICE inline uint32_t kept_halves(uint32_t word, uint32_t threshold) {
+  const uint32_t least = threshold | threshold >> 16, top = 0x80008000u;
+  const uint32_t rest = (word | top) - (least & ~top);
+  return (word & rest) | (word & ~least) | (rest & ~least);
 }
 FASTBERT_HOST_DEVICE inline bool keeps_lower(uint32_t word, uint32_t threshold) { return word << 16 >= threshold; }
 FASTBERT_HOST_DEVICE inline bool keeps_upper(uint32_t word, uint32_t threshold) { return word >= threshold; }

@@ -78,6 +78,48 @@ FASTBERT_INLINE float add_bias(float* s, int64_t n, const float* bias) {
   return max(top);
 }
 
+// Which weights of queries q, q + 1, ... and keys k .. k + n are kept, all bits or none: keep [rows][stride], stride a
+// multiple of 4 VLEN. A call decides about two queries, 8 apart: a lane's word about neighbouring keys.
+template <class T>
+void draw_kept(const Head<T>& head, const Dropout& dropout, int64_t q, int64_t rows, int64_t k, int64_t n,
+               int16_t* keep, int64_t stride) {
+  typedef uint16_t Halves __attribute__((vector_size(VLEN * 4)));
+  const Halves least = Halves{} + static_cast<uint16_t>(dropout.threshold >> 16);
+  vu left, right;  // how the eights of keys alternate
+  for (int i = 0; i < VLEN; ++i) {
+    left[i] = i / 4 % 2 * VLEN + i / 8 * 4 + i % 4;
+    right[i] = (i / 4 + VLEN / 4) % 2 * VLEN + (i / 4 + VLEN / 4) / 2 * 4 + i % 4;
+  }
+  vq even;
+  for (int i = 0; i < VLEN / 2; ++i) even[i] = 2 * i;
+  for (int64_t query = q; query < q + rows; ++query) {
+    if (query % 16 >= 8 && query - 8 >= q) continue;  // came with that one
+    const uint32_t c1 = static_cast<uint32_t>(head.first + query / 16 * 8 + query % 8);
+    for (int64_t j = 0; j < n; j += 4 * VLEN) {
+      const vq c0 = even + static_cast<uint32_t>((k + j) / 4);
+      const PhiloxWords r = philox(dropout.seed, c0, c0 + 1, c1, static_cast<uint32_t>(head.h), kStreamAttention);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = query / 16 * 16 + query % 8 + 8 * half - q;
+        if (row < 0 || row >= rows) continue;
+        const vq words[2] = {lower_halves(r.a[half], r.b[half]), lower_halves(r.a[2 + half], r.b[2 + half])};
+        const vu first = reinterpret_cast<vu>(reinterpret_cast<Halves>(words[0]) >= least);
+        const vu second = reinterpret_cast<vu>(reinterpret_cast<Halves>(words[1]) >= least);
+        float* out = reinterpret_cast<float*>(keep + row * stride + j);
+        store(out, reinterpret_cast<vf>(__builtin_shuffle(first, second, left)));
+        store(out + VLEN, reinterpret_cast<vf>(__builtin_shuffle(first, second, right)));
+      }
+    }
+  }
+}
+
+// x where it is kept, else 0.
+FASTBERT_INLINE vf kept(vf x, const int16_t* keep) {
+  typedef int16_t Short __attribute__((vector_size(VLEN * 2), aligned(2), may_alias));
+  const vi mask = __builtin_convertvector(*reinterpret_cast<const Short*>(keep), vi);
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & mask);
+}
+
 template <class T>
 void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T* out, float* lse,
                   const Dropout& dropout) {
@@ -86,12 +128,12 @@ void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T
   const int64_t block = smaller(ceil_div(length, 4 * VLEN) * 4 * VLEN, kKeys);
   const int64_t key_floats = panel_floats(d, length), value_floats = panel_floats(length, d);
   float* keys = static_cast<float*>(
-      scratch(kScratchRows, 4 * (key_floats + value_floats + kForwardRows * (block + 2 * dp) + block)));
+      scratch(kScratchRows, 4 * (key_floats + value_floats + kForwardRows * (block + 2 * dp) + kForwardRows * block / 2)));
   float* values = keys + key_floats;
   float* scores = values + value_floats;
   float* result = scores + kForwardRows * block;
   float* queries = result + kForwardRows * dp;
-  float* factors = queries + kForwardRows * dp;
+  int16_t* keep = reinterpret_cast<int16_t*>(queries + kForwardRows * dp);
   pack_all(transposed(head.matrix(1)), d, length, keys);
   pack_all(head.matrix(2), length, d, values);
 
@@ -103,6 +145,7 @@ void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T
     for (int64_t k = 0; k < length; k += block) {
       const int64_t n = smaller(block, length - k);
       multiply<false>(rows, d, queries, dp, keys + k * d, d, 0, n, scores, block, false);
+      if (dropout.active) draw_kept(head, dropout, q, rows, k, n, keep, block);
       for (int64_t r = 0; r < rows; ++r) {
         float* s = scores + r * block;
         const float* bias = head.bias_row(q + r);
@@ -119,19 +162,14 @@ void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T
         for (int64_t j = 0; j < n; j += VLEN) {
           const vf p = exp(load(s + j) - base);
           part += p;
-          store(s + j, p);
+          store(s + j, dropout.active ? kept(p, keep + r * block + j) : p);
         }
         total[r] += sum(part);
-        if (dropout.active) {
-          dropout.factors(factors, k, n, static_cast<uint32_t>(head.first + q + r), static_cast<uint32_t>(head.h),
-                          kStreamAttention);
-          for (int64_t j = 0; j < n; j += VLEN) store(s + j, load(s + j) * load(factors + j));
-        }
       }
       multiply<false>(rows, n, scores, block, values, length, k, d, result, dp, k > 0);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const float inverse = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
+      const float inverse = total[r] == 0.0f ? 0.0f : (dropout.active ? dropout.scale : 1.0f) / total[r];
       T* o = out + ((head.first + q + r) * shape.heads + head.h) * d;
       for (int64_t j = 0; j < d; j += VLEN) store_n(o + j, load(result + r * dp + j) * inverse, d - j);
       if (lse != nullptr) lse[head.h * shape.total + head.first + q + r] = top[r] + __builtin_logf(total[r]);
@@ -178,13 +216,14 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
   constexpr int64_t kRows = kBackwardRows;
   const int64_t along_keys = panel_floats(d, length), along_dims = panel_floats(length, d);
   float* next = static_cast<float*>(scratch(
-      kScratchRows, 4 * (2 * along_keys + along_dims + 2 * length * dp + kRows * (2 * block + 5 * dp) + block)));
+      kScratchRows, 4 * (2 * along_keys + along_dims + 2 * length * dp + kRows * (2 * block + 5 * dp) + kRows * block / 2)));
   const auto take = [&next](int64_t floats) { return (next += floats) - floats; };
   float *keys = take(along_keys), *values = take(along_keys), *key_rows = take(along_dims);
   float *dkeys = take(length * dp), *dvalues = take(length * dp);
   float *scores = take(kRows * block), *grads = take(kRows * block);
   float *queries = take(kRows * dp), *douts = take(kRows * dp), *dqueries = take(kRows * dp);
-  float *query_panels = take(kRows * dp), *dout_panels = take(kRows * dp), *factors = take(block);
+  float *query_panels = take(kRows * dp), *dout_panels = take(kRows * dp);
+  int16_t* keep = reinterpret_cast<int16_t*>(take(kRows * block / 2));
   pack_all(transposed(head.matrix(1)), d, length, keys);
   pack_all(transposed(head.matrix(2)), d, length, values);
   pack_all(head.matrix(1), length, d, key_rows);
@@ -203,20 +242,18 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
       const int64_t n = smaller(block, length - k);
       multiply<false>(rows, d, queries, dp, keys + k * d, d, 0, n, scores, block, false);
       multiply<false>(rows, d, douts, dp, values + k * d, d, 0, n, grads, block, false);
+      if (dropout.active) draw_kept(head, dropout, q, rows, k, n, keep, block);
       for (int64_t r = 0; r < rows; ++r) {
         float *s = scores + r * block, *g = grads + r * block;
+        const int16_t* mask = keep + r * block;
         const float* bias = head.bias_row(q + r);
         add_bias(s, n, bias == nullptr ? nullptr : bias + k);
         const float row_lse = lse[head.h * shape.total + head.first + q + r];
         const float base = row_lse == -__builtin_inff() ? 0.0f : row_lse;
-        if (dropout.active)
-          dropout.factors(factors, k, n, static_cast<uint32_t>(head.first + q + r), static_cast<uint32_t>(head.h),
-                          kStreamAttention);
         vf part = {}, whole = {};
         for (int64_t j = 0; j < n; j += VLEN) {
           const vf p = exp(load(s + j) - base);
-          const vf f = dropout.active ? load(factors + j) : splat(1.0f);
-          const vf dp_dropped = load(g + j) * f;
+          const vf dp_dropped = dropout.active ? kept(load(g + j) * dropout.scale, mask + j) : load(g + j);
           whole += p;
           part += p * dp_dropped;
           store(s + j, p);
@@ -238,7 +275,7 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
           const vf p = load(s + j) * normal;
           const vf ds = p * (load(g + j) - delta);
           store(g + j, ds);
-          store(s + j, dropout.active ? p * load(factors + j) : p);
+          store(s + j, dropout.active ? kept(p * dropout.scale, mask + j) : p);
           if (db != nullptr) store_n(db + j, load_n(db + j, n - j) + ds, n - j);
         }
       }

@@ -247,21 +247,17 @@ FASTBERT_INLINE vq multiply_low(vq a, vq b) {
 #endif
 }
 
-// The words of VLEN neighbouring counters, in their order, `first` being the first.
+// The four words of VLEN counters: those of vector a, then those of b, in the lower halves of lanes; what the upper halves
+// hold does not matter.
 struct PhiloxWords {
-  vu word[4];
+  vq a[4], b[4];
 };
 
-// One counter per 64-bit lane, so that no product has to be put together from halves: the four words of a lane's counter
-// are the lower halves of four vectors, and what the upper halves hold does not matter. The lanes take their counters in
-// the order (0, n/2, 1, n/2 + 1, ...) that interleaving within 128 bits puts right. Two such chains hide the latency.
-FASTBERT_INLINE PhiloxWords philox(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3) {
-  constexpr int kLanes = VLEN / 2;
+// One counter per 64-bit lane, so that no product has to be put together from halves. Two such chains hide the latency.
+FASTBERT_INLINE PhiloxWords philox(uint64_t seed, vq a0, vq b0, uint32_t c1, uint32_t c2, uint32_t c3) {
   const vq m0 = vq{} + 0xD2511F53ull, m1 = vq{} + 0xCD9E8D57ull;
-  vq a0, a1 = vq{} + c1, a2 = vq{} + c2, a3 = vq{} + c3;
-  for (int i = 0; i < kLanes; ++i) a0[i] = i / 2 + i % 2 * (kLanes / 2);
-  a0 += first;
-  vq b0 = a0 + kLanes, b1 = a1, b2 = a2, b3 = a3;
+  vq a1 = vq{} + c1, a2 = vq{} + c2, a3 = vq{} + c3;
+  vq b1 = a1, b2 = a2, b3 = a3;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
@@ -271,14 +267,11 @@ FASTBERT_INLINE PhiloxWords philox(uint64_t seed, uint32_t first, uint32_t c1, u
     b0 = (q1 >> 32) ^ b1 ^ key0, b2 = (q0 >> 32) ^ b3 ^ key1, b1 = q1, b3 = q0;
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-  vq even, odd;
-  for (int i = 0; i < kLanes; ++i) even[i] = i / 2 * 2 + i % 2 * kLanes, odd[i] = even[i] + 1;
-  const vq low = vq{} + 0xffffffffull;
-  const vq a01 = (a0 & low) | (a1 << 32), a23 = (a2 & low) | (a3 << 32);
-  const vq b01 = (b0 & low) | (b1 << 32), b23 = (b2 & low) | (b3 << 32);
-  return {{reinterpret_cast<vu>(__builtin_shuffle(a01, a23, even)), reinterpret_cast<vu>(__builtin_shuffle(a01, a23, odd)),
-           reinterpret_cast<vu>(__builtin_shuffle(b01, b23, even)), reinterpret_cast<vu>(__builtin_shuffle(b01, b23, odd))}};
+  return {{a0, a1, a2, a3}, {b0, b1, b2, b3}};
 }
+
+// The lower halves of two vectors, in turn.
+FASTBERT_INLINE vq lower_halves(vq even, vq odd) { return (even & (vq{} + 0xffffffffull)) | (odd << 32); }
 
 // Dropout factors (0 or 1 / (1 - p)) of elements first .. first + n of a row, first a multiple of 8: out[0 .. n), where
 // n rounded up to a multiple of 4 * VLEN must fit.
@@ -290,15 +283,28 @@ struct Dropout {
 
   __attribute__((noinline)) void factors(float* out, int64_t first, int64_t n, uint32_t c1, uint32_t c2,
                                          uint32_t c3) const {
+    constexpr int kLanes = VLEN / 2;
     vu left, right;  // how the factors of lower and upper halves alternate
     for (int i = 0; i < VLEN; ++i) left[i] = i / 2 + i % 2 * VLEN, right[i] = left[i] + VLEN / 2;
+    // In this order, interleaving within 128 bits gives the words of a counter after those of the one before it.
+    vq counter, even, odd;
+    for (int i = 0; i < kLanes; ++i) {
+      counter[i] = i / 2 + i % 2 * (kLanes / 2);
+      even[i] = i / 2 * 2 + i % 2 * kLanes, odd[i] = even[i] + 1;
+    }
     for (int64_t j = 0; j < n; j += 8 * VLEN) {
-      const PhiloxWords r = philox(seed, static_cast<uint32_t>((first + j) >> 3), c1, c2, c3);
+      const vq a0 = counter + static_cast<uint32_t>((first + j) >> 3);
+      const PhiloxWords r = philox(seed, a0, a0 + kLanes, c1, c2, c3);
+      const vq a01 = lower_halves(r.a[0], r.a[1]), a23 = lower_halves(r.a[2], r.a[3]);
+      const vq b01 = lower_halves(r.b[0], r.b[1]), b23 = lower_halves(r.b[2], r.b[3]);
+      const vq words[4] = {__builtin_shuffle(a01, a23, even), __builtin_shuffle(a01, a23, odd),
+                           __builtin_shuffle(b01, b23, even), __builtin_shuffle(b01, b23, odd)};
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         if (i == 2 && j + 4 * VLEN >= n) break;
-        const vf lower = r.word[i] << 16 >= threshold ? splat(scale) : vf{};
-        const vf upper = r.word[i] >= threshold ? splat(scale) : vf{};
+        const vu word = reinterpret_cast<vu>(words[i]);
+        const vf lower = word << 16 >= threshold ? splat(scale) : vf{};
+        const vf upper = word >= threshold ? splat(scale) : vf{};
         store(out + j + 2 * i * VLEN, __builtin_shuffle(lower, upper, left));
         store(out + j + (2 * i + 1) * VLEN, __builtin_shuffle(lower, upper, right));
       }

@@ -105,64 +105,47 @@ __device__ __forceinline__ void multiply_rows(float (&x)[N][4], const float (&by
     for (int i = 0; i < 4; ++i) x[n][i] *= by[i / 2];
 }
 
-// Bits: which of the eight keys from a multiple of eight on are kept.
-__device__ __forceinline__ uint32_t keep_eight(const DropoutMask& dropout, uint32_t key, uint32_t token, uint32_t head) {
-  const Philox4 random = philox4x32(dropout.seed, key >> 3, token, head, kStreamAttention);
-  uint32_t bits = 0;  // one after the other, so that few registers are in use at a time
-#pragma unroll
-  for (int i = 3; i >= 0; --i) {
-    bits = bits << 1 | (keeps_upper(random.word[i], dropout.threshold) ? 1u : 0u);
-    bits = bits << 1 | (keeps_lower(random.word[i], dropout.threshold) ? 1u : 0u);
-  }
-  return bits;
-}
-
-// The masks of this lane's elements of C [16, 16], bit i of element i % 4 of the half with columns i / 4 * 8 and on, where
-// rows are queries and columns are keys. query: the packed index of row 0. key: that of column 0, a multiple of 8. The
-// four lanes of two rows share their draws: each draws for one row and one half.
-__device__ __forceinline__ uint32_t keep_by_query(const DropoutMask& dropout, int query, int key, int head) {
-  const int lane = threadIdx.x % kWarp, mine = lane % 4;
-  uint32_t drawn = keep_eight(dropout, key + (mine >> 1) * 8, query + lane / 4 + (mine & 1) * 8, head) << (8 * mine);
-  drawn |= __shfl_xor_sync(0xffffffffu, drawn, 1);
-  drawn |= __shfl_xor_sync(0xffffffffu, drawn, 2);
-  uint32_t keep = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) keep |= (drawn >> (8 * i + 2 * mine) & 3u) << (2 * i);
-  return keep;
-}
-
-// The same where rows are keys and columns are queries. The eight lanes of two queries share their draws, the i-th lane
-// drawing for its own bit i, and transpose the bits that they have for each other.
-__device__ __forceinline__ uint32_t keep_by_key(const DropoutMask& dropout, int query, int key, int head) {
-  const int lane = threadIdx.x % kWarp, mine = lane / 4;
-  uint32_t bits = keep_eight(dropout, key + (mine >> 1 & 1) * 8, query + lane % 4 * 2 + (mine & 1) + (mine >> 2) * 8, head);
-  constexpr uint32_t kFirst[3] = {0x55, 0x33, 0x0f};
-#pragma unroll
-  for (int round = 0; round < 3; ++round) {
-    const int distance = 1 << round;
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, bits, 4 * distance);
-    bits = mine & distance ? (bits & ~kFirst[round]) | (other & ~kFirst[round]) >> distance
-                           : (bits & kFirst[round]) | (other & kFirst[round]) << distance;
-  }
-  return bits;
-}
-
-// The masks of C [16, 8 N] in one word, four bits for each eight columns, so that they take one register and the draws
-// need not be unrolled. own: the first row, column: the first column; queries count in the packed batch from `start` on.
+// Which elements of C [16, 8 N] of a lane are kept: bit 2 n + i / 2 + 16 (i % 2) for element i of the n-th eight columns,
+// so that they take one register and the draws need not be unrolled, and two that are packed have bits 16 apart.
+// KEYS: rows are keys and columns are queries, not the other way round. own: the first row, column: the first column, both
+// multiples of 16; `start`: the packed index of the sequence's first query.
 template <bool KEYS, int N>
 __device__ __forceinline__ uint32_t keep_tile(const DropoutMask& dropout, int start, int own, int column, int head) {
   static_assert(N <= 8 && N % 2 == 0);
   if (!dropout.active) return ~0u;
-  DropoutMask drawn = dropout;
-  recompute(drawn.seed);  // or the keys of the rounds stay in registers all along
+  uint64_t seed = dropout.seed;
+  recompute(seed);  // or the keys of the rounds stay in registers all along
+  const int lane = threadIdx.x % kWarp;
+  // With queries as rows a call's eight elements are the lane's. With keys as rows those of two lanes, whose keys are
+  // neighbours, are those of two calls, for neighbouring queries: each draws for one of the queries.
+  const int odd = lane / 4 % 2;
+  const uint32_t query = start + (KEYS ? column / 2 + lane % 4 * 2 + odd : own / 2 + lane / 4);
+  const uint32_t key = KEYS ? own / 4 + lane / 8 : column / 4 + lane % 4;
   uint32_t keep = 0;
 #pragma unroll 1
   for (int n = 0; n < N; n += 2) {
-    const int other = column + 8 * n;
-    keep |= (KEYS ? keep_by_key(drawn, start + other, own, head) : keep_by_query(drawn, start + own, other, head))
-            << (4 * n);
+    const Philox4 random = philox4x32(seed, KEYS ? key : key + 2 * n, KEYS ? query + 4 * n : query, head, kStreamAttention);
+    uint32_t kept = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = KEYS ? i % 2 * 2 + i / 2 : i;  // the second half of the columns after the second of the rows
+      kept |= kept_halves(random.word[i], dropout.threshold) >> (15 - at) & 0x00010001u << at;
+    }
+    keep |= kept << (2 * n);
+  }
+  if constexpr (KEYS) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, keep, 4);
+    keep = odd ? (keep & 0xffff0000u) | other >> 16 : (keep & 0xffffu) | other << 16;
   }
   return keep;
+}
+
+// Whether element i of the n-th eight columns is among them.
+__device__ __forceinline__ bool is_kept(uint32_t keep, int n, int i) { return keep >> (2 * n + i / 2 + 16 * (i % 2)) & 1; }
+
+// A mask for the elements i and i + 1, i even, as they are packed.
+__device__ __forceinline__ uint32_t kept_pair(uint32_t keep, int n, int i) {
+  return (keep >> (2 * n + i / 2) & 0x00010001u) * 0xffffu;
 }
 
 // Short sequences: where none is longer, a block holds a head of one sequence, with all of its queries, keys and values.

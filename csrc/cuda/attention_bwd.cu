@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_bwd_kernel(Attenti
 #pragma unroll
       for (int n = 0; n < N; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) kept[n][i] = keep >> (4 * n + i) & 1 ? p[n][i] : 0.0f;
+        for (int i = 0; i < 4; ++i) kept[n][i] = is_kept(keep, n, i) ? p[n][i] : 0.0f;
       multiply_accumulators<T, D>(second_sum, kept, column_grads(tile));
     }
     float dp[N][4] = {};
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_bwd_kernel(Attenti
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float kept = keep >> (4 * n + i) & 1 ? dp[n][i] * scale : 0.0f;
+        const float kept = is_kept(keep, n, i) ? dp[n][i] * scale : 0.0f;
         p[n][i] *= kept - (KEYS ? delta[8 * n + i % 2] : row_delta[i / 2]);
       }
     if (!KEYS && BIAS && a.dscores != nullptr) {

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_fwd_kernel(Attenti
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[n][i] = keep >> (4 * n + i) & 1 ? x[n][i] : 0.0f;
+        for (int i = 0; i < 4; ++i) x[n][i] = is_kept(keep, n, i) ? x[n][i] : 0.0f;
     }
     multiply_accumulators<T, D>(result, x, values(tile));
     __syncthreads();  // the tile is free

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_short_bwd_kernel(A
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           p[n][i] = exp2_approx(p[n][i] - lse[query + lane % 4 * 2 + 8 * n + i % 2]);
-          kept[n][i] = keep >> (4 * n + i) & 1 ? p[n][i] : 0.0f;
+          kept[n][i] = is_kept(keep, n, i) ? p[n][i] : 0.0f;
         }
       multiply_accumulators<T, D>(dv, kept, these_douts);
       multiply_transposed<T, D>(dp, values, row, these_douts);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_short_bwd_kernel(A
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float gradient = keep >> (4 * n + i) & 1 ? dp[n][i] * scale : 0.0f;
+          const float gradient = is_kept(keep, n, i) ? dp[n][i] * scale : 0.0f;
           p[n][i] *= gradient - delta[query + lane % 4 * 2 + 8 * n + i % 2];
           if (own + lane / 4 + i / 2 * 8 >= work.length) p[n][i] = 0.0f;  // no key: what was there may be infinite
         }

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kWarpsOf<D>* kWarp, D == 128 ? 1 : 3) attentio
         for (int i = 0; i < 4; ++i) {
           const float p = exp2_approx(x[part][n][i] - base[i / 2]);
           total[i / 2] += p;
-          x[part][n][i] = keep >> (4 * n + i) & 1 ? p : 0.0f;
+          x[part][n][i] = is_kept(keep, n, i) ? p : 0.0f;
         }
       multiply_accumulators<T, D>(result, x[part], Tile<T, D>{values.data + first * D});
     }

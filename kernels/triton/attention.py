@@ -20,8 +20,7 @@ import triton
 from torch import Tensor
 
 from fastbert.kernels import attention_kernels as kernels
-from fastbert.kernels import configs, interpreter
-from fastbert.kernels.rows import dropout_scalars
+from fastbert.kernels import configs, dropout, interpreter
 
 interpreter.install()
 
@@ -149,7 +148,7 @@ def attention_bwd(
 def _scalars(qkv: Tensor, batch: int, scale: float, dropout_p: float, bias: Tensor | None) -> tuple[int | float, ...]:
     """What every kernel takes after its pointers, from `batch` to `bias_width`."""
     total, _, heads, _ = qkv.shape
-    threshold, keep_scale = dropout_scalars(dropout_p)
+    threshold, keep_scale = dropout.scalars(dropout_p)
     quads = (0, 0, 0, 0)
     if bias is not None:
         strides = (bias.stride(dim) if bias.size(dim) > 1 else 0 for dim in range(3))
@@ -231,7 +230,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
             block_d = int(name.split("-")[0][1:])
             dtypes = ("fp32",) if "-fp32" in name else ("bf16", "fp16")
             bias = name.endswith("-bias")
-            for head_dim, dtype, dropout in itertools.product(_head_dims(arch, op, name), dtypes, (False, True)):
+            for head_dim, dtype, drops in itertools.product(_head_dims(arch, op, name), dtypes, (False, True)):
                 constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
                 constants["SCALED"] = bias or dtype == "fp32"
                 constants |= {key: value for key, value in config.items() if key.startswith("BLOCK")}
@@ -242,7 +241,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 if op.endswith("dkdv"):
                     constants["dq_sum"] = None
                     constants |= {} if dtype != "fp32" else {"stats": None}
-                constants |= {} if dropout else {"seed": None}
+                constants |= {} if drops else {"seed": None}
                 constants |= {} if bias else {"bias": None}
                 signature = {
                     argument: "constexpr"
@@ -254,7 +253,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     else "i32"
                     for argument in kernel.arg_names
                 }
-                label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * dropout
+                label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * drops
                 options = {key: config[key] for key in ("num_warps", "num_stages")}
                 yield configs.Case(label, kernel, signature, constants, options, matrix=dtype != "fp32")
     yield from _tile_cases(arch)

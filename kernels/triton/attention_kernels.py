@@ -12,7 +12,7 @@ Arguments that recur, T tokens in B sequences:
     cu_seqlens int32 [B + 1]
     bias float32 [B or 1, heads or 1, S or 1, S] or None; bias_batch, bias_head, bias_query: its strides, 0 where it
         broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
-    seed int64 [1] or None; threshold, keep_scale: as in rows.dropout_scalars
+    seed int64 [1] or None; threshold, keep_scale: as in dropout.scalars
 HEAD_DIM is padded to the power of two BLOCK_D with zeros. Products of float32 matrices are exact ("ieee"), not TF32.
 SCALED: Q K^T is multiplied by scale before anything else, as a bias, a negative scale and float32's accuracy want it;
 otherwise exp takes the scale in, in one fused operation.
@@ -21,7 +21,7 @@ otherwise exp takes the scale in, in one fused operation.
 import triton
 import triton.language as tl
 
-from fastbert.kernels.rows import keep
+from fastbert.kernels.dropout import dropped, keep_attention, keep_attention_transposed
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -117,18 +117,6 @@ def _scale(scores, scale, bias):
 
 
 @triton.jit
-def _keep(seed, threshold, head, token, key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Dropout's mask [ROWS, COLUMNS] for queries token, token + 1, ... and keys key, key + 1, ..., key % 8 being 0.
-
-    The Philox of fastbert/ops/philox.py: the halves of a call's words serve eight neighbouring keys.
-    """
-    c0 = (tl.arange(0, COLUMNS // 8) + key // 8).to(tl.uint32)[None, :]
-    c1 = (tl.arange(0, ROWS) + token).to(tl.uint32)[:, None]
-    zero = tl.zeros([ROWS, COLUMNS // 8], tl.uint32)
-    return keep(seed, threshold, c0 + zero, c1 + zero, head.to(tl.uint32) + zero, zero, ROWS, COLUMNS)
-
-
-@triton.jit
 def _softmax_block(
     scores, top, scale, first_key, length, COLUMNS: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -161,7 +149,7 @@ def _log_sum_exp(top, total, scale, SCALED: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, top, total, q, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold,
+    acc, top, total, q, k_head, v_head, first, n, length, head, start, row_stride, scale, seed, threshold,
     bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -176,7 +164,7 @@ def _attend(
     top, p, shrink = _softmax_block(scores, top, scale, n, length, BLOCK_N, SCALED, MASKED)
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
-        p = tl.where(_keep(seed, threshold, head, token, n, BLOCK_M, BLOCK_N), p, 0.0)
+        p = tl.where(keep_attention(seed, threshold, head, start, first, n, BLOCK_M, BLOCK_N), p, dropped(length))
     v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, top, total
@@ -209,12 +197,12 @@ def _attention_fwd_kernel(
     full = length // BLOCK_N * BLOCK_N
     for n in tl.range(0, full, BLOCK_N):
         acc, top, row_sum = _attend(
-            acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            acc, top, row_sum, q, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
             threshold, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, SCALED, False,
         )  # fmt: skip
     for n in tl.range(full, length, BLOCK_N, num_stages=1):
         acc, top, row_sum = _attend(
-            acc, top, row_sum, q, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            acc, top, row_sum, q, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
             threshold, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, SCALED, True,
         )  # fmt: skip
 
@@ -260,7 +248,7 @@ def _attention_fwd_short_kernel(
     top, p, _ = _softmax_block(scores, top, scale, 0, length, BLOCK_S, SCALED, True)
     row_sum = tl.sum(p, 1)
     if seed is not None:
-        p = tl.where(_keep(seed, threshold, head, start, 0, BLOCK_S, BLOCK_S), p, 0.0)
+        p = tl.where(keep_attention(seed, threshold, head, start, 0, 0, BLOCK_S, BLOCK_S), p, dropped(length))
     acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
     acc *= tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)[:, None]
     out_head = out + start * heads * HEAD_DIM + head * HEAD_DIM
@@ -291,7 +279,7 @@ def _probabilities(scores, lse, scale, SCALED: tl.constexpr):
 
 @triton.jit
 def _meet_keys(
-    q, dout, lse, k_head, v_head, first, n, length, head, token, row_stride, scale, seed, threshold, keep_scale,
+    q, dout, lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed, threshold, keep_scale,
     bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -309,7 +297,7 @@ def _meet_keys(
         p = tl.where(tl.arange(0, BLOCK_N)[None, :] < length - n, p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     if seed is not None:
-        keep = _keep(seed, threshold, head, token, n, BLOCK_M, BLOCK_N)
+        keep = keep_attention(seed, threshold, head, start, first, n, BLOCK_M, BLOCK_N)
         dp = tl.where(keep, dp, 0.0) * keep_scale
     return k, p, dp
 
@@ -347,7 +335,7 @@ def _attention_bwd_dq_kernel(
         weighted = tl.zeros((BLOCK_M,), tl.float32)
         for n in tl.range(0, length, BLOCK_N, num_stages=1):
             _, p, dp = _meet_keys(
-                q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+                q, do, row_lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
                 threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
                 SCALED, True,
             )  # fmt: skip
@@ -360,14 +348,14 @@ def _attention_bwd_dq_kernel(
     full = length // BLOCK_N * BLOCK_N
     for n in tl.range(0, full, BLOCK_N):
         k, p, dp = _meet_keys(
-            q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            q, do, row_lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
             threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
             SCALED, False,
         )  # fmt: skip
         dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision="ieee")
     for n in tl.range(full, length, BLOCK_N, num_stages=1):
         k, p, dp = _meet_keys(
-            q, do, row_lse, k_head, v_head, first, n, length, head, start + first, row_stride, scale, seed,
+            q, do, row_lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
             threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
             SCALED, True,
         )  # fmt: skip
@@ -479,8 +467,8 @@ def _attention_bwd_dkdv_kernel(
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         kept = p
         if seed is not None:
-            keep = tl.trans(_keep(seed, threshold, head, start + m, first, BLOCK_M, BLOCK_N))
-            kept = tl.where(keep, p, 0.0)
+            keep = keep_attention_transposed(seed, threshold, head, start, m, first, BLOCK_M, BLOCK_N)
+            kept = tl.where(keep, p, dropped(length))
             dp = tl.where(keep, dp, 0.0) * keep_scale
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
         ds = (p * (dp - row_delta[None, :])).to(q.dtype)
@@ -537,8 +525,8 @@ def _attention_bwd_short_kernel(
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     kept = p
     if seed is not None:
-        keep = tl.trans(_keep(seed, threshold, head, start, 0, BLOCK_S, BLOCK_S))
-        kept = tl.where(keep, p, 0.0)
+        keep = keep_attention_transposed(seed, threshold, head, start, 0, 0, BLOCK_S, BLOCK_S)
+        kept = tl.where(keep, p, dropped(length))
         dp = tl.where(keep, dp, 0.0) * keep_scale
     dv = tl.dot(kept.to(do.dtype), do, input_precision="ieee")
     _store_rows(dq_head + 2 * heads * HEAD_DIM, dv * keep_scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
@@ -601,7 +589,7 @@ def _attention_bwd_dbias_kernel(
                 p = tl.where(key < length, _probabilities(scores, row_lse[:, None], scale, SCALED), 0.0)
                 dp = tl.dot(do, tl.trans(v), input_precision="ieee")
                 if seed is not None:
-                    keep = _keep(seed, threshold, tl.cast(head, tl.int32), start + m, first_key, BLOCK_M, BLOCK_N)
+                    keep = keep_attention(seed, threshold, head, start, m, first_key, BLOCK_M, BLOCK_N)
                     dp = tl.where(keep, dp, 0.0) * keep_scale
                 acc += p * (dp - row_delta[:, None])
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import configs, rows
+from fastbert.kernels import configs, dropout, rows
 from fastbert.kernels.layernorm import shape_class
 
 FEW_ROWS = 16
@@ -79,7 +79,7 @@ def _embedding_fwd_kernel(
     b = tl.load(bias + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
     out = normal * w[None, :] + b[None, :]
     if seed is not None:
-        out = tl.where(rows.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), out * keep_scale, 0.0)
+        out = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), out * keep_scale, 0.0)
     tl.store(y + offset, out, mask=inside)
 
 
@@ -111,7 +111,7 @@ def _embedding_bwd_kernel(
         inside = (row < num_tokens)[:, None] & (column < HIDDEN)[None, :]
         g = tl.load(dy + offset, mask=inside, other=0.0).to(tl.float32)
         if seed is not None:
-            g = tl.where(rows.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), g * keep_scale, 0.0)
+            g = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), g * keep_scale, 0.0)
         normal = tl.load(xhat + offset, mask=inside, other=0.0).to(tl.float32)
         inverse = tl.load(rstd + row, mask=row < num_tokens, other=0.0)[:, None]
         dbias += g
@@ -221,7 +221,7 @@ def embedding_fwd(
                 position.size(0),
                 token_type.size(0),
                 eps,
-                *rows.dropout_scalars(dropout_p),
+                *dropout.scalars(dropout_p),
                 HIDDEN=hidden,
                 BLOCK_N=rows.block_columns(hidden),
                 **config,
@@ -265,7 +265,7 @@ def embedding_bwd(
             partials,
             seed if dropout_p > 0.0 else None,
             num_tokens,
-            *rows.dropout_scalars(dropout_p),
+            *dropout.scalars(dropout_p),
             HIDDEN=hidden,
             BLOCK_N=rows.block_columns(hidden),
             **config,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import configs, rows
+from fastbert.kernels import configs, dropout, rows
 
 
 @triton.jit(do_not_specialize=("num_rows", "threshold"))
@@ -44,7 +44,7 @@ def _layernorm_fwd_kernel(
     if x_bias is not None:
         v += tl.load(x_bias + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
     if seed is not None:
-        v = tl.where(rows.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), v * keep_scale, 0.0)
+        v = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), v * keep_scale, 0.0)
     if residual is not None:
         v += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
     if z is not None:
@@ -103,7 +103,7 @@ def _layernorm_bwd_kernel(
         d = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * inverse
         tl.store(dz + offset, d, mask=inside)
         if seed is not None:
-            d = tl.where(rows.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), d * keep_scale, 0.0)
+            d = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), d * keep_scale, 0.0)
             tl.store(dx + offset, d, mask=inside)
         if X_BIAS:
             dx_bias += d
@@ -158,7 +158,7 @@ def layernorm_fwd(
                 seed if dropout_p > 0.0 else None,
                 num_rows,
                 eps,
-                *rows.dropout_scalars(dropout_p),
+                *dropout.scalars(dropout_p),
                 HIDDEN=hidden,
                 BLOCK_N=rows.block_columns(hidden),
                 **config,
@@ -202,7 +202,7 @@ def layernorm_bwd(
             partials,
             seed if dropout_p > 0.0 else None,
             num_rows,
-            *rows.dropout_scalars(dropout_p),
+            *dropout.scalars(dropout_p),
             X_BIAS=need_x_bias,
             HIDDEN=hidden,
             BLOCK_N=rows.block_columns(hidden),

@@ -1,4 +1,4 @@
-"""What the kernels that work on rows of a matrix share: dropout masks, and sums down the rows without atomics."""
+"""What the kernels that work on rows of a matrix share: their shapes, and sums down the rows without atomics."""
 
 from __future__ import annotations
 
@@ -10,18 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import configs, interpreter
-from fastbert.ops import philox
 
 interpreter.install()
 
 _SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
 _INTERPRETER_PROCESSORS = 2
-
-
-def dropout_scalars(p: float) -> tuple[int, float]:
-    """The smallest number that is kept, as the upper half of an int32's bits, and the factor of what is kept."""
-    threshold = philox.threshold(p) << 16
-    return threshold - ((threshold >> 31) << 32), 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 def processors(device: torch.device) -> int:
@@ -34,42 +27,6 @@ def processors(device: torch.device) -> int:
 def block_columns(columns: int) -> int:
     """The power of two that a program which holds whole rows pads them to."""
     return max(16, triton.next_power_of_2(columns))
-
-
-@triton.jit
-def keep_rows(seed, threshold, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Keep-mask [ROWS, COLUMNS] of fastbert/ops/philox.py for rows `row` [ROWS]: a call's halves serve eight columns.
-
-    seed: int64 [1]. threshold: as in dropout_scalars.
-    """
-    column = tl.arange(0, COLUMNS // 8).to(tl.uint32)[None, :]
-    zero = tl.zeros([ROWS, COLUMNS // 8], tl.uint32)
-    return keep(seed, threshold, column + zero, row[:, None].to(tl.uint32) + zero, zero, zero + 1, ROWS, COLUMNS)
-
-
-@triton.jit
-def keep(seed, threshold, c0, c1, c2, c3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The mask [ROWS, COLUMNS] for counters c0 to c3, uint32, that broadcast to [ROWS, COLUMNS / 8].
-
-    The Philox of fastbert/ops/philox.py; products are formed in 64 bits, which is one instruction, not one a half.
-    """
-    seed = tl.load(seed).to(tl.uint64, bitcast=True)
-    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
-    k1 = (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1 = p1.to(tl.uint32)
-        c3 = p0.to(tl.uint32)
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
-    least = threshold.to(tl.uint32, bitcast=True)
-    # Joined before they are compared, the words take more registers than there are.
-    lower = tl.join(tl.join(c0 << 16 >= least, c2 << 16 >= least), tl.join(c1 << 16 >= least, c3 << 16 >= least))
-    upper = tl.join(tl.join(c0 >= least, c2 >= least), tl.join(c1 >= least, c3 >= least))
-    return tl.reshape(tl.join(lower, upper), (ROWS, COLUMNS))
 
 
 @triton.jit(do_not_specialize=("programs",))

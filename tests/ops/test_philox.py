@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -39,18 +41,29 @@ def test_masks_follow_the_definition(seed: int) -> None:
     p, tensor = 0.3, torch.tensor([seed])
     limit = round(p * 2**16)
 
-    def half(counter: tuple[int, int, int, int], column: int) -> int:
-        return scalar(seed, (column >> 3, *counter[1:]))[(column & 7) >> 1] >> 16 * (column & 1) & 0xFFFF
+    def kept(counter: tuple[int, int, int, int], half: int) -> bool:
+        return scalar(seed, counter)[half >> 1] >> 16 * (half & 1) & 0xFFFF >= limit
 
     rows = philox.keep_rows(tensor, p, 3, 20)
     for row in range(3):
         for column in range(20):
-            assert rows[row, column] == (half((0, row, 0, 1), column) >= limit)
-    keep = philox.keep_attention(tensor, p, torch.tensor([[4, 5], [9, 10]]), 2, 13)
-    assert keep.shape == (2, 2, 2, 13)
-    for sequence, query, head, key in [(0, 0, 0, 0), (0, 1, 1, 3), (1, 0, 1, 4), (1, 1, 0, 6), (0, 1, 0, 12)]:
-        token = (4, 9)[sequence] + query
-        assert keep[sequence, head, query, key] == (half((0, token, head, 0), key) >= limit)
+            assert rows[row, column] == kept((column >> 3, row, 0, 1), column & 7)
+    starts, queries, keys = (4, 29), 25, 37
+    keep = philox.keep_attention(tensor, p, torch.tensor(starts)[:, None] + torch.arange(queries), 2, keys)
+    assert keep.shape == (2, 2, queries, keys)
+    for sequence, head, q, k in itertools.product(range(2), range(2), range(0, queries, 3), range(keys)):
+        counter = 4 * (k >> 4) + (k >> 1 & 3), starts[sequence] + 8 * (q >> 4) + (q & 7), head, 0
+        assert keep[sequence, head, q, k] == kept(counter, (k >> 3 & 1) << 2 | (q >> 3 & 1) << 1 | k & 1)
+
+
+def test_no_two_queries_draw_alike() -> None:
+    """Not within a sequence, nor in those that lie beside it in the packed batch."""
+    ends = list(itertools.accumulate((1, 3, 17, 16, 40), initial=0))
+    masks = [
+        philox.keep_attention(torch.tensor([7]), 0.5, torch.arange(start, end)[None], 2, 128).flatten(1, 2)[0]
+        for start, end in itertools.pairwise(ends)
+    ]
+    assert len(torch.cat(masks).unique(dim=0)) == 2 * ends[-1]
 
 
 def test_extreme_probabilities() -> None:

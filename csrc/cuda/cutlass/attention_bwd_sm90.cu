@@ -208,11 +208,10 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
   };
   // Which weights of a tile are kept: drawn while products are under way.
   const auto draw = [&](int tile) {
-    DropoutMask drawn(shape.dropout);
-    recompute(drawn.seed);  // or the keys of the rounds stay in registers all along
+    const DropoutMask dropout(shape.dropout);
 #pragma unroll
     for (int part = 0; part < M / 64; ++part)
-      keep[part] = keep_tile<true, 8>(drawn, work.start, own, tile * M + 64 * part, head);
+      keep[part] = keep_tile<true, 8>(dropout, work.start, own, tile * M + 64 * part, head);
   };
   const auto start_weight_grads = [&](int tile, int part) {
     const auto values = memory.values();
@@ -238,10 +237,7 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
 #pragma unroll
       for (int n = 0; n < M / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-          const uint32_t bits = keep[n / 8] >> (4 * (n % 8) + i);
-          weights[n / 2][n % 2 * 2 + i / 2] &= (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
-        }
+        for (int i = 0; i < 4; i += 2) weights[n / 2][n % 2 * 2 + i / 2] &= kept_pair(keep[n / 8], n % 8, i);
     }
   };
   const auto start_dv = [&](int tile) {
@@ -263,7 +259,7 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column = part * P / 8 + n;
-          dx[n][i] = keep[column / 8] >> (4 * (column % 8) + i) & 1 ? dx[n][i] * kept_scale : 0.0f;
+          dx[n][i] = is_kept(keep[column / 8], column % 8, i) ? dx[n][i] * kept_scale : 0.0f;
         }
     }
 #pragma unroll

@@ -188,11 +188,9 @@ __device__ __forceinline__ void multiply_tiles(const AttentionForward<T>& a, con
   };
   // Which weights of a tile are kept: drawn while its scores are computed.
   const auto draw = [&](const Item& item, int tile) {
-    DropoutMask drawn = dropout;
-    recompute(drawn.seed);  // or the keys of the rounds stay in registers all along
 #pragma unroll
     for (int part = 0; part < kKeys / 64; ++part)
-      keep[part] = keep_tile<false, 8>(drawn, item.work.start, item.work.first + own, tile * kKeys + 64 * part, item.head);
+      keep[part] = keep_tile<false, 8>(dropout, item.work.start, item.work.first + own, tile * kKeys + 64 * part, item.head);
   };
   const auto weigh = [&](const Item& item, int tile) {
     const int row = item.work.first + own, column = tile * kKeys;
@@ -213,16 +211,16 @@ __device__ __forceinline__ void multiply_tiles(const AttentionForward<T>& a, con
   };
   // Those that are kept, as an operand.
   const auto pack_weights = [&] {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) weights[n / 2][n % 2 * 2 + i / 2] = pack<T>(x[n][i], x[n][i + 1]);
     if (dropout.active) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[n][i] = keep[n / 8] >> (4 * (n % 8) + i) & 1 ? x[n][i] : 0.0f;
+        for (int i = 0; i < 4; i += 2) weights[n / 2][n % 2 * 2 + i / 2] &= kept_pair(keep[n / 8], n % 8, i);
     }
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) weights[k][i] = pack<T>(x[2 * k + i / 2][i % 2 * 2], x[2 * k + i / 2][i % 2 * 2 + 1]);
   };
   const auto write = [&](const Item& item, OnlineSoftmax& finished) {
     const Work& work = item.work;
