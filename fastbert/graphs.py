@@ -190,6 +190,8 @@ class EncoderGraphs:
 
     limit: how many are held. recorder: records and replays them. reason: why the last call was run without, or None.
     captured, replayed, dropped: how many graphs were recorded, how many calls they served, how many had to make room.
+    settled: whether the last call that looked at the layers was served. Then the next one launches its graph first and
+    looks at them while the device works.
     """
 
     def __init__(self, limit: int, recorder: Any = None) -> None:
@@ -198,9 +200,11 @@ class EncoderGraphs:
         self.reason: str | None = None
         self.captured = self.replayed = self.dropped = 0
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
+        self.settled = False
         self._stack: ResolvedStack | None = None
+        self._places: tuple[Any, ...] | None = None
         self._state: tuple[Any, ...] | None = None
-        self._embeddings_state: tuple[Any, ...] | None = None
+        self._embedding: tuple[Any, ...] | None = None
         self._broken: str | None = None
         self._lock = threading.Lock()
 
@@ -228,22 +232,35 @@ class EncoderGraphs:
         if self.reason is not None:
             return None
         x = first if embeddings is None else embeddings.word_embeddings.weight
-        with self._lock:
-            weights = None if self._stack is None else self._stack.weights(layers)
-            if weights is None or _state(weights, x) != self._state:
+        biased, embeds = batch.bias is not None, embeddings is not None
+        bucket = Bucket.of(batch.tokens, len(batch.cu_seqlens) - 1, batch.max_seqlen, biased, embeds)
+        with self._lock, self.recorder.on(first.device):
+            stack, y = self._stack, None
+            unmoved = stack is not None and _places(stack.parameters, x) == self._places
+            embedding = None if embeddings is None else _embeddings_state(embeddings)
+            known = embedding is None or embedding == self._embedding
+            if self.settled and unmoved and known and bucket in self._graphs:
+                y = self._run(self._graphs[bucket], source, batch)
+            # While the device works: if the layers are not what they were, that was for nothing.
+            if not (unmoved and stack and stack.weights(layers) and _state(stack.parameters) == self._state):
+                y, self.settled = None, False
                 self.reason = next(filter(None, (layer_reason(layer, x) for layer in layers)), None)
                 if self.reason is not None:
                     return None
                 self.clear()
-                self._stack = ResolvedStack(layers)
-                self._state = _state(self._stack.parameters, x)
-            if embeddings is not None:
-                state = _embeddings_state(embeddings)
-                if state != self._embeddings_state:
-                    self._forget_ids()
-                    self._embeddings_state = state
-            with self.recorder.on(x.device):
-                return self._encode(layers, source, batch, embeddings)
+                self._stack = stack = ResolvedStack(layers)
+                self._places, self._state = _places(stack.parameters, x), _state(stack.parameters)
+            if not known:
+                self._forget_ids()
+                self._embedding = embedding
+            if y is None:
+                if bucket not in self._graphs and not self._record(layers, source, batch, bucket, embeddings):
+                    return None
+                y = self._run(self._graphs[bucket], source, batch)
+            self._graphs.move_to_end(bucket)
+            self.settled = True
+            self.replayed += 1
+            return y
 
     def _forget_ids(self) -> None:
         """Drop the graphs that begin with ids."""
@@ -256,50 +273,42 @@ class EncoderGraphs:
         self.recorder.finish()
         self._graphs.clear()
 
-    def _encode(
-        self, layers: Iterable[Any], source: Tensor | TokenIds, batch: PackedBatch, embeddings: Any
-    ) -> Tensor | None:
-        embeds, biased = embeddings is not None, batch.bias is not None
-        bucket = Bucket.of(batch.tokens, len(batch.cu_seqlens) - 1, batch.max_seqlen, biased, embeds)
-        graph = self._graphs.get(bucket)
-        if graph is not None:
-            graph.buffers.load(source, batch)
-        else:
-            if len(self._graphs) >= self.limit:
-                self.recorder.finish()
-                self._graphs.popitem(last=False)
-                self.dropped += 1
-            # Inference tensors could not be written again outside of inference mode.
-            with torch.inference_mode(False), torch.no_grad():
-                buffers = _Buffers(bucket, source)
-                buffers.load(source, batch)
-                graph = self._record(layers, buffers, embeddings)
-            if graph is None:
-                return None
-            self._graphs[bucket] = graph
-        self._graphs.move_to_end(bucket)
+    def _run(self, graph: _Graph, source: Tensor | TokenIds, batch: PackedBatch) -> Tensor:
+        graph.buffers.load(source, batch)
         graph.replay()
-        self.replayed += 1
         y = graph.y[: batch.tokens]
         return batch.unpack(y.clone() if batch.indices is None else y)
 
-    def _record(self, layers: Iterable[Any], buffers: _Buffers, embeddings: Any) -> _Graph | None:
-        def run() -> Tensor:
-            x = buffers.states if embeddings is None else encoder.embed(embeddings, TokenIds(*buffers.ids))
-            for layer in layers:
-                _, weights, settings = layer.ready_parts(x)
-                x = encoder.layer(x, buffers.batch, weights, settings)
-            return x
+    def _record(
+        self, layers: Iterable[Any], source: Tensor | TokenIds, batch: PackedBatch, bucket: Bucket, embeddings: Any
+    ) -> bool:
+        """Record the graph of a bucket, at this batch. False, with the reason in `reason`, if it cannot be done."""
+        if len(self._graphs) >= self.limit:
+            self.recorder.finish()
+            self._graphs.popitem(last=False)
+            self.dropped += 1
+        # Inference tensors could not be written again outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            buffers = _Buffers(bucket, source)
+            buffers.load(source, batch)
+            parts = [layer.ready_parts(None)[1:] for layer in layers]
 
-        self.recorder.warm_up(run)
-        try:
-            replay, y = self.recorder.record(run, first=not self._graphs)
-        except RuntimeError as error:
-            self._broken = self.reason = f"the recording failed: {error}"
-            warnings.warn(f"cuda_graphs: {self.reason}; the model runs without", stacklevel=2)
-            return None
+            def run() -> Tensor:
+                x = buffers.states if embeddings is None else encoder.embed(embeddings, TokenIds(*buffers.ids))
+                for weights, settings in parts:
+                    x = encoder.layer(x, buffers.batch, weights, settings)
+                return x
+
+            self.recorder.warm_up(run)
+            try:
+                replay, y = self.recorder.record(run, first=not self._graphs)
+            except RuntimeError as error:
+                self._broken = self.reason = f"the recording failed: {error}"
+                warnings.warn(f"cuda_graphs: {self.reason}; the model runs without", stacklevel=2)
+                return False
         self.captured += 1
-        return _Graph(buffers, replay, y)
+        self._graphs[bucket] = _Graph(buffers, replay, y)
+        return True
 
 
 def call_reason(hidden_states: Tensor, batch: PackedBatch, device_type: str) -> str | None:
@@ -330,6 +339,8 @@ def ids_reason(embeddings: Any, batch: PackedBatch) -> str | None:
 
 def layer_reason(layer: Any, x: Tensor) -> str | None:
     """Why a layer cannot be part of a graph, or None."""
+    if "stock" not in vars(type(layer)):  # none of `swapped`'s classes, or one on top of them
+        return f"a layer is a {type(layer).__qualname__} of {type(layer).__module__}"
     hook = foreign_hook(layer)
     if hook is not None:
         return f"a hook ({hook}) sits on a layer"
@@ -341,19 +352,26 @@ def layer_reason(layer: Any, x: Tensor) -> str | None:
     return reason
 
 
-def _state(weights: Sequence[Tensor], x: Tensor) -> tuple[Any, ...]:
-    """What the graphs take for granted besides the modules, to be compared at the next call."""
+def _places(weights: Sequence[Tensor], x: Tensor) -> tuple[Any, ...]:
+    """Where a graph reads, and what it begins with: as long as these are the same, its replay does no harm."""
+    return (x.device, x.dtype, x.shape[-1], *map(Tensor.data_ptr, weights))
+
+
+def _state(weights: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What the graphs take for granted besides the modules and places, to be compared at each call."""
     matmul = torch.backends.cuda.matmul
-    state: list[Any] = [x.device, x.dtype, os.environ.get("FASTBERT_BACKEND"), matmul.fp32_precision]
+    state: list[Any] = [os.environ.get("FASTBERT_BACKEND"), matmul.fp32_precision]
     state += [matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction]
     state.append(torch.are_deterministic_algorithms_enabled())
-    for look in (Tensor.data_ptr, Tensor.stride, _nbytes):
+    for look in (Tensor.stride, _nbytes):
         state += map(look, weights)
     return tuple(state)
 
 
 def _embeddings_state(embeddings: Any) -> tuple[Any, ...]:
-    """The same of the embeddings."""
+    """The same of the embeddings, whose tables a replay reads at the batch's ids: with their places and sizes."""
     weights = embeddings.resolve().weights.read()
-    looks = (Tensor.data_ptr, Tensor.stride, _nbytes, operator.attrgetter("dtype"))
-    return (embeddings.LayerNorm.eps, *(found for look in looks for found in map(look, weights)))
+    state: list[Any] = [embeddings.LayerNorm.eps]
+    for look in (Tensor.data_ptr, Tensor.stride, _nbytes, operator.attrgetter("dtype")):
+        state += map(look, weights)
+    return tuple(state)

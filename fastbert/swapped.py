@@ -230,6 +230,11 @@ def all_stock(module: Any) -> bool:
     return True
 
 
+def packable(module: Any) -> bool:
+    """Whether the states before an encoder may be packed: nobody looks at a layer, and some layer can use it."""
+    return not any(map(watched, module.layer)) and not all_stock(module)
+
+
 def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, **kwargs: Any) -> Tensor:
     """All layers of an encoder: hidden_states [B, S, H] or [T, H] -> [B, S, H].
 
@@ -266,10 +271,6 @@ def replay(
 
     source: hidden states, or, with embeddings to begin with, ids.
     """
-    for layer in layers:
-        if not isinstance(layer, FastLayer) or "stock" not in vars(type(layer)):  # or of a class on top of ours
-            held.reason = f"a layer is a {type(layer).__qualname__} of {type(layer).__module__}"
-            return None
     y = held.encode(layers, source, batch, embeddings)
     if y is not None:
         for layer in layers:
@@ -405,18 +406,21 @@ def encode_ids(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
     if not packs_first(model, kwargs):
         return None
     embeddings, stack = model.embeddings, model.encoder
+    held = stack._fastbert.graphs
     weights = None if torch.is_grad_enabled() else settled(stack)
-    if weights is None and (any(map(watched, stack.layer)) or all_stock(stack)):
+    later = held is not None and held.settled  # graphs look at the layers themselves
+    if weights is None and not later and not packable(stack):
         return None
     input_ids, mask, position_ids = map(kwargs.get, ("input_ids", "attention_mask", "position_ids"))
     batch = batch_of_ids(input_ids, mask, kwargs)
-    held = stack._fastbert.graphs
     ids = encoder.token_ids(embeddings, input_ids, kwargs.get("token_type_ids"), position_ids, batch=batch)
     embeddings._fastbert.reason = None
     if held is not None:
         y = replay(stack.layer, held, ids, batch, embeddings)
         if y is not None:
             return y
+        if weights is None and later and not packable(stack):
+            return None
     x = batch.rows(embeddings.embed(ids))
     if weights is not None:
         y = encode_at_once(stack, x, batch, weights)

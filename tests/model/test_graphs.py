@@ -23,9 +23,13 @@ from fastbert.graphs import Bucket, EncoderGraphs
 
 
 class Rerun:
-    """Records by keeping the function."""
+    """Records by keeping the function. launched: the number of each graph that was replayed, in turn."""
 
     device_type = "cpu"
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.launched: list[int] = []
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
@@ -39,7 +43,13 @@ class Rerun:
 
     def record(self, function: Callable[[], Tensor], *, first: bool) -> tuple[Callable[[], Any], Tensor]:
         y = function()
-        return lambda: y.copy_(function()), y
+        number, self.recorded = self.recorded, self.recorded + 1
+
+        def replay() -> None:
+            self.launched.append(number)
+            y.copy_(function())
+
+        return replay, y
 
 
 def graphed(family: str = "bert", head: str = "Model", limit: int = 8, **changes: Any) -> tuple[Any, EncoderGraphs]:
@@ -283,6 +293,7 @@ def _change_eps_of_embeddings(model: Any) -> None:
 
 MOVED = [_replace_parameter, _replace_data, _transpose_data, _change_eps, _change_dtype, _share_a_layer, _fewer_layers]
 MOVED += [_replace_table, _replace_positions, _change_eps_of_embeddings]
+GONE = [_replace_data, _change_dtype, _replace_table, _replace_positions, _change_eps_of_embeddings]
 
 
 @pytest.mark.parametrize("change", MOVED)
@@ -298,6 +309,8 @@ def test_recorded_anew(change: Callable[[Any], None]) -> None:
         assert (graphs.captured, told(model)["held"]) == (2, 1)
         model(**batch)
         assert graphs.captured == 2
+    # A graph is launched before all is compared, but not one whose weights or tables may be gone.
+    assert graphs.recorder.launched == ([0] if change in GONE else [0, 0]) + [1, 1]
 
 
 def test_weights_are_read_in_place() -> None:
@@ -331,6 +344,18 @@ def test_another_backend_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("FASTBERT_BACKEND", "reference")
         torch.testing.assert_close(model(**batch)[0], expected, atol=1e-5, rtol=1e-5)
     assert graphs.captured == 2
+
+
+def test_larger_tables_are_not_read_by_an_older_graph() -> None:
+    model, graphs = graphed()
+    with torch.no_grad():
+        model(**inputs("right"))
+        model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+        batch = inputs("right") | {
+            "input_ids": torch.full_like(inputs("right")["input_ids"], model.config.vocab_size - 1)
+        }
+        torch.testing.assert_close(model(**batch)[0], without(model, batch), atol=1e-5, rtol=1e-5)
+    assert graphs.recorder.launched == [0, 1]
 
 
 def test_the_least_recently_used_goes() -> None:
@@ -407,8 +432,10 @@ def test_a_changed_model_runs_without(change: Callable[[Any], Any], before: bool
         if before:
             model(**batch)
         change(model)
-        torch.testing.assert_close(model(**batch)[0], expected, atol=1e-5, rtol=1e-5)
+        for _ in range(3):
+            torch.testing.assert_close(model(**batch)[0], expected, atol=1e-5, rtol=1e-5)
     assert graphs.replayed == before
+    assert len(graphs.recorder.launched) <= 2 * before  # once for nothing at most
     with pytest.raises(AssertionError, match=REFUSED[change]):
         raise AssertionError(told(model)["reason"])
 
