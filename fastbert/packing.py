@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+SMALL = 4096  # places of a mask that is read on the CPU wherever it lies
+
 _bound: int | None = None  # process-wide: a checkpointed encoder is recomputed in a thread of autograd's own
 
 
@@ -90,8 +92,8 @@ class PackedBatch:
         return cls(batch, seqlen, _even(batch, seqlen, device), seqlen)
 
     @classmethod
-    def from_mask(cls, attention_mask: Tensor, batch: int, seqlen: int) -> PackedBatch:
-        """From a mask [B, S] of 0 and 1 (bool, integer or float), in any pattern.
+    def from_mask(cls, attention_mask: Tensor, batch: int, seqlen: int, device: torch.device) -> PackedBatch:
+        """From a mask [B, S] of 0 and 1 (bool, integer or float), in any pattern, for states on `device`.
 
         The first place of a row that has tokens is kept even if it is masked (padding on the left): pooled outputs
         read it. It sees the tokens, and a bias hides it from all, as in stock.
@@ -99,8 +101,9 @@ class PackedBatch:
         Reads the lengths back from the device, once. Raises ValueError for another shape or other values.
         """
         _check_shape(attention_mask, batch, seqlen)
+        attention_mask = at_hand(attention_mask)
         if attention_mask.is_cpu and bool((attention_mask == 1).all()):  # soon told on the CPU
-            return cls.full(batch, seqlen, attention_mask.device)
+            return cls.full(batch, seqlen, device)
         mask = kept = checked_mask(attention_mask)
         lengths = mask.sum(1, dtype=torch.int32)
         starts_masked = (lengths > 0) & ~mask[:, 0] if seqlen else lengths > 0
@@ -113,12 +116,14 @@ class PackedBatch:
             on_host = [length + start for length, start in zip(on_host, masked_starts, strict=True)]
             bias = torch.zeros(batch, 1, 1, max(on_host), device=mask.device)
             bias[:, 0, 0, 0].masked_fill_(starts_masked, -torch.inf)
+            bias = bias.to(device, non_blocking=True)
         elif sum(on_host) == batch * seqlen:
-            return cls.full(batch, seqlen, mask.device)
+            return cls.full(batch, seqlen, device)
         flat = kept.reshape(-1)
         indices = flat.nonzero() if mask.device.type == "cpu" else torch.nonzero_static(flat, size=sum(on_host))
         cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(batch, seqlen, cu_seqlens, max(on_host), indices=indices.view(-1), bias=bias, mask=mask)
+        indices, cu_seqlens, mask = (x.to(device, non_blocking=True) for x in (indices.view(-1), cu_seqlens, mask))
+        return cls(batch, seqlen, cu_seqlens, max(on_host), indices=indices, bias=bias, mask=mask)
 
     @classmethod
     def bounded(cls, attention_mask: Tensor, batch: int, seqlen: int, tokens: int) -> PackedBatch:
@@ -281,13 +286,13 @@ def batch_of(
     if attention_mask.dim() == 4:
         readable = _bound is None and not unreadable(attention_mask)
         if not keep_padding and readable and (mask := _same_rows(attention_mask)) is not None:
-            return PackedBatch.from_mask(mask.expand(batch, seqlen), batch, seqlen)
+            return PackedBatch.from_mask(mask.expand(batch, seqlen), batch, seqlen, padded.device)
         return PackedBatch.from_bias(attention_mask, batch, seqlen, padded.dtype)
     if _bound is not None and not keep_padding:
         return PackedBatch.bounded(attention_mask, batch, seqlen, _bound)
     if keep_padding or unreadable(attention_mask):
         return PackedBatch.padded(attention_mask, batch, seqlen, padded.dtype, zero=not keep_padding)
-    return PackedBatch.from_mask(attention_mask, batch, seqlen)
+    return PackedBatch.from_mask(attention_mask, batch, seqlen, padded.device)
 
 
 def batch_of_ids(input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> PackedBatch | str:
@@ -295,11 +300,18 @@ def batch_of_ids(input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[
     if attention_mask is None:
         return batch_of(input_ids, None, kwargs)
     batch, seqlen = input_ids.shape
-    plain = attention_mask.is_cpu and _bound is None and not sequences(kwargs)
+    if _bound is not None or sequences(kwargs):
+        return batch_of(input_ids, attention_mask.to(input_ids.device, torch.bool), kwargs)
+    mask = at_hand(attention_mask)
     # True of single requests, where an operation counts.
-    if plain and attention_mask.shape == (batch, seqlen) and bool(attention_mask.all()):
+    if mask.is_cpu and mask.shape == (batch, seqlen) and bool(mask.all()):
         return PackedBatch.full(batch, seqlen, input_ids.device)
-    return batch_of(input_ids, attention_mask.to(input_ids.device, torch.bool), kwargs)
+    return batch_of(input_ids, mask.to(torch.bool), kwargs)
+
+
+def at_hand(mask: Tensor) -> Tensor:
+    """A small mask on the CPU, a large one where it is: a small copy takes less time than launching what counts it."""
+    return mask.cpu() if mask.numel() <= SMALL else mask
 
 
 def sequences(kwargs: dict[str, Any]) -> bool:

@@ -118,7 +118,7 @@ def test_nothing_is_read_back() -> None:
     assert isinstance(packed, PackedBatch)
     assert packed.indices is None  # without a bound, the padded layout
     with pytest.raises(NotImplementedError):
-        PackedBatch.from_mask(batch["attention_mask"], 4, 21)
+        PackedBatch.from_mask(batch["attention_mask"], 4, 21, torch.device("cpu"))
 
 
 def test_compiled() -> None:

@@ -12,7 +12,7 @@ from fastbert.packing import PackedBatch, batch_of
 
 def packed(mask: list[list[int]]) -> PackedBatch:
     tensor = torch.tensor(mask)
-    return PackedBatch.from_mask(tensor, *tensor.shape)
+    return PackedBatch.from_mask(tensor, *tensor.shape, tensor.device)
 
 
 def test_full_batch_is_a_view() -> None:
@@ -57,7 +57,7 @@ def test_pack_and_unpack_invert_each_other(data: st.DataObject) -> None:
     batch_size, seqlen = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 7))
     flags = data.draw(st.lists(st.booleans(), min_size=batch_size * seqlen, max_size=batch_size * seqlen))
     mask = torch.tensor(flags).view(batch_size, seqlen)
-    batch = PackedBatch.from_mask(mask, batch_size, seqlen)
+    batch = PackedBatch.from_mask(mask, batch_size, seqlen, mask.device)
     mask[:, 0] |= mask.any(1)  # what is kept of any mask
     x = torch.randn(batch_size, seqlen, 3)
     assert torch.equal(batch.pack(x), x[mask])
