@@ -187,3 +187,5 @@ def _other_rows() -> Iterator[tuple[str, Callable[[], Workload]]]:
                 dropout = ops.DROPOUT if ops.OPS[op].drops and direction == "fwd_bwd" else 0.0
                 name = f"{op}_{direction}[{label}]"
                 yield name, partial(op_row, op, direction, label, at, dropout=dropout)
+    name = "linear_fwd[base-1x128]"  # with more tokens it is the vendor's
+    yield name, partial(op_row, "linear", "fwd", "base-1x128", base | {"lengths": [128]})

@@ -21,7 +21,7 @@ from .workloads import Workload
 WORTH = 0.98
 """A configuration has to take less than this share of the time of the best one so far; the rest is noise."""
 ATTEMPT_S = 60.0
-OPS = ("attention", "ffn", "layernorm", "embedding", "mlm_loss")
+OPS = ("attention", "linear", "ffn", "layernorm", "embedding", "mlm_loss")
 Config = dict[str, int]
 
 

@@ -14,6 +14,7 @@ from fastbert import dispatch
 from fastbert.ops import checks, leaf
 
 MAX_WEIGHTS = 4  # of one call; the C++ op has room for no more
+FEW_ROWS = 512  # up to here putting weights together on a GPU would take about as long as the product
 
 
 def linear_ref(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -26,7 +27,8 @@ def linear_cuda(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) 
     """One product with the weights side by side. They are put together at each call, so that no copy can be stale.
 
     Query, key and value of BERT-large are 6 MiB in bfloat16, some microseconds to copy, where the reference copies the
-    output of every token. The backward is one product for dx and one for all weights, through PyTorch's own autograd.
+    output of every token; for few tokens, Triton's kernel reads the weights where they lie. The backward is one product
+    for dx and one for all weights, through PyTorch's own autograd.
     """
     if len(weights) == 1:
         return F.linear(x, weights[0], biases[0] if biases else None)
@@ -90,6 +92,11 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
 
 
 _cpu = leaf.Leaf("linear", "cpu")
+_triton = leaf.define_triton(
+    "linear",
+    "(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
+    "(Tensor dy, Tensor x, Tensor[] weights, bool need_dx, bool need_dw, bool need_db) -> (Tensor, Tensor, Tensor)",
+)
 
 
 def _run(kernels: leaf.Leaf, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -105,8 +112,21 @@ def _run(kernels: leaf.Leaf, x: Tensor, weights: list[Tensor], biases: list[Tens
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(1))
 
 
+def _run_triton(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """By Triton what it is for: weights of one size on few rows, in 16 bits. The rest is the vendor's."""
+    compiling = torch.compiler.is_compiling()  # where the number of rows must not shape the graph
+    alike = len(weights) > 1 and all(weight.shape == weights[0].shape for weight in weights)
+    if compiling or not alike or x.dtype is torch.float32 or x.numel() > FEW_ROWS * x.size(-1):
+        return linear_cuda(x, weights, biases)
+    return _run(_triton, x, weights, biases)
+
+
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     return dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
+
+
+def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+    return dispatch.triton_reason(device_type, (dtype,))
 
 
 def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
@@ -150,18 +170,20 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx if need_dx else None, dweights, dbiases
 
 
-leaf.register(
-    _cpu,
-    forward_fake=_forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
-    backward_fake=_backward_fake,
-)
+for _kernels in (_cpu, _triton):
+    leaf.register(
+        _kernels,
+        forward_fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_autograd,
+        backward_fake=_backward_fake,
+    )
 
 implementations = dispatch.register(
     "linear",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
+        dispatch.Implementation("triton", _run_triton, _supports_triton),
         dispatch.Implementation("cuda", linear_cuda, _supports_cuda),
         dispatch.Implementation("reference", linear_ref, dispatch.always),
     ),

@@ -6,6 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastbert.kernels import interpreter
+
+interpreter.install()
+
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own products are, in TF32 only if that is allowed."""

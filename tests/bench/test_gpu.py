@@ -162,7 +162,7 @@ class TestRun:
         (["gpu", "--contestants", "nobody"], "--contestants has 'nobody'; it may have: "),
         (["gpu", "--budget", "0"], "--budget is 0.0; it must be more than 0 seconds"),
         (["tune"], "there is nothing to tune for"),
-        (["tune", "--op", "linear"], "--op has 'linear'; it may have: attention"),
+        (["tune", "--op", "softmax"], "--op has 'softmax'; it may have: attention"),
         (["tune", "--output", "missing.json"], "missing.json"),
     ],
 )

@@ -16,7 +16,7 @@ import fastbert
 from fastbert.graphs import EncoderGraphs
 
 pytest.importorskip("triton")
-OPS = ("attention", "embedding", "ffn", "layernorm", "mlm_loss")
+OPS = ("attention", "embedding", "ffn", "layernorm", "linear", "mlm_loss")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which tests/gpu runs the kernels")
 
 # Several layers are for the test that says so: the interpreter takes a second for each.
