@@ -51,6 +51,14 @@ def test_a_masked_first_place_is_kept_and_hidden() -> None:
     assert batch.unpack(batch.pack(x))[..., 0].tolist() == [[1, 1, 1], [1, 0, 1], [0, 0, 0]]
 
 
+def test_what_a_mask_becomes_lies_where_the_states_do() -> None:
+    for mask in ([[1, 1], [1, 1]], [[1, 0], [1, 1]], [[0, 1], [1, 1]]):
+        batch = PackedBatch.from_mask(torch.tensor(mask), 2, 2, torch.device("meta"))
+        found = [batch.cu_seqlens, batch.indices, batch.mask, batch.bias]
+        assert all(tensor.is_meta for tensor in found if tensor is not None)
+        assert (batch.bias is not None) == (mask[0][0] == 0)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_pack_and_unpack_invert_each_other(data: st.DataObject) -> None:
