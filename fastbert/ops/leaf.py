@@ -48,13 +48,23 @@ def define_triton(op: str, forward: str, backward: str | None = None) -> Leaf:
         if schema is None:
             continue
 
-        def run(*args: Any, _name: str = f"{op}_{name}") -> Any:
-            return getattr(importlib.import_module(f"fastbert.kernels.{op}"), _name)(*args)
-
+        run = _imported(f"fastbert.kernels.{op}", f"{op}_{name}")
         _library.define(f"{op}_{name}_triton{schema}")
         for key in ("CUDA", "CPU"):  # CPU: for Triton's interpreter
             _library.impl(f"{op}_{name}_triton", run, key)
     return Leaf(op, "triton", backward=backward is not None)
+
+
+def _imported(module: str, name: str) -> Callable[..., Any]:
+    """A function that imports another one when it is first called."""
+    found: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        if not found:
+            found.append(getattr(importlib.import_module(module), name))
+        return found[0](*args)
+
+    return run
 
 
 _library = torch.library.Library("fastbert", "FRAGMENT")

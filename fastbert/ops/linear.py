@@ -114,9 +114,13 @@ def _run(kernels: leaf.Leaf, x: Tensor, weights: list[Tensor], biases: list[Tens
 
 def _run_triton(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     """By Triton what it is for: weights of one size on few rows, in 16 bits. The rest is the vendor's."""
-    compiling = torch.compiler.is_compiling()  # where the number of rows must not shape the graph
-    alike = len(weights) > 1 and all(weight.shape == weights[0].shape for weight in weights)
-    if compiling or not alike or x.dtype is torch.float32 or x.numel() > FEW_ROWS * x.size(-1):
+    if (
+        torch.compiler.is_compiling()  # where the number of rows must not shape the graph
+        or len(weights) == 1
+        or x.dtype is torch.float32
+        or x.numel() > FEW_ROWS * x.size(-1)
+        or any(weight.shape != weights[0].shape for weight in weights)
+    ):
         return linear_cuda(x, weights, biases)
     return _run(_triton, x, weights, biases)
 

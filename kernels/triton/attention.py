@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fastbert.kernels import attention_kernels as kernels
@@ -135,8 +134,8 @@ def attention_bwd(
             batches, bias_heads, queries, keys = shape
             grid = (
                 batches * bias_heads,
-                triton.cdiv(queries, config["BLOCK_M"]),
-                triton.cdiv(keys, config["BLOCK_N"]),
+                configs.cdiv(queries, config["BLOCK_M"]),
+                configs.cdiv(keys, config["BLOCK_N"]),
             )
             kernels._attention_bwd_dbias_kernel[grid](
                 dout, qkv, lse, delta, dbias, cu_seqlens, seed, bias, *scalars, *shape,
@@ -170,7 +169,7 @@ def _constants(qkv: Tensor, scale: float, bias: Tensor | None) -> dict[str, Any]
 
 
 def _block_d(head_dim: int) -> int:
-    return max(32, triton.next_power_of_2(head_dim))
+    return max(32, configs.next_power_of_2(head_dim))
 
 
 def _short(kernel: str, qkv: Tensor, max_seqlen: int, bias: Tensor | None) -> int:

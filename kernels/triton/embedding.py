@@ -203,7 +203,7 @@ def embedding_fwd(
     if num_tokens > 0:
         config = configs.choose("embedding_fwd", shape_class(hidden), configs.architecture(word.device))
         with torch.cuda.device_of(word):
-            _embedding_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_M"]),)](
+            _embedding_fwd_kernel[(configs.cdiv(num_tokens, config["BLOCK_M"]),)](
                 input_ids,
                 position_ids,
                 token_type_ids,
@@ -253,7 +253,7 @@ def embedding_bwd(
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     config = dict(configs.choose("embedding_bwd", shape_class(hidden), configs.architecture(dy.device)))
     most = config.pop("PROGRAMS_PER_PROCESSOR") * rows.processors(dy.device)
-    programs = max(1, min(triton.cdiv(num_tokens, config["BLOCK_M"]), most))
+    programs = max(1, min(configs.cdiv(num_tokens, config["BLOCK_M"]), most))
     partials = rstd.new_empty(2, programs, hidden)
     with torch.cuda.device_of(dy):
         _embedding_bwd_kernel[(programs,)](
@@ -286,15 +286,15 @@ def _table_gradient(dz: Tensor, ids: Tensor, size: int, padding_idx: int) -> Ten
     if size == 0:
         return dtable
     if size <= FEW_ROWS:
-        parts = max(1, triton.cdiv(num_tokens, _FEW["PART"]))
+        parts = max(1, configs.cdiv(num_tokens, _FEW["PART"]))
         partials = dz.new_empty(1, parts, size * hidden, dtype=torch.float32)
-        grid = parts, triton.cdiv(hidden, _FEW["BLOCK_N"]), size
+        grid = parts, configs.cdiv(hidden, _FEW["BLOCK_N"]), size
         _embedding_bwd_few_rows_kernel[grid](dz, ids, partials, num_tokens, padding_idx, HIDDEN=hidden, **_FEW)
         rows.sum_partials(partials, (dtable,))
         return dtable
     ordered, token = torch.sort(ids, stable=True)
     first = torch.searchsorted(ordered, torch.arange(size + 1, device=ids.device))
-    grid = size, triton.cdiv(hidden, _GATHER["BLOCK_N"])
+    grid = size, configs.cdiv(hidden, _GATHER["BLOCK_N"])
     _embedding_bwd_table_kernel[grid](dz, token, first, dtable, padding_idx, HIDDEN=hidden, **_GATHER)
     return dtable
 

@@ -126,7 +126,7 @@ def _config(kernel: str, x: Tensor) -> dict[str, int]:
 
 
 def _tiles(config: dict[str, int], num_rows: int, columns: int) -> tuple[int]:
-    return (triton.cdiv(num_rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)
+    return (configs.cdiv(num_rows, config["BLOCK_M"]) * configs.cdiv(columns, config["BLOCK_N"]),)
 
 
 def ffn_fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def ffn_fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[
                 pre,
                 act,
                 num_rows,
-                triton.cdiv(features, config["BLOCK_K"]),
+                configs.cdiv(features, config["BLOCK_K"]),
                 K=features,
                 N=inner,
                 PRECISION=matmul.precision(x.dtype),
@@ -165,7 +165,7 @@ def ffn_bwd(dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor) -> tuple
         return torch.zeros_like(x), torch.zeros_like(w1), db1.zero_(), torch.zeros_like(w2)
     dpre, act = torch.empty_like(pre), torch.empty_like(pre)
     config = _config("ffn_bwd", x)
-    partials = pre.new_empty(1, triton.cdiv(num_rows, config["BLOCK_M"]), inner, dtype=torch.float32)
+    partials = pre.new_empty(1, configs.cdiv(num_rows, config["BLOCK_M"]), inner, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _ffn_bwd_kernel[_tiles(config, num_rows, inner)](
             dy,
@@ -175,7 +175,7 @@ def ffn_bwd(dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor) -> tuple
             act,
             partials,
             num_rows,
-            triton.cdiv(dy.size(1), config["BLOCK_K"]),
+            configs.cdiv(dy.size(1), config["BLOCK_K"]),
             K=dy.size(1),
             N=inner,
             PRECISION=matmul.precision(x.dtype),

@@ -117,7 +117,7 @@ def _layernorm_bwd_kernel(
 
 def shape_class(hidden: int) -> str:
     """Rows as long as registers hold them: padded to a power of two, the short ones together."""
-    return str(max(256, triton.next_power_of_2(hidden)))
+    return str(max(256, configs.next_power_of_2(hidden)))
 
 
 def layernorm_fwd(
@@ -145,7 +145,7 @@ def layernorm_fwd(
     if num_rows > 0:
         config = configs.choose("layernorm_fwd", shape_class(hidden), configs.architecture(x.device))
         with torch.cuda.device_of(x):
-            _layernorm_fwd_kernel[(triton.cdiv(num_rows, config["BLOCK_M"]),)](
+            _layernorm_fwd_kernel[(configs.cdiv(num_rows, config["BLOCK_M"]),)](
                 x,
                 x_bias,
                 residual,
@@ -188,7 +188,7 @@ def layernorm_bwd(
     dx_bias = mean.new_empty(hidden if need_x_bias else 0)
     config = dict(configs.choose("layernorm_bwd", shape_class(hidden), configs.architecture(z.device)))
     most = config.pop("PROGRAMS_PER_PROCESSOR") * rows.processors(z.device)
-    programs = max(1, min(triton.cdiv(num_rows, config["BLOCK_M"]), most))
+    programs = max(1, min(configs.cdiv(num_rows, config["BLOCK_M"]), most))
     partials = mean.new_empty(3 if need_x_bias else 2, programs, hidden)
     with torch.cuda.device_of(z):
         _layernorm_bwd_kernel[(programs,)](

@@ -89,7 +89,7 @@ def linear_fwd(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor
     y = x.new_empty(num_rows, count * size)
     if y.numel() > 0:
         config = configs.choose("linear_fwd", "small", configs.architecture(x.device))
-        tiles = triton.cdiv(num_rows, config["BLOCK_M"]) * count * triton.cdiv(size, config["BLOCK_N"])
+        tiles = configs.cdiv(num_rows, config["BLOCK_M"]) * count * configs.cdiv(size, config["BLOCK_N"])
         with torch.cuda.device_of(x):
             _linear_fwd_kernel[tiles,](
                 x,
@@ -97,7 +97,7 @@ def linear_fwd(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor
                 *(biases + biases[:1] * (4 - count) if biases else (None,) * 4),
                 y,
                 num_rows,
-                triton.cdiv(features, config["BLOCK_K"]),
+                configs.cdiv(features, config["BLOCK_K"]),
                 K=features,
                 N=size,
                 COUNT=count,

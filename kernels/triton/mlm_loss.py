@@ -339,7 +339,7 @@ def mlm_loss_fwd(
         dweight = torch.zeros_like(weight) if need_grad else weight.new_empty(0)
         dbias = torch.zeros_like(bias) if need_grad and bias is not None else weight.new_empty(0)
         return h.new_zeros((), dtype=torch.float32), dh, dweight, dbias
-    width = triton.cdiv(vocabulary, ROW_MULTIPLE) * ROW_MULTIPLE
+    width = configs.cdiv(vocabulary, ROW_MULTIPLE) * ROW_MULTIPLE
     chunk = _chunk_rows(num_rows, width * h.element_size())
     one = num_rows <= chunk
     index = labels.new_empty(num_rows, dtype=torch.int32)
@@ -351,17 +351,17 @@ def mlm_loss_fwd(
     dweight = torch.empty_like(weight, dtype=weight.dtype if one else torch.float32) if need_grad else None
     dbias = losses.new_zeros(vocabulary) if need_grad and bias is not None else None
     forward, dh_config, dweight_config = (_config(name, h) for name in ("fwd", "dh", "dweight"))
-    tiles = triton.cdiv(vocabulary, forward["BLOCK_N"])
+    tiles = configs.cdiv(vocabulary, forward["BLOCK_N"])
     stats = losses.new_empty(3, tiles, chunk)
     precision = {"PRECISION": matmul.precision(h.dtype)}
     with torch.cuda.device_of(h):
         _mlm_loss_compact_kernel[(1,)](labels, index, count, num_rows, ignore_index, **_COMPACT)
-        block = min(512, triton.next_power_of_2(hidden))
-        _mlm_loss_gather_kernel[(triton.cdiv(num_rows, _GATHER["BLOCK_M"]), triton.cdiv(hidden, block))](
+        block = min(512, configs.next_power_of_2(hidden))
+        _mlm_loss_gather_kernel[(configs.cdiv(num_rows, _GATHER["BLOCK_M"]), configs.cdiv(hidden, block))](
             h, index, count, rows, HIDDEN=hidden, BLOCK_N=block, **_GATHER
         )
         for begin in range(0, num_rows, chunk):
-            _mlm_loss_logits_kernel[(triton.cdiv(chunk, forward["BLOCK_M"]) * tiles,)](
+            _mlm_loss_logits_kernel[(configs.cdiv(chunk, forward["BLOCK_M"]) * tiles,)](
                 rows,
                 weight,
                 bias,
@@ -375,12 +375,12 @@ def mlm_loss_fwd(
                 chunk,
                 vocabulary,
                 width,
-                triton.cdiv(hidden, forward["BLOCK_K"]),
+                configs.cdiv(hidden, forward["BLOCK_K"]),
                 HIDDEN=hidden,
                 **precision,
                 **forward,
             )
-            _mlm_loss_lse_kernel[(triton.cdiv(chunk, _LSE["BLOCK_M"]),)](
+            _mlm_loss_lse_kernel[(configs.cdiv(chunk, _LSE["BLOCK_M"]),)](
                 stats,
                 label_logit,
                 labels,
@@ -397,7 +397,7 @@ def mlm_loss_fwd(
             )
             if logits is None or dweight is None:
                 continue
-            _mlm_loss_dlogits_kernel[(triton.cdiv(width, _DLOGITS["BLOCK_N"]),)](
+            _mlm_loss_dlogits_kernel[(configs.cdiv(width, _DLOGITS["BLOCK_N"]),)](
                 logits, lse, labels, index, count, dbias, begin, chunk, vocabulary, width, label_smoothing, **_DLOGITS
             )
             _mlm_loss_dh_kernel[_tiles(dh_config, chunk, hidden)](
@@ -438,7 +438,7 @@ def mlm_loss_fwd(
 def _chunk_rows(num_rows: int, row_bytes: int) -> int:
     """Rows in a chunk: as many as the scratch holds, and no more than there are."""
     most = max(1, SCRATCH_BYTES // row_bytes // ROW_MULTIPLE)
-    return min(most, triton.cdiv(num_rows, ROW_MULTIPLE)) * ROW_MULTIPLE
+    return min(most, configs.cdiv(num_rows, ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
 def _config(part: str, h: Tensor) -> dict[str, int]:
@@ -447,7 +447,7 @@ def _config(part: str, h: Tensor) -> dict[str, int]:
 
 
 def _tiles(config: dict[str, int], num_rows: int, columns: int) -> tuple[int]:
-    return (triton.cdiv(num_rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)
+    return (configs.cdiv(num_rows, config["BLOCK_M"]) * configs.cdiv(columns, config["BLOCK_N"]),)
 
 
 def cases(arch: int) -> Iterator[configs.Case]:

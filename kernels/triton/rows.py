@@ -26,7 +26,7 @@ def processors(device: torch.device) -> int:
 
 def block_columns(columns: int) -> int:
     """The power of two that a program which holds whole rows pads them to."""
-    return max(16, triton.next_power_of_2(columns))
+    return max(16, configs.next_power_of_2(columns))
 
 
 @triton.jit(do_not_specialize=("programs",))
@@ -63,7 +63,7 @@ def sum_partials(partials: Tensor, outs: Sequence[Tensor]) -> None:
     """Write the sum over the programs of each part of partials, float32 [parts, programs, columns], into its out."""
     parts, programs, columns = partials.shape
     out0, out1, out2 = (*outs, None, None)[:3]
-    grid = triton.cdiv(columns, _SUM["BLOCK_N"]), parts
+    grid = configs.cdiv(columns, _SUM["BLOCK_N"]), parts
     _sum_partials_kernel[grid](partials, out0, out1, out2, programs, columns, **_SUM)
 
 

@@ -44,6 +44,17 @@ class Case(NamedTuple):
     matrix: bool
 
 
+def cdiv(number: int, divisor: int) -> int:
+    """The quotient, rounded up. Triton's own takes microseconds, at every launch."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
+@functools.cache
 def architecture(device: torch.device) -> int:
     """The table that serves a device: of its compute capability, or the nearest below. The interpreter: the first."""
     if device.type != "cuda":
