@@ -222,7 +222,7 @@ class EncoderGraphs:
     ) -> Tensor | None:
         """Through all layers -> [B, S, H], or None if no graph may serve this call.
 
-        layers: each one a `swapped.FastLayer`. source: hidden states [B, S, H] or [T, H]; or, with embeddings (a
+        source: hidden states [B, S, H] or [T, H]; or, with embeddings (a
         `swapped.FastEmbeddings` that is ready for them), ids.
         """
         first = source if isinstance(source, Tensor) else source.input_ids

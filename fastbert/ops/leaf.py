@@ -48,23 +48,19 @@ def define_triton(op: str, forward: str, backward: str | None = None) -> Leaf:
         if schema is None:
             continue
 
-        run = _imported(f"fastbert.kernels.{op}", f"{op}_{name}")
+        def run(*args: Any, _name: str = f"{op}_{name}") -> Any:
+            return _kernel(op, _name)(*args)
+
         _library.define(f"{op}_{name}_triton{schema}")
         for key in ("CUDA", "CPU"):  # CPU: for Triton's interpreter
             _library.impl(f"{op}_{name}_triton", run, key)
     return Leaf(op, "triton", backward=backward is not None)
 
 
-def _imported(module: str, name: str) -> Callable[..., Any]:
-    """A function that imports another one when it is first called."""
-    found: list[Callable[..., Any]] = []
-
-    def run(*args: Any) -> Any:
-        if not found:
-            found.append(getattr(importlib.import_module(module), name))
-        return found[0](*args)
-
-    return run
+@functools.cache
+def _kernel(op: str, name: str) -> Callable[..., Any]:
+    """A function of `fastbert.kernels.<op>`, which is imported when it is first asked for."""
+    return getattr(importlib.import_module(f"fastbert.kernels.{op}"), name)
 
 
 _library = torch.library.Library("fastbert", "FRAGMENT")

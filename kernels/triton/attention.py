@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from fastbert.kernels import attention_kernels as kernels
-from fastbert.kernels import configs, dropout, interpreter
-
-interpreter.install()
+from fastbert.kernels import configs, dropout
 
 _TILE_WARPS = 4  # of the kernels before and after the backward, which go over the tokens once
 

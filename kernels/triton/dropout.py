@@ -5,10 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastbert.kernels import interpreter
 from fastbert.ops import philox
-
-interpreter.install()
 
 
 def scalars(p: float) -> tuple[int, float]:

@@ -39,25 +39,8 @@ def _ffn_fwd_kernel(
     tile_m, tile_n = matmul.tile_of(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_offset = tl.minimum(row, num_rows - 1).to(tl.int64) * K
-    b_offset = tl.minimum(column, N - 1).to(tl.int64) * K
-    v = matmul.multiply(
-        x,
-        a_offset,
-        weight,
-        b_offset,
-        None,
-        K,
-        None,
-        steps,
-        1,
-        1,
-        K % BLOCK_K == 0,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        PRECISION,
-    )
+    a_row, b_row = tl.minimum(row, num_rows - 1), tl.minimum(column, N - 1)
+    v = matmul.multiply_rows(x, a_row, weight, b_row, steps, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     v += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     offset = row.to(tl.int64)[:, None] * N + column[None, :]
     inside = (row < num_rows)[:, None] & (column < N)[None, :]
@@ -125,10 +108,6 @@ def _config(kernel: str, x: Tensor) -> dict[str, int]:
     return configs.choose(kernel, shape_class, configs.architecture(x.device))
 
 
-def _tiles(config: dict[str, int], num_rows: int, columns: int) -> tuple[int]:
-    return (configs.cdiv(num_rows, config["BLOCK_M"]) * configs.cdiv(columns, config["BLOCK_N"]),)
-
-
 def ffn_fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     """x [T, K]; w1 [N, K]; b1 [N]; w2 [M, N]; contiguous and of one dtype.
 
@@ -141,7 +120,7 @@ def ffn_fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[
     if act.numel() > 0:
         config = _config("ffn_fwd", x)
         with torch.cuda.device_of(x):
-            _ffn_fwd_kernel[_tiles(config, num_rows, inner)](
+            _ffn_fwd_kernel[matmul.tiles(config, num_rows, inner),](
                 x,
                 w1,
                 b1,
@@ -167,7 +146,7 @@ def ffn_bwd(dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor) -> tuple
     config = _config("ffn_bwd", x)
     partials = pre.new_empty(1, configs.cdiv(num_rows, config["BLOCK_M"]), inner, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _ffn_bwd_kernel[_tiles(config, num_rows, inner)](
+        _ffn_bwd_kernel[matmul.tiles(config, num_rows, inner),](
             dy,
             w2,
             pre,

@@ -55,23 +55,9 @@ def _linear_fwd_kernel(
     number = tile // tiles_n
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    v = matmul.multiply(
-        x,
-        tl.minimum(row, num_rows - 1).to(tl.int64) * K,
-        _chosen(number, weight1, weight2, weight3, weight4, COUNT),
-        tl.minimum(column, N - 1).to(tl.int64) * K,
-        None,
-        K,
-        None,
-        steps,
-        1,
-        1,
-        K % BLOCK_K == 0,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        PRECISION,
-    )
+    weight = _chosen(number, weight1, weight2, weight3, weight4, COUNT)
+    a_row, b_row = tl.minimum(row, num_rows - 1), tl.minimum(column, N - 1)
+    v = matmul.multiply_rows(x, a_row, weight, b_row, steps, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     if bias1 is not None:
         bias = _chosen(number, bias1, bias2, bias3, bias4, COUNT)
         v += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
@@ -89,9 +75,8 @@ def linear_fwd(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor
     y = x.new_empty(num_rows, count * size)
     if y.numel() > 0:
         config = configs.choose("linear_fwd", "small", configs.architecture(x.device))
-        tiles = configs.cdiv(num_rows, config["BLOCK_M"]) * count * configs.cdiv(size, config["BLOCK_N"])
         with torch.cuda.device_of(x):
-            _linear_fwd_kernel[tiles,](
+            _linear_fwd_kernel[count * matmul.tiles(config, num_rows, size),](
                 x,
                 *(weights + weights[:1] * (4 - count)),
                 *(biases + biases[:1] * (4 - count) if biases else (None,) * 4),

@@ -6,14 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import interpreter
-
-interpreter.install()
+from fastbert.kernels import configs
 
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own products are, in TF32 only if that is allowed."""
     return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def tiles(config: dict[str, int], rows: int, columns: int) -> int:
+    """How many tiles of a configuration cover a result."""
+    return configs.cdiv(rows, config["BLOCK_M"]) * configs.cdiv(columns, config["BLOCK_N"])
 
 
 @triton.jit
@@ -80,3 +83,39 @@ def multiply(
         a_pointer += BLOCK_K * A_STEP
         b_pointer += BLOCK_K * B_STEP
     return total
+
+
+@triton.jit
+def multiply_rows(
+    a,
+    a_row,
+    b,
+    b_row,
+    steps,
+    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Float32 [BLOCK_M, BLOCK_N]: the products of the rows a_row of a [.., DEPTH] with the rows b_row of b [.., DEPTH].
+
+    All of these rows must exist. steps: as `multiply` takes them.
+    """
+    return multiply(
+        a,
+        a_row.to(tl.int64) * DEPTH,
+        b,
+        b_row.to(tl.int64) * DEPTH,
+        None,
+        DEPTH,
+        None,
+        steps,
+        1,
+        1,
+        DEPTH % BLOCK_K == 0,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+    )

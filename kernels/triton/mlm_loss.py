@@ -103,25 +103,8 @@ def _mlm_loss_logits_kernel(
         row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # of the chunk
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         live = row < number
-        a_offset = (begin + tl.minimum(row, number - 1)).to(tl.int64) * HIDDEN
-        b_offset = tl.minimum(column, vocabulary - 1).to(tl.int64) * HIDDEN
-        v = matmul.multiply(
-            h,
-            a_offset,
-            weight,
-            b_offset,
-            None,
-            HIDDEN,
-            None,
-            steps,
-            1,
-            1,
-            HIDDEN % BLOCK_K == 0,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            PRECISION,
-        )
+        a_row, b_row = begin + tl.minimum(row, number - 1), tl.minimum(column, vocabulary - 1)
+        v = matmul.multiply_rows(h, a_row, weight, b_row, steps, HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
         word = column < vocabulary
         if bias is not None:
             v += tl.load(bias + column, mask=word, other=0.0).to(tl.float32)[None, :]
@@ -400,7 +383,7 @@ def mlm_loss_fwd(
             _mlm_loss_dlogits_kernel[(configs.cdiv(width, _DLOGITS["BLOCK_N"]),)](
                 logits, lse, labels, index, count, dbias, begin, chunk, vocabulary, width, label_smoothing, **_DLOGITS
             )
-            _mlm_loss_dh_kernel[_tiles(dh_config, chunk, hidden)](
+            _mlm_loss_dh_kernel[matmul.tiles(dh_config, chunk, hidden),](
                 logits,
                 weight,
                 index,
@@ -414,7 +397,7 @@ def mlm_loss_fwd(
                 **precision,
                 **dh_config,
             )
-            _mlm_loss_dweight_kernel[_tiles(dweight_config, vocabulary, hidden)](
+            _mlm_loss_dweight_kernel[matmul.tiles(dweight_config, vocabulary, hidden),](
                 logits,
                 rows,
                 count,
@@ -444,10 +427,6 @@ def _chunk_rows(num_rows: int, row_bytes: int) -> int:
 def _config(part: str, h: Tensor) -> dict[str, int]:
     shape_class = "fp32" if h.dtype is torch.float32 else "half"
     return configs.choose(f"mlm_loss_{part}", shape_class, configs.architecture(h.device))
-
-
-def _tiles(config: dict[str, int], num_rows: int, columns: int) -> tuple[int]:
-    return (configs.cdiv(num_rows, config["BLOCK_M"]) * configs.cdiv(columns, config["BLOCK_N"]),)
 
 
 def cases(arch: int) -> Iterator[configs.Case]:

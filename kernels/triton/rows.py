@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import configs, interpreter
-
-interpreter.install()
+from fastbert.kernels import configs
 
 _SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
 _INTERPRETER_PROCESSORS = 2
