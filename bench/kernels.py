@@ -1,8 +1,9 @@
 """``fastbert bench kernels``: what the GPU kernels become, without a GPU.
 
 Every way in which a Triton kernel can be launched (`cases(arch)` of each file of fastbert.kernels) is compiled to
-machine code, which is read: registers, stack, local memory, shared memory, matrix instructions. A kernel that spills,
-that asks for more shared memory than the GPU has, or that multiplies 16-bit matrices on sm_90 without wgmma (HGMMA in
+machine code, which is read: registers, stack, local memory, shared memory, matrix instructions, and from that how many
+programs a multiprocessor holds. A kernel that spills, that asks for more shared memory than the GPU has, that leaves no
+room for the programs which are to work beside it, or that multiplies 16-bit matrices on sm_90 without wgmma (HGMMA in
 machine code), or elsewhere without any matrix instruction, is an error.
 """
 
@@ -28,8 +29,14 @@ from typing import Any, NamedTuple
 
 from . import report
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that a block can have, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that a block can have where a table is used (CUDA C++ Programming Guide).
+
+8.0 has 163 KiB, but its table serves 8.6, 8.9 and 12.x too.
+"""
+
+PROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+"""Bytes of shared memory that the blocks on one multiprocessor of that compute capability have together."""
 
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "QGMMA", "UTCQMMA", "DMMA")
 """Matrix instructions in machine code: mma.sync, wgmma (sm_90), tcgen05 (sm_100), and those of other types."""
@@ -43,8 +50,8 @@ JOBS = 2
 class Code(NamedTuple):
     """One function of machine code. stack: bytes a thread. shared: bytes a block that are fixed in the code.
 
-    Counts of instructions: local: reads and writes of local memory. loads: of global memory, loads_128 of them
-    sixteen bytes a thread. matrix: by their kind.
+    Counts of instructions: local: reads and writes of local memory. loads, stores: of global memory, loads_128 and
+    stores_128 of them sixteen bytes a thread. matrix: by their kind.
     """
 
     registers: int
@@ -54,6 +61,8 @@ class Code(NamedTuple):
     matrix: dict[str, int]
     loads: int
     loads_128: int
+    stores: int
+    stores_128: int
 
 
 class Task(NamedTuple):
@@ -91,6 +100,7 @@ def read(binary: Path, tools: Path) -> dict[str, Code]:
         opcodes = bodies[name]
         kinds = [opcode.split(".")[0] for opcode in opcodes]
         loads = [opcode for opcode, kind in zip(opcodes, kinds, strict=True) if kind in ("LDG", "LDGSTS")]
+        stores = [opcode for opcode, kind in zip(opcodes, kinds, strict=True) if kind == "STG"]
         found[name] = Code(
             registers=int(registers),
             stack=int(stack),
@@ -99,35 +109,35 @@ def read(binary: Path, tools: Path) -> dict[str, Code]:
             matrix={kind: kinds.count(kind) for kind in MATRIX if kind in kinds},
             loads=len(loads),
             loads_128=sum(".128" in opcode for opcode in loads),
+            stores=len(stores),
+            stores_128=sum(".128" in opcode for opcode in stores),
         )
     return found
 
 
-def problems(code: Code, arch: int, shared: int, matrix: bool) -> list[str]:
-    """What is wrong with a kernel that launches with `shared` bytes of shared memory; matrix: see `configs.Case`."""
+def resident(code: Code, arch: int, shared: int, warps: int) -> int:
+    """How many programs of `warps` warps and `shared` bytes of shared memory one multiprocessor holds at once."""
+    registers = -(-code.registers // 8) * 8 * 32 * warps  # handed out by eight a thread
+    return min(65536 // registers, PROCESSOR[arch] // (shared + 1024), 64 // warps)  # CUDA keeps 1 KiB a program
+
+
+def problems(code: Code, arch: int, shared: int, warps: int, matrix: bool, together: int = 1) -> list[str]:
+    """What is wrong with a kernel that launches with `warps` warps and `shared` bytes of shared memory.
+
+    matrix, together: see `configs.Case`.
+    """
     found = []
     if code.stack or code.local:
         found.append(f"spills: {code.stack} bytes of stack, {code.local} reads and writes of local memory")
     if shared > SHARED_LIMIT[arch]:
         found.append(f"needs {shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
+    elif (held := resident(code, arch, shared, warps)) < together:
+        found.append(f"a multiprocessor holds {held} of the {together} programs that work side by side")
     if matrix and arch == 90 and "HGMMA" not in code.matrix:
         found.append("multiplies matrices without HGMMA")
     elif matrix and not code.matrix:  # as where more than the 512 columns of tensor memory of sm_100 are needed
         found.append("multiplies matrices without matrix instructions: the compiler has put a trap in its place")
     return found
-
-
-def row(op: str, kernel: str, case: str, arch: int, code: Code, shared: int, matrix: bool) -> dict[str, Any]:
-    """A row of the table; kernels in CUDA C++ have the same."""
-    return {
-        "op": op,
-        "kernel": kernel,
-        "case": case,
-        "arch": arch,
-        **code._asdict(),
-        "shared": shared,
-        "problems": problems(code, arch, shared, matrix),
-    }
 
 
 def modules() -> list[Any]:
@@ -216,7 +226,17 @@ def compile_case(task: Task) -> dict[str, Any]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(done.asm["cubin"])
         code = read(cubin, triton_tools())[kernel]
-    return row(op, kernel, case.label, task.arch, code, done.metadata.shared, case.matrix)
+    shared, warps = done.metadata.shared, case.options["num_warps"]
+    return {
+        "op": op,
+        "kernel": kernel,
+        "case": case.label,
+        "arch": task.arch,
+        **code._asdict(),
+        "shared": shared,
+        "resident": resident(code, task.arch, shared, warps),
+        "problems": problems(code, task.arch, shared, warps, case.matrix, case.together),
+    }
 
 
 def compile_all(
@@ -285,16 +305,17 @@ def write(content: dict[str, Any], path: Path) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text, problems below."""
-    head = ["kernel", "case", "sm", "registers", "stack", "local", "shared", "128-bit loads", "matrix instructions"]
+    head = ["kernel", "case", "sm", "registers", "stack", "local", "shared", "resident"]
+    head += ["128-bit loads", "128-bit stores", "matrix instructions"]
     body = []
     for item in rows:
         cells = [item["kernel"].strip("_").removesuffix("_kernel"), item["case"], str(item["arch"])]
         if "registers" in item:
-            cells += [str(item[key]) for key in ("registers", "stack", "local", "shared")]
-            cells.append(f"{item['loads_128']}/{item['loads']}")
+            cells += [str(item[key]) for key in ("registers", "stack", "local", "shared", "resident")]
+            cells += [f"{item[f'{kind}_128']}/{item[kind]}" for kind in ("loads", "stores")]
             cells.append(" ".join(f"{count} {name}" for name, count in item["matrix"].items()) or "-")
         else:
-            cells += ["-"] * 6
+            cells += ["-"] * 8
         body.append(cells)
     lines = report.columns([head, *body], left=2)
     bad = [item for item in rows if item["problems"]]

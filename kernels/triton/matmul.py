@@ -11,7 +11,7 @@ from fastbert.kernels import configs
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own products are, in TF32 only if that is allowed."""
-    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def tiles(config: dict[str, int], rows: int, columns: int) -> int:

@@ -110,7 +110,7 @@ def _mlm_loss_logits_kernel(
             v += tl.load(bias + column, mask=word, other=0.0).to(tl.float32)[None, :]
         if logits is not None:
             offset = row.to(tl.int64)[:, None] * width + column[None, :]
-            tl.store(logits + offset, v, mask=live[:, None] & word[None, :])
+            tl.store(logits + offset, v, mask=live[:, None] & (column < width)[None, :])  # 128 bits at once
         label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
         here = column[None, :] == label[:, None]
         in_tile = live & (label >= tile_n * BLOCK_N) & (label < tl.minimum(tile_n * BLOCK_N + BLOCK_N, vocabulary))
@@ -193,7 +193,7 @@ def _mlm_loss_dlogits_kernel(
         row = first + tl.arange(0, BLOCK_M)
         live = row < number
         pointer = logits + row.to(tl.int64)[:, None] * width + column[None, :]
-        v = tl.load(pointer, mask=live[:, None] & word[None, :], other=float("-inf")).to(tl.float32)
+        v = tl.load(pointer, mask=live[:, None] & (column < width)[None, :], other=float("-inf")).to(tl.float32)
         log_sum = tl.load(lse + row, mask=live, other=0.0)
         label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
         d = tl.exp(v - log_sum[:, None]) - smoothing / vocabulary
@@ -453,12 +453,13 @@ def cases(arch: int) -> Iterator[configs.Case]:
     kernels = {"fwd": _mlm_loss_logits_kernel, "dh": _mlm_loss_dh_kernel, "dweight": _mlm_loss_dweight_kernel}
     for part, kernel in kernels.items():
         for shape_class, config in table[f"mlm_loss_{part}"].items():
-            for kind in ("fp32",) if shape_class == "fp32" else ("fp16", "bf16"):
+            for kind in ("fp32", "tf32") if shape_class == "fp32" else ("fp16", "bf16"):
                 for hidden in (768, 312):
-                    launch = {"HIDDEN": hidden, "PRECISION": "ieee"} | config
+                    launch = {"HIDDEN": hidden, "PRECISION": "tf32" if kind == "tf32" else "ieee"} | config
                     if part == "dweight":
                         launch["WIDTH"] = 30592
-                    yield case(f"{kind}-{hidden}", kernel, kind, launch, kind != "fp32")
+                    stored = "fp32" if kind == "tf32" else kind
+                    yield case(f"{kind}-{hidden}", kernel, stored, launch, kind != "fp32")
         if part == "fwd":
             launch = {"HIDDEN": 768, "PRECISION": "ieee", "logits": None} | table["mlm_loss_fwd"]["half"]
             yield case("bf16-768-inference", kernel, "bf16", launch, True)

@@ -35,6 +35,11 @@ def name(row: dict[str, Any]) -> str:
     return f"{row['op']}: {row['kernel']} {row['case']} sm_{row['arch']}"
 
 
+def code_with(registers: int) -> kernels.Code:
+    nothing = dict.fromkeys(("stack", "shared", "local", "loads", "loads_128", "stores", "stores_128"), 0)
+    return kernels.Code(registers=registers, matrix={}, **nothing)
+
+
 @pytest.fixture(scope="module")
 def broken() -> dict[str, dict[str, Any]]:
     """The rows of broken_kernels.py for sm_90, by case."""
@@ -73,9 +78,20 @@ class TestCheck:
 
     @pytest.mark.parametrize("arch", [80, 90, 100])
     def test_finds_a_trap_in_place_of_a_matrix_kernel(self, arch):
-        code = kernels.Code(registers=4, stack=0, shared=0, local=0, matrix={}, loads=0, loads_128=0)
-        assert len(kernels.problems(code, arch, shared=1024, matrix=True)) == 1
-        assert not kernels.problems(code, arch, shared=1024, matrix=False)
+        assert len(kernels.problems(code_with(registers=4), arch, shared=1024, warps=4, matrix=True)) == 1
+        assert not kernels.problems(code_with(registers=4), arch, shared=1024, warps=4, matrix=False)
+
+    @pytest.mark.parametrize(
+        ("registers", "shared", "held"),
+        [(128, 98304, 2), (129, 98304, 1), (128, 120000, 1), (40, 1024, 6), (32, 0, 8)],
+    )
+    def test_counts_the_programs_that_a_multiprocessor_holds(self, registers, shared, held):
+        """65536 registers and 228 KiB on sm_90; at most 64 warps, of which a program has eight here."""
+        code = code_with(registers)
+        assert kernels.resident(code, 90, shared, warps=8) == held
+        lonely = kernels.problems(code, 90, shared, warps=8, matrix=False, together=held + 1)
+        assert lonely == [f"a multiprocessor holds {held} of the {held + 1} programs that work side by side"]
+        assert not kernels.problems(code, 90, shared, warps=8, matrix=False, together=held)
 
     def test_a_crash_takes_no_other_case_along(self, broken):
         assert len(broken) == 6

@@ -33,7 +33,8 @@ class Case(NamedTuple):
 
     label: names it in tables. signature: argument name -> type ("*bf16", "i32", ...; "i32:16": a multiple of 16, as
     a stride is). constants: the constexpr arguments. options: num_warps, num_stages. matrix: whether it multiplies
-    matrices in 16 bit, so that its code for sm_90 has to use wgmma.
+    matrices in 16 bit, so that its code for sm_90 has to use wgmma. together: how many programs a multiprocessor has to
+    hold at once, for one to do its arithmetic while another multiplies matrices.
     """
 
     label: str
@@ -42,6 +43,7 @@ class Case(NamedTuple):
     constants: Mapping[str, Any]
     options: Mapping[str, int]
     matrix: bool
+    together: int = 1
 
 
 def cdiv(number: int, divisor: int) -> int:
@@ -56,10 +58,15 @@ def next_power_of_2(number: int) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The table that serves a device: of its compute capability, or the nearest below. The interpreter: the first."""
+    """The table that serves a device: of its compute capability, or the nearest below. The interpreter: the first.
+
+    12.x gets that of 8.0: it has neither the tensor memory nor the shared memory of 10.0.
+    """
     if device.type != "cuda":
         return ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)
+    if major == 12:
+        return 80
     return max((arch for arch in ARCHITECTURES if arch <= 10 * major + minor), default=ARCHITECTURES[0])
 
 
