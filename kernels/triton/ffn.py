@@ -17,9 +17,9 @@ from fastbert.kernels import configs, matmul, rows
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
 MINUS_HALF_LOG2_E = tl.constexpr(-0.7213475204444817)
-# erfc(x / sqrt(2)) / 2 = t (A1 + t (A2 + ... + t A6)) exp(-x * x / 2), t = 1 / (1 + P x), for x >= 0: the form of 7.1.26
-# in Abramowitz and Stegun, Handbook of Mathematical Functions, with one term more, fitted for the least of the largest
-# error over the value plus 1e-5.
+# erfc(x / sqrt(2)) / 2 = t (A1 + t (A2 + ... + t A6)) exp(-x * x / 2), t = 1 / (1 + P x), for x >= 0: the form of
+# Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26, with one term more, fitted for the least of the
+# largest error over the value plus 1e-5.
 P = tl.constexpr(0.2875)
 A1 = tl.constexpr(0.11727868)
 A2 = tl.constexpr(0.088711655)
