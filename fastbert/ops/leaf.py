@@ -12,15 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn import Parameter
 
 from fastbert import dispatch
-
-# Below autograd an op costs a few microseconds less. Only for calls that need no gradient, and not while compiling.
-below_autograd = torch._C._AutoDispatchBelowAutograd
-
+from fastbert.internals import below_autograd, tree_leaves
 
 class Leaf:
     """The leaf ops of one backend: `fastbert::<op>_fwd_<backend>` and, where there is one, `<op>_bwd_<backend>`.
@@ -101,7 +97,7 @@ def _guarded(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fake)
     def checked(*args: Any) -> Any:
-        tensors = [arg for arg in pytree.tree_leaves(args) if isinstance(arg, Tensor)]
+        tensors = [arg for arg in tree_leaves(args) if isinstance(arg, Tensor)]
         if any(type(value) in (Tensor, Parameter) and not value.is_meta for value in tensors):
             raise RuntimeError(f"{op}: some tensors are on the meta device and others are not; they must agree")
         return fake(*args)
