@@ -54,7 +54,7 @@ class Report:
             lines += [f"  not the last call: {graphs['reason']}"] if graphs["reason"] else []
         for op, run in self.ops.items():
             lines.append(f"{op}: {run['backend'] or 'nothing can run'}")
-            lines += [f"  {line}" for line in dispatch.launches_as_text(run)]
+            lines += [f"  {line}" for line in dispatch.details_as_text(run)]
             lines += [f"  not {backend}: {reason}" for backend, reason in run["rejected"].items()]
         return "\n".join(lines)
 
