@@ -257,10 +257,10 @@ def test_embeddings_given(embedded: list[tuple[int, ...]]) -> None:
     embeds = model.embeddings.word_embeddings(batch.pop("input_ids"))
     model(inputs_embeds=embeds, **batch)
     assert embedded == []
-    others = fastbert.report(model).others
-    assert [(entry["path"], entry["reason"]) for entry in others] == [("stock", "inputs_embeds were given")]
+    embeddings = fastbert.report(model).embeddings
+    assert [(entry["path"], entry["reason"]) for entry in embeddings] == [("stock", "inputs_embeds were given")]
     model(**inputs("right"))
-    assert fastbert.report(model).others[0]["path"] == "fast"
+    assert fastbert.report(model).embeddings[0]["path"] == "fast"
 
 
 def test_stock_embeddings(embedded: list[tuple[int, ...]]) -> None:
@@ -270,7 +270,7 @@ def test_stock_embeddings(embedded: list[tuple[int, ...]]) -> None:
         y = model(**batch)[0][real(batch)]
         if model is not stock:
             assert all_fast(model)
-            assert "a hook" in fastbert.report(model).others[0]["reason"]
+            assert "a hook" in fastbert.report(model).embeddings[0]["reason"]
             ours = y
     torch.testing.assert_close(ours, y, atol=2e-5, rtol=2e-5)
     assert embedded == []
