@@ -64,7 +64,7 @@ def _fast_class(stock: type[nn.Module], role: str, family: Family) -> Any:
     return FastMeta(stock.__name__, (mixin, stock), names)
 
 
-copyreg.pickle(FastMeta, lambda cls: (fast_class, (cls.stock,)))
+copyreg.pickle(FastMeta, lambda cls: (fast_class, (cls.stock,)))  # type: ignore[return-value]
 
 
 # --- optimize and restore ------------------------------------------------------------------------------------
