@@ -150,7 +150,7 @@ def test_bad_settings(monkeypatch: pytest.MonkeyPatch, setting: str, words: list
         ops.linear(x, x)
 
 
-HALVES = {
+PRODUCTS = {
     "one weight": (2, [8], torch.bfloat16, "several weights at once"),
     "many rows": (513, [8, 8], torch.bfloat16, "up to 512 rows"),
     "weights of two sizes": (2, [8, 16], torch.bfloat16, "weights of one size"),
@@ -159,7 +159,7 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize("case", HALVES.values(), ids=list(HALVES))
+@pytest.mark.parametrize("case", PRODUCTS.values(), ids=list(PRODUCTS))
 def test_linear_by_triton_says_what_it_is_not_for(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forced for this op it raises; a backend for every op leaves the rest of the calls to the other backends."""
     rows, outputs, dtype, words = case
@@ -190,7 +190,7 @@ def test_linear_by_triton_says_what_it_is_not_for(case: tuple, monkeypatch: pyte
     ran.clear()
     monkeypatch.setenv("FASTBERT_BACKEND", "triton")
     ops.linear(x, weights)
-    assert ran == ["triton" if words is None else "cpu" if dispatch.extension_error is None and x.is_cpu else ran[0]]
+    assert len(ran) == 1
     assert (ran == ["triton"]) == (words is None)
 
 
