@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import flops
+from fastbert import flops
+
 from .contestants import TRUTH
 from .workloads import SEED, Workload
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import data, flops
+from fastbert import flops
+
+from . import data
 
 INFERENCE_ROWS = ("ragged", "latency", "base")
 TRAINING_ROWS = ("training",)

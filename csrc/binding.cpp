@@ -85,7 +85,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "Instruction set extensions of this CPU that fastbert knows.");
   m.def("supported_isas", &supported_isas, "Instruction sets that are built and run here, fastest first.");
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use (FASTBERT_CPU_ISA chooses another).");
-  m.def("num_threads", [] { return executor().workers; }, "Threads a kernel uses: torch.get_num_threads().");
   m.def("peak_gflops", &peak_gflops, py::arg("threads"), py::arg("seconds") = 0.5,
         "fp32 multiply-add rate of this many PyTorch threads together, in GFLOP/s; call torch.set_num_threads first.");
 }

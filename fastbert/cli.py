@@ -125,7 +125,7 @@ def _as_text(found: dict[str, Any]) -> str:
         lines += ["", f"ops on {found['ops']['device']}, {dtype}"]
         for op, choice in found["ops"][dtype].items():
             lines.append(f"  {op:<12} {choice['backend'] or 'none'}")
-            lines += [f"    {line}" for line in dispatch.launches_as_text(choice)]
+            lines += [f"    {line}" for line in dispatch.details_as_text(choice)]
             lines += [f"    not {backend}: {reason}" for backend, reason in choice["rejected"].items()]
     return "\n".join(lines)
 

@@ -5,6 +5,9 @@ first. The first one that gives no reason against runs. FASTBERT_BACKEND, or an 
 
     FASTBERT_BACKEND=reference                      every op that has this implementation
     FASTBERT_BACKEND=attention:cpu,ffn:reference    these ops; the others choose for themselves
+
+What is forced and cannot run raises. With a name for every op, an op that lacks this implementation chooses for itself,
+and so does one that has it for a part of its calls (`Implementation.part`), in the rest of them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "vendor", "reference")
 OPS = ("attention", "embedding", "ffn", "layernorm", "linear", "mlm_loss")
 
 
@@ -30,12 +33,14 @@ class Implementation(NamedTuple):
     name: one of BACKENDS. run: takes the op's checked arguments.
     supports(device_type, dtype, requires) gives None, or the reason why it cannot run these.
     off: why it runs only where it is forced, until `preferred` has a measurement of it, or None.
+    part: what it is for, if that is but a part of the op's calls, or None.
     """
 
     name: str
     run: Callable[..., Any]
     supports: Callable[[str, torch.dtype, Any], str | None]
     off: str | None = None
+    part: str | None = None
 
 
 # A kernel that was compiled, and tested by running its source on the host, but that no GPU has run.
@@ -146,10 +151,12 @@ def triton_reason(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | No
     return _float_reason(dtypes)
 
 
-def triton_rows_reason(device_type: str, dtypes: tuple[torch.dtype, ...], wide: bool) -> str | None:
-    """`triton_reason` for the ops whose programs hold whole rows. wide: whether rows are longer than WIDEST."""
+def triton_rows_reason(device_type: str, dtypes: tuple[torch.dtype, ...], columns: int) -> str | None:
+    """`triton_reason` for the ops whose programs hold whole rows, of so many columns."""
     reason = triton_reason(device_type, dtypes)
-    return f"has kernels for rows of up to {WIDEST} columns" if reason is None and wide else reason
+    if reason is None and columns > WIDEST:
+        return f"has kernels for rows of up to {WIDEST} columns, not {columns}"
+    return reason
 
 
 def _nvidia_reason() -> str | None:
@@ -183,7 +190,7 @@ def select(
 
     device: the type of the inputs' device ("cpu", "cuda", ...), or the device. dtype: of the first input.
     requires: what else decides; attention: head_dim; ffn: whether all sizes are multiples of 8; layernorm and
-        embedding: a tuple of the further operands' dtypes and whether rows are longer than WIDEST.
+        embedding: a tuple of the further operands' dtypes and the length of a row; linear: why Triton has no kernel.
     backend: forces one, before FASTBERT_BACKEND does.
 
     Raises ValueError if a name is unknown, RuntimeError with the reason if a forced backend cannot run.
@@ -213,14 +220,15 @@ def _device_type(device: str | torch.device) -> str:
 
 def _select(op: str, device_type: str, dtype: torch.dtype, requires: Any, backend: str | None) -> Implementation:
     candidates = _candidates(op)
-    forced, origin = (backend, "the backend argument") if backend is not None else _forced(op)
+    forced, origin, alone = (backend, "the backend argument", True) if backend is not None else _forced(op)
     if forced is not None:
         if forced not in candidates:
             raise ValueError(f"{origin} asks for {op}:{forced}, allowed are {', '.join(candidates)}")
         reason = candidates[forced].supports(device_type, dtype, requires)
-        if reason is not None:
+        if reason is None:
+            return candidates[forced]
+        if alone or candidates[forced].part is None:
             raise RuntimeError(f"{origin} forces {op}:{forced}, which cannot run: {reason}")
-        return candidates[forced]
     for implementation in _ordered(op, device_type):
         off = _off(op, implementation, device_type)
         if off is None and implementation.supports(device_type, dtype, requires) is None:
@@ -263,14 +271,14 @@ def _candidates(op: str) -> dict[str, Implementation]:
     return _implementations[op]
 
 
-def _forced(op: str) -> tuple[str | None, str]:
-    """The backend that FASTBERT_BACKEND forces on an op, and how to speak of it."""
+def _forced(op: str) -> tuple[str | None, str, bool]:
+    """The backend that FASTBERT_BACKEND forces on an op, how to speak of it, and whether it names the op."""
     setting = os.environ.get("FASTBERT_BACKEND", "").strip()
     origin = f"FASTBERT_BACKEND={setting}"
     everywhere, single = parse(setting)
     if op in single:
-        return single[op], origin
-    return (everywhere if everywhere in _candidates(op) else None), origin
+        return single[op], origin, True
+    return (everywhere if everywhere in _candidates(op) else None), origin, False
 
 
 def parse(setting: str) -> tuple[str | None, dict[str, str]]:
@@ -308,9 +316,10 @@ def _launches(op: str, device: str | torch.device) -> dict[str, Any]:
     return {"tables": told["tables"], "launched": {k: v for k, v in told["used"].items() if k.startswith(op)}}
 
 
-def launches_as_text(entry: dict[str, Any]) -> list[str]:
-    """What an entry of `describe` says of launch configurations, as lines."""
-    lines = [f"launch configurations from {', then '.join(entry['tables'])}"] if "tables" in entry else []
+def details_as_text(entry: dict[str, Any]) -> list[str]:
+    """What an entry of `describe` says of the backend that runs, as lines."""
+    lines = [f"for {entry['part']} alone; else {entry['otherwise'] or 'it raises'}"] if "part" in entry else []
+    lines += [f"launch configurations from {', then '.join(entry['tables'])}"] if "tables" in entry else []
     for name, config in entry.get("launched", {}).items():
         lines.append(f"launched {name}: " + ", ".join(f"{key} {value}" for key, value in config.items()))
     return lines
@@ -325,8 +334,10 @@ def describe(
 ) -> dict[str, dict[str, Any]]:
     """What each op would run on this device in this dtype: {op: {"backend": name, "rejected": {backend: reason}}}.
 
-    Where the backend is triton also "tables", the files that launch configurations come from, the first of them going
-    before the next, and "launched": what this process has launched kernels of the op with.
+    Where the backend is for a part of the op's calls alone also "part", what that is, and "otherwise", the backend that
+    runs the rest, or None if the rest raises because it is forced. Where the backend is triton also "tables", the files
+    that launch configurations come from, the first of them going before the next, and "launched": what this process has
+    launched kernels of the op with.
     head_dim: the attention's head size, where it is known. Does not raise if a forced backend cannot run: then
     "backend" is None and "rejected" holds the reason. An invalid FASTBERT_BACKEND does raise ValueError.
     """
@@ -334,23 +345,27 @@ def describe(
     result: dict[str, dict[str, Any]] = {}
     for op in ops:
         requires = head_dim if op == "attention" else None
-        forced, origin = _forced(op)
-        chosen: str | None = None
+        forced, origin, alone = _forced(op)
+        strict = forced is not None and (alone or _candidates(op)[forced].part is None)
+        chosen: list[Implementation] = []
         rejected: dict[str, str] = {}
         for implementation in _ordered(op, device_type):
             name = implementation.name
             reason = implementation.supports(device_type, dtype, requires)
             if reason is not None:
                 rejected[name] = reason
-            elif forced is not None and name != forced:
+            elif strict and name != forced:
                 rejected[name] = f"{origin} forces {forced}"
-            elif forced is None and (off := _off(op, implementation, device_type)) is not None:
+            elif name != forced and (off := _off(op, implementation, device_type)) is not None:
                 rejected[name] = off
-            elif chosen is not None:
-                rejected[name] = f"not needed, {chosen} comes first"
+            elif chosen and chosen[-1].part is None:
+                rejected[name] = f"not needed, {chosen[-1].name} comes first"
             else:
-                chosen = name
-        result[op] = {"backend": chosen, "rejected": rejected}
-        if chosen == "triton":
+                chosen.append(implementation)
+        backend, otherwise = [*(implementation.name for implementation in chosen), None, None][:2]
+        result[op] = {"backend": backend, "rejected": rejected}
+        if chosen and chosen[0].part is not None:
+            result[op] |= {"part": chosen[0].part, "otherwise": otherwise}
+        if backend == "triton":
             result[op] |= _launches(op, device)
     return result

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastbert import encoder
 from fastbert.encoder import TokenIds
-from fastbert.guards import ResolvedStack, captured, foreign_hook
+from fastbert.guards import ResolvedStack, bypass_reason, captured
 from fastbert.ops.embedding import like_input
 from fastbert.packing import PackedBatch, capturing, surplus_ends
 
@@ -226,7 +226,7 @@ class EncoderGraphs:
         `swapped.FastEmbeddings` that is ready for them), ids.
         """
         first = source if isinstance(source, Tensor) else source.input_ids
-        self.reason = self._broken or call_reason(first, batch, self.recorder.device_type)
+        self.reason = self._broken or replay_reason(first, batch, self.recorder.device_type)
         if self.reason is None and embeddings is not None:
             self.reason = ids_reason(embeddings, batch)
         if self.reason is not None:
@@ -311,7 +311,7 @@ class EncoderGraphs:
         return True
 
 
-def call_reason(hidden_states: Tensor, batch: PackedBatch, device_type: str) -> str | None:
+def replay_reason(hidden_states: Tensor, batch: PackedBatch, device_type: str) -> str | None:
     """Why no graph may serve a call, for what does not lie in the layers."""
     if hidden_states.device.type != device_type:
         return f"the model is on {hidden_states.device}, graphs need {device_type}"
@@ -339,13 +339,9 @@ def ids_reason(embeddings: Any, batch: PackedBatch) -> str | None:
 
 def layer_reason(layer: Any, x: Tensor) -> str | None:
     """Why a layer cannot be part of a graph, or None."""
-    if "stock" not in vars(type(layer)):  # none of `swapped`'s classes, or one on top of them
-        return f"a layer is a {type(layer).__qualname__} of {type(layer).__module__}"
-    hook = foreign_hook(layer)
-    if hook is not None:
-        return f"a hook ({hook}) sits on a layer"
-    if "forward" in vars(layer):
-        return "the forward of a layer is replaced"
+    reason = bypass_reason(layer, "a layer")
+    if reason is not None:
+        return reason
     reason, _, settings = layer.ready_parts(x)
     if reason is None and settings.dropout:
         return "dropout is on; model.eval() switches it off"

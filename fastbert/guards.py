@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 from transformers.activations import GELUActivation
-from transformers.utils.output_capturing import _active_collector
 
-from fastbert import encoder
+from fastbert import encoder, internals
+from fastbert.internals import active_collector, func_transform
 
 IMPLEMENTATION = "fastbert"
 PACKABLE = (IMPLEMENTATION, "sdpa")  # attention implementations under which the packed path may stand in
@@ -22,8 +21,9 @@ DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
-_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "torch.distributed")
+_GLOBAL_HOOKS = tuple(getattr(internals, f"global{name}") for name in HOOKS)
+_CAPTURE = "transformers.utils.output_capturing"  # whose hooks do nothing but in a call that is `recording`
+_HARMLESS_HOOKS = (_CAPTURE, "torch.distributed")
 _REQUIRE_GRADS = "make_inputs_require_grad"  # transformers' and PEFT's hook on the word embeddings, for checkpointing
 
 
@@ -38,6 +38,23 @@ def foreign_hook(module: nn.Module) -> str | None:
             if not harmless and not getattr(hook, "__name__", "").startswith(_REQUIRE_GRADS):
                 return getattr(hook, "__qualname__", type(hook).__qualname__)
     return None
+
+
+def bypass_reason(module: nn.Module, name: str) -> str | None:
+    """Why a swapped module has to be called itself, or None if what it does may be done past its call.
+
+    name: what to call it in the reason. More speaks against going past a module than against what `foreign_hook` is
+    about, a part or a layer that is called as ever: a class on top of ours, and every hook but those that transformers
+    captures outputs with.
+    """
+    cls = type(module)
+    if "stock" not in vars(cls):  # none of `swapped`'s classes, or one on top of them
+        return f"{name} is a {cls.__qualname__} of {cls.__module__}"
+    for hooks in HOOKS:
+        for hook in getattr(module, hooks).values():
+            if getattr(hook, "__module__", None) != _CAPTURE:
+                return f"a hook ({getattr(hook, '__qualname__', type(hook).__qualname__)}) sits on {name}"
+    return f"the forward of {name} is replaced" if "forward" in vars(module) else None
 
 
 class Resolved:
@@ -314,13 +331,13 @@ class ResolvedEmbeddings(Resolved):
 
 def captured(what: str) -> bool:
     """Whether transformers is recording "hidden_states" or "attentions" in the call that runs now."""
-    collected = _active_collector.get()
+    collected = active_collector.get()
     return collected is not None and what in collected
 
 
 def recording(config: Any) -> bool:
     """Whether outputs of single modules are recorded in the call that begins now, or by somebody around it."""
-    return config.output_hidden_states or config.output_attentions or _active_collector.get() is not None
+    return config.output_hidden_states or config.output_attentions or active_collector.get() is not None
 
 
 def call_reason(config: Any, kwargs: dict[str, Any]) -> str | None:
@@ -338,6 +355,6 @@ def call_reason(config: Any, kwargs: dict[str, Any]) -> str | None:
         return None
     if torch.jit.is_tracing():
         return "torch.jit.trace is running"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if func_transform() is not None:
         return "a torch.func transform is running"
     return None

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastbert.internals import assert_async
+
 SMALL = 4096  # places of a mask that is read on the CPU wherever it lies
 
 _bound: int | None = None  # process-wide: a checkpointed encoder is recomputed in a thread of autograd's own
@@ -133,7 +135,7 @@ class PackedBatch:
             return cls.full(batch, seqlen, attention_mask.device)
         mask = attention_mask if attention_mask.dtype is torch.bool else attention_mask != 0
         ends = mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        torch._assert_async(
+        assert_async(
             ends[-1] <= tokens, f"attention_mask has more than {tokens} tokens, the bound set by fastbert.token_bound"
         )
         indices = torch.nonzero_static(mask.reshape(-1), size=tokens, fill_value=batch * seqlen).view(-1)

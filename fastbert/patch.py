@@ -31,13 +31,9 @@ class FastMeta(type):
     """The type of the swapped classes, by which pickle knows them: it could not find them under their stock names."""
 
 
-def _class_of(stock: type[nn.Module]) -> Any:
-    return fast_class(stock)
-
-
 def rebuild(stock: type[nn.Module]) -> Any:
     """A swapped module without content, which is what unpickling begins with."""
-    cls = _class_of(stock)
+    cls = fast_class(stock)
     return cls.__new__(cls)
 
 
@@ -68,7 +64,7 @@ def _fast_class(stock: type[nn.Module], role: str, family: Family) -> Any:
     return FastMeta(stock.__name__, (mixin, stock), names)
 
 
-copyreg.pickle(FastMeta, lambda cls: (_class_of, (cls.stock,)))
+copyreg.pickle(FastMeta, lambda cls: (fast_class, (cls.stock,)))  # type: ignore[return-value]
 
 
 # --- optimize and restore ------------------------------------------------------------------------------------
@@ -209,8 +205,6 @@ def enable() -> None:
             swap(self, replace=())
 
     PreTrainedModel.post_init = post_init
-    if os.environ.get("FASTBERT_PATCH"):
-        print_calls_at_exit()
 
 
 def disable() -> None:

@@ -15,6 +15,7 @@ class Report:
     """What runs in a model, and why the rest does not. Prints as text.
 
     layers: [{"name", "path": "fast" | "stock", "reason"}], one entry a transformer layer; reason is None if fast.
+    embeddings: the same, one entry an embeddings module.
     ops: {op: {"backend", "rejected": {backend: reason}}}, for the device and dtype of the model's weights.
     calls: {"fast", "stock"}, the layer calls since `optimize`, without those inside torch.compile.
     cuda_graphs: [{"name", "reason", "held", "limit", "captured", "replayed", "dropped"}], one entry an encoder that was
@@ -25,26 +26,26 @@ class Report:
         self,
         layers: list[dict[str, Any]],
         ops: dict[str, Any],
-        others: list[dict[str, Any]],
+        embeddings: list[dict[str, Any]],
         cuda_graphs: list[dict[str, Any]],
-        count: Any,
+        calls: dict[str, int],
     ):
         self.layers = layers
         self.ops = ops
-        self.others = others
+        self.embeddings = embeddings
         self.cuda_graphs = cuda_graphs
-        self.calls = count
+        self.calls = calls
 
     def as_dict(self) -> dict[str, Any]:
-        """{"layers": [...], "ops": {...}}, and "cuda_graphs" where they were asked for: only what JSON can hold."""
-        told: dict[str, Any] = {"layers": self.layers, "ops": self.ops}
-        return copy.deepcopy(told | ({"cuda_graphs": self.cuda_graphs} if self.cuda_graphs else {}))
+        """The attributes by name, "cuda_graphs" only where they were asked for: only what JSON can hold."""
+        told = {name: value for name, value in vars(self).items() if value or name != "cuda_graphs"}
+        return copy.deepcopy(told)
 
     def __str__(self) -> str:
         fast = sum(layer["path"] == "fast" for layer in self.layers)
         lines = [f"{fast} of {len(self.layers)} layers fast; calls so far: {self.calls['fast']} fast"]
         lines[0] += f", {self.calls['stock']} stock"
-        for entry in (*self.layers, *self.others):
+        for entry in (*self.layers, *self.embeddings):
             lines.append(f"  {entry['name']}: {entry['path']}" + (f", {entry['reason']}" if entry["reason"] else ""))
         for graphs in self.cuda_graphs:
             lines.append(
@@ -54,7 +55,7 @@ class Report:
             lines += [f"  not the last call: {graphs['reason']}"] if graphs["reason"] else []
         for op, run in self.ops.items():
             lines.append(f"{op}: {run['backend'] or 'nothing can run'}")
-            lines += [f"  {line}" for line in dispatch.launches_as_text(run)]
+            lines += [f"  {line}" for line in dispatch.details_as_text(run)]
             lines += [f"  not {backend}: {reason}" for backend, reason in run["rejected"].items()]
         return "\n".join(lines)
 
@@ -70,9 +71,9 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__qualname__}")
     layers: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
+    embeddings: list[dict[str, Any]] = []
     cuda_graphs: list[dict[str, Any]] = []
-    count = {"fast": 0, "stock": 0}
+    calls = {"fast": 0, "stock": 0}
     head_dim, like = None, None
     for name, module in model.named_modules():
         role = families.role_of(module)
@@ -90,12 +91,12 @@ def report(model: nn.Module) -> Report:
             if reason is None and "forward" in vars(module) and not state.fast:
                 reason = "its forward was replaced before fastbert.optimize was called"
         entry = {"name": name, "path": "fast" if reason is None else "stock", "reason": reason}
-        (layers if role == "layer" else others).append(entry)
+        (layers if role == "layer" else embeddings).append(entry)
         if isinstance(module, swapped.FastLayer):
-            count["fast"] += module._fastbert.fast
-            count["stock"] += module._fastbert.stock
+            calls["fast"] += module._fastbert.fast
+            calls["stock"] += module._fastbert.stock
             like = like if like is not None else next(module.parameters(), None)
             head_dim = head_dim or getattr(module.resolve(), "head_dim", None)
     like = like if like is not None else next(model.parameters(), None)
     device, dtype = ("cpu", torch.float32) if like is None else (like.device, like.dtype)
-    return Report(layers, dispatch.describe(device, dtype, head_dim=head_dim), others, cuda_graphs, count)
+    return Report(layers, dispatch.describe(device, dtype, head_dim=head_dim), embeddings, cuda_graphs, calls)

@@ -15,11 +15,11 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from fastbert import encoder, graphs
 from fastbert.families import Family
 from fastbert.guards import (
-    HOOKS,
     PACKABLE,
     ResolvedEmbeddings,
     ResolvedLayer,
     ResolvedStack,
+    bypass_reason,
     call_reason,
     captured,
     foreign_hook,
@@ -310,9 +310,7 @@ def stack_of(layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -
     """The layers as one, or None if one of them would not run like the others, or has to be called."""
     shared = None
     for layer in layers:
-        if not takes_packed(layer, batch) or "stock" not in vars(type(layer)):
-            return None
-        if any(getattr(layer, name) for name in HOOKS):
+        if not takes_packed(layer, batch) or bypass_reason(layer, "a layer") is not None:
             return None
         reason, _, settings = layer.ready_parts(hidden_states)
         if reason is not None or settings.dropout or (shared is not None and settings != shared):
@@ -445,18 +443,10 @@ def packs_first(model: Any, kwargs: dict[str, Any]) -> bool:
         and not config.is_decoder
         and getattr(config, "is_causal", None) is None
         and call_reason(config, {}) is None
-        and untouched(embeddings, FastEmbeddings)
-        and untouched(stack, FastEncoder)
+        and isinstance(embeddings, FastEmbeddings)
+        and bypass_reason(embeddings, "embeddings") is None
+        and isinstance(stack, FastEncoder)
+        and bypass_reason(stack, "encoder") is None
         and "embeddings_project" not in parts  # ELECTRA's, where embeddings are narrower than the layers
         and embeddings.ready_parts()[0] is None
-    )
-
-
-def untouched(module: Any, kind: type[Fast]) -> bool:
-    """Whether a module need not be called: of a swapped class itself, and without a hook or another forward."""
-    return (
-        isinstance(module, kind)
-        and "stock" in vars(type(module))
-        and "forward" not in vars(module)
-        and not any(getattr(module, name) for name in HOOKS)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from typing import Any
 
 import torch
@@ -90,18 +91,14 @@ def attention(
     checks.tensor("attention", "qkv", qkv)
     if scale is None and qkv.dim() == 4 and qkv.size(3) > 0:
         scale = 1.0 / math.sqrt(qkv.size(3))
-    if _cpu.missing is None and leaf.direct(qkv, backend) and dropout_p == 0.0 and seed is None and bias is None:
-        try:
-            with leaf.below_autograd():
-                return _cpu.forward(qkv, cu_seqlens, max_seqlen, scale, 0.0, None, None)[0]
-        except RuntimeError:
-            pass
+    if dropout_p == 0.0 and seed is None and bias is None and leaf.direct(_cpu, qkv, backend):
+        done = _cpu.attempt(qkv, cu_seqlens, max_seqlen, scale, 0.0, None, None)
+        if done is not None:
+            return done[0]
     if checks.autocasting(qkv):
         qkv = checks.autocast(qkv)
     _check(qkv, cu_seqlens, max_seqlen, bias, dropout_p, seed)
-    head_dim = qkv.size(3)
-    if torch.compiler.is_compiling():  # it may be symbolic, and a choice needs a constant
-        head_dim = (8 if head_dim <= _TRITON_HEAD_DIM else 8 * _TRITON_HEAD_DIM) if head_dim % 8 == 0 else 1
+    head_dim = operator.index(qkv.size(3))  # compiled code is made for one head size, which the choice depends on
     chosen = dispatch.select("attention", device=qkv.device, dtype=qkv.dtype, requires=head_dim, backend=backend)
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(qkv.device)
@@ -211,11 +208,9 @@ def _run(
     if kernels is _triton and qkv.is_cpu and not torch.compiler.is_compiling():  # on a GPU, reading them would wait
         check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
     choice = () if kernels is _cpu else (deterministic,)  # it always repeats
+    save = leaf.needs_grad(qkv, bias)
     try:
-        if leaf.needs_grad(qkv, bias) or torch.compiler.is_compiling():
-            return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias, *choice)[0]
-        with leaf.below_autograd():
-            return kernels.forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias, *choice)[0]
+        return kernels.call(save, qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias, *choice)[0]
     except RuntimeError:
         if kernels is _cpu:  # it checks the lengths too, but can raise nothing else
             check_lengths(cu_seqlens, qkv.size(0), max_seqlen)

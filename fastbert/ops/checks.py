@@ -9,12 +9,14 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor(op: str, name: str, value: object) -> Tensor:
+    """Raises TypeError if an argument is no tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     return value
 
 
 def floating(op: str, name: str, value: object) -> Tensor:
+    """Raises TypeError if an argument is no tensor of one of FLOAT_DTYPES."""
     value = tensor(op, name, value)
     if value.dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
@@ -23,7 +25,9 @@ def floating(op: str, name: str, value: object) -> Tensor:
 
 
 def operand(op: str, name: str, value: object, like: Tensor, like_name: str, *, same_dtype: bool = True) -> Tensor:
-    """A floating point tensor on the device (and by default in the dtype) of another argument."""
+    """A floating point tensor on the device (and by default in the dtype) of another argument, or ValueError for the
+    device and TypeError for the rest.
+    """
     value = floating(op, name, value)
     if value.device != like.device:
         raise ValueError(f"{op}: {name} is on {value.device} but {like_name} is on {like.device}; they must agree")
@@ -33,17 +37,22 @@ def operand(op: str, name: str, value: object, like: Tensor, like_name: str, *, 
 
 
 def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """Raises ValueError unless a tensor has this shape. meaning: the same in words, "[hidden]"."""
     if tuple(value.shape) != expected:
         raise ValueError(f"{op}: {name} must have shape {meaning} = {list(expected)}, got {list(value.shape)}")
 
 
 def probability(op: str, name: str, value: float) -> float:
+    """Raises ValueError unless an argument lies in [0, 1], which NaN does not."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{op}: {name} must be between 0 and 1, got {value}")
     return value
 
 
 def seed(op: str, value: object, like: Tensor) -> None:
+    """Raises unless the argument `seed` is one int64 on the device of `like`: TypeError if it is no tensor, else
+    ValueError.
+    """
     value = tensor(op, "seed", value)
     if value.dtype != torch.int64 or value.numel() != 1:
         raise ValueError(
@@ -54,6 +63,7 @@ def seed(op: str, value: object, like: Tensor) -> None:
 
 
 def integer_ids(op: str, name: str, value: object, device: torch.device) -> Tensor:
+    """Raises TypeError if an argument is no int64 or int32 tensor, ValueError if it is not on the weights' device."""
     value = tensor(op, name, value)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: {name} must be torch.int64 or torch.int32, got {value.dtype}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def embedding(
     TypeError for wrong shapes, dtypes or devices, ValueError for packed ids without positions. The Triton kernels, for
     which the host does not wait, give NaN where an id has no row.
     """
-    if dropout_p == 0.0 and seed is None and leaf.direct(word, backend):
+    if dropout_p == 0.0 and seed is None and leaf.direct(_cpu, word, backend):
         y = _direct(input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, padding_idx, eps)
         if y is not None:
             return y
@@ -95,7 +96,7 @@ def embedding(
         token_type_ids = torch.zeros((), dtype=torch.int64, device=input_ids.device)
     position_ids = like_input(position_ids, "position_ids", input_ids)
     token_type_ids = like_input(token_type_ids, "token_type_ids", input_ids)
-    others = (weight.dtype, weight.size(0) > dispatch.WIDEST)
+    others = (weight.dtype, operator.index(weight.size(0)))
     chosen = dispatch.select("embedding", device=word.device, dtype=word.dtype, requires=others, backend=backend)
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(word.device)
@@ -251,11 +252,7 @@ def _run(
     )
     save = leaf.needs_grad(word, position, token_type, weight, bias)
     try:
-        if save or torch.compiler.is_compiling():
-            y = kernels.forward(*arguments, save)[0]
-        else:
-            with leaf.below_autograd():
-                y = kernels.forward(*arguments, False)[0]
+        y = kernels.call(save, *arguments, save)[0]
     except RuntimeError:  # the kernel checks the ids too, but can raise nothing else
         check_ids(input_ids, position_ids, token_type_ids, word, position, token_type)
         raise
@@ -275,8 +272,6 @@ def _direct(
     eps: float,
 ) -> Tensor | None:
     """The C++ op at once (see `leaf.direct`), which repeats the ids of one sequence itself; None if it refuses."""
-    if _cpu.missing is not None:
-        return None
     try:
         shape = input_ids.shape
         if len(shape) not in (1, 2) or (padding_idx is not None and not 0 <= padding_idx < word.shape[0]):
@@ -290,11 +285,10 @@ def _direct(
         elif token_type_ids.shape != shape:
             return None
         ids = (input_ids.reshape(-1), position_ids.reshape(-1), token_type_ids.reshape(-1))
-        with leaf.below_autograd():
-            y = _cpu.forward(*ids, word, position, token_type, weight, bias, -1, eps, 0.0, None, False)[0]
-        return y.view(*shape, y.size(1))
+        done = _cpu.attempt(*ids, word, position, token_type, weight, bias, -1, eps, 0.0, None, False)
     except (AttributeError, IndexError, RuntimeError, TypeError):  # the full way says what is wrong
         return None
+    return None if done is None else done[0].view(*shape, word.size(1))
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
@@ -302,8 +296,8 @@ def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | 
 
 
 def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    wide = requires is not None and requires[1]
-    return dispatch.triton_rows_reason(device_type, (dtype, *(requires or ())[:1]), wide)
+    weight_dtype, columns = requires or (dtype, 0)
+    return dispatch.triton_rows_reason(device_type, (dtype, weight_dtype), columns)
 
 
 def _forward_fake(

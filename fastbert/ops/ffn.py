@@ -28,12 +28,10 @@ def ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *, backend: 
     Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
     checks.tensor("ffn", "x", x)
-    if _cpu.missing is None and leaf.direct(x, backend) and x.dim() == 2:
-        try:
-            with leaf.below_autograd():
-                return _cpu.forward(x, weight1, bias1, weight2, False)[0]
-        except RuntimeError:
-            pass
+    if x.dim() == 2 and leaf.direct(_cpu, x, backend):
+        done = _cpu.attempt(x, weight1, bias1, weight2, False)
+        if done is not None:
+            return done[0]
     if checks.autocasting(x):
         x, weight1, bias1, weight2 = (checks.autocast(value) for value in (x, weight1, bias1, weight2))
     _check(x, weight1, bias1, weight2)
@@ -75,11 +73,7 @@ def _run(kernels: leaf.Leaf, x: Tensor, weight1: Tensor, bias1: Tensor, weight2:
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
     rows, weight1, bias1, weight2 = rows.contiguous(), weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
     save = leaf.needs_grad(rows, weight1, bias1, weight2)
-    if save or torch.compiler.is_compiling():
-        y = kernels.forward(rows, weight1, bias1, weight2, save)[0]
-    else:
-        with leaf.below_autograd():
-            y = kernels.forward(rows, weight1, bias1, weight2, False)[0]
+    y = kernels.call(save, rows, weight1, bias1, weight2, save)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,14 +65,12 @@ def layernorm(
     Differentiable once. Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
     checks.tensor("layernorm", "x", x)
-    if _cpu.missing is None and leaf.direct(x, backend) and dropout_p == 0.0 and seed is None and x.dim() == 2:
-        try:
-            with leaf.below_autograd():
-                return _cpu.forward(x, x_bias, residual, weight, bias, eps, 0.0, None, False)[0]
-        except RuntimeError:
-            pass
+    if dropout_p == 0.0 and seed is None and x.dim() == 2 and leaf.direct(_cpu, x, backend):
+        done = _cpu.attempt(x, x_bias, residual, weight, bias, eps, 0.0, None, False)
+        if done is not None:
+            return done[0]
     _check(x, weight, bias, x_bias, residual, dropout_p, seed)
-    others = (weight.dtype, None if residual is None else residual.dtype, weight.size(0) > dispatch.WIDEST)
+    others = (weight.dtype, None if residual is None else residual.dtype, operator.index(weight.size(0)))
     chosen = dispatch.select("layernorm", device=x.device, dtype=x.dtype, requires=others, backend=backend)
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(x.device)
@@ -132,11 +131,7 @@ def _run(
     if residual is not None:
         residual = (residual if x.dim() == 2 else residual.reshape(-1, x.size(-1))).contiguous()
     save = leaf.needs_grad(rows, x_bias, residual, weight, bias)
-    if save or torch.compiler.is_compiling():
-        y = kernels.forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, save)[0]
-    else:
-        with leaf.below_autograd():
-            y = kernels.forward(rows, x_bias, residual, weight, bias, eps, dropout_p, seed, False)[0]
+    y = kernels.call(save, rows, x_bias, residual, weight, bias, eps, dropout_p, seed, save)[0]
     return y if x.dim() == 2 else y.view(x.shape)
 
 
@@ -145,19 +140,27 @@ def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | 
 
 
 def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    wide = requires is not None and requires[2]
-    return dispatch.triton_rows_reason(device_type, (dtype, *_given(requires)), wide)
+    return dispatch.triton_rows_reason(device_type, (dtype, *_given(requires)), _columns(requires))
 
 
-def _given(requires: tuple[torch.dtype, torch.dtype | None, bool] | None) -> Iterator[torch.dtype]:
+def _given(requires: tuple[torch.dtype, torch.dtype | None, int] | None) -> Iterator[torch.dtype]:
     return (other for other in requires or () if isinstance(other, torch.dtype))
+
+
+def _columns(requires: tuple[torch.dtype, torch.dtype | None, int] | None) -> int:
+    return requires[2] if requires else 0
 
 
 def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     reason = dispatch.cuda_reason(_cuda.missing, device_type, (dtype, *_given(requires)))
     residual = requires[1] if requires else None
     if reason is None and {dtype, residual} == {torch.bfloat16, torch.float16}:
-        reason = "has no kernel for x in one and residual in the other of torch.bfloat16 and torch.float16"
+        return "has no kernel for x in one and residual in the other of torch.bfloat16 and torch.float16"
+    columns = _columns(requires)
+    if reason is None and columns > dispatch.WIDEST:
+        return f"has kernels for rows of up to {dispatch.WIDEST} columns, not {columns}"
+    if reason is None and columns > dispatch.WIDEST // 2 and columns % 8 != 0:
+        return f"has kernels for more than {dispatch.WIDEST // 2} columns only in multiples of 8, not for {columns}"
     return reason
 
 

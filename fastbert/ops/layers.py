@@ -33,13 +33,9 @@ def layers(
     cu_seqlens, max_seqlen, scale, bias: as in `attention`. weights: of each layer weight and bias of query, key, value,
     attention output, first norm, up, down, second norm. eps1, eps2: of the norms.
     """
-    if _cpu.missing is not None or not leaf.direct(x, None):
+    if not leaf.direct(_cpu, x, None):
         return None
-    try:
-        with leaf.below_autograd():
-            return _cpu.forward(x, cu_seqlens, max_seqlen, heads, scale, bias, weights, eps1, eps2)
-    except RuntimeError:
-        return None
+    return _cpu.attempt(x, cu_seqlens, max_seqlen, heads, scale, bias, weights, eps1, eps2)
 
 
 def _forward_fake(x: Tensor, *arguments: Any) -> Tensor:

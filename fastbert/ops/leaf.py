@@ -12,14 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn import Parameter
 
 from fastbert import dispatch
-
-# Below autograd an op costs a few microseconds less. Only for calls that need no gradient, and not while compiling.
-below_autograd = torch._C._AutoDispatchBelowAutograd
+from fastbert.internals import below_autograd, tree_leaves
 
 
 class Leaf:
@@ -36,6 +33,23 @@ class Leaf:
         self.missing = next(filter(None, map(dispatch.missing_leaf, names)), None)
         self.forward: Any = dispatch.leaf(names[0])
         self.backward: Any = dispatch.leaf(names[-1]) if backward else None
+
+    def call(self, recorded: bool, *arguments: Any) -> Any:
+        """The forward op. recorded: whether autograd has to record the call. If not, it is made below autograd, but not
+        while compiling.
+        """
+        if recorded or torch.compiler.is_compiling():
+            return self.forward(*arguments)
+        with below_autograd():
+            return self.forward(*arguments)
+
+    def attempt(self, *arguments: Any) -> Any:
+        """The forward op below autograd, where `direct` allows it; None if it refuses these arguments."""
+        try:
+            with below_autograd():
+                return self.forward(*arguments)
+        except RuntimeError:
+            return None
 
 
 def define_triton(op: str, forward: str, backward: str | None = None) -> Leaf:
@@ -101,7 +115,7 @@ def _guarded(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fake)
     def checked(*args: Any) -> Any:
-        tensors = [arg for arg in pytree.tree_leaves(args) if isinstance(arg, Tensor)]
+        tensors = [arg for arg in tree_leaves(args) if isinstance(arg, Tensor)]
         if any(type(value) in (Tensor, Parameter) and not value.is_meta for value in tensors):
             raise RuntimeError(f"{op}: some tensors are on the meta device and others are not; they must agree")
         return fake(*args)
@@ -113,12 +127,13 @@ def second_order_message(leaf: Leaf) -> str:
     return f'{leaf.op}: the {leaf.backend} backend has no second-order gradients; use backend="reference" for them'
 
 
-def direct(x: Tensor, backend: str | None) -> bool:
+def direct(kernels: Leaf, x: Tensor, backend: str | None) -> bool:
     """Whether an op may call its C++ op at once and leave the checks to it: the path of inference, where a microsecond
     an op counts. If the C++ op refuses, the op goes its full way: argument checks, and the choice of implementation.
     """
     return (
-        not torch.compiler.is_compiling()
+        kernels.missing is None
+        and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and backend is None
         and x.is_cpu

@@ -14,7 +14,7 @@ from fastbert import dispatch
 from fastbert.ops import checks, leaf
 
 MAX_WEIGHTS = 4  # of one call; the C++ op has room for no more
-FEW_ROWS = 512  # up to here putting weights together on a GPU would take about as long as the product
+FEW_TOKENS = 512  # up to here putting weights together on a GPU would take about as long as the product
 
 
 def linear_ref(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -23,8 +23,8 @@ def linear_ref(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def linear_cuda(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """One product with the weights side by side. They are put together at each call, so that no copy can be stale.
+def linear_vendor(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """One product of the vendor's library, with the weights side by side: put together at each call, no copy is stale.
 
     Query, key and value of BERT-large are 6 MiB in bfloat16, some microseconds to copy, where the reference copies the
     output of every token; for few tokens, Triton's kernel reads the weights where they lie. The backward is one product
@@ -54,18 +54,17 @@ def linear(
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
     checks.tensor("linear", "x", x)
-    if _cpu.missing is None and leaf.direct(x, backend) and x.dim() == 2:
-        try:
-            with leaf.below_autograd():
-                return _cpu.forward(x, weights, biases)
-        except RuntimeError:
-            pass
+    if x.dim() == 2 and leaf.direct(_cpu, x, backend):
+        y = _cpu.attempt(x, weights, biases)
+        if y is not None:
+            return y
     if checks.autocasting(x):
         x = checks.autocast(x)
         weights = [checks.autocast(w) for w in weights]
         biases = [checks.autocast(b) for b in biases]
     _check(x, weights, biases)
-    chosen = dispatch.select("linear", device=x.device, dtype=x.dtype, backend=backend)
+    unfit = _unfit_for_triton(x, weights)
+    chosen = dispatch.select("linear", device=x.device, dtype=x.dtype, requires=unfit, backend=backend)
     return chosen.run(x, weights, biases)
 
 
@@ -97,6 +96,7 @@ _triton = leaf.define_triton(
     "(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
     "(Tensor dy, Tensor x, Tensor[] weights, bool need_dx, bool need_dw, bool need_db) -> (Tensor, Tensor, Tensor)",
 )
+_TRITON_PART = f"several weights of one size on up to {FEW_TOKENS} rows, outside torch.compile"
 
 
 def _run(kernels: leaf.Leaf, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -104,25 +104,21 @@ def _run(kernels: leaf.Leaf, x: Tensor, weights: list[Tensor], biases: list[Tens
     rows = rows.contiguous()
     weights = [weight.contiguous() for weight in weights]
     biases = [bias.contiguous() for bias in biases]
-    if leaf.needs_grad(rows, *weights, *biases) or torch.compiler.is_compiling():
-        y = kernels.forward(rows, weights, biases)
-    else:
-        with leaf.below_autograd():
-            y = kernels.forward(rows, weights, biases)
+    y = kernels.call(leaf.needs_grad(rows, *weights, *biases), rows, weights, biases)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(1))
 
 
-def _run_triton(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """By Triton what it is for: weights of one size on few rows, in 16 bits. The rest is the vendor's."""
-    if (
-        torch.compiler.is_compiling()  # where the number of rows must not shape the graph
-        or len(weights) == 1
-        or x.dtype is torch.float32
-        or x.numel() > FEW_ROWS * x.size(-1)
-        or any(weight.shape != weights[0].shape for weight in weights)
-    ):
-        return linear_cuda(x, weights, biases)
-    return _run(_triton, x, weights, biases)
+def _unfit_for_triton(x: Tensor, weights: list[Tensor]) -> str | None:
+    """Why a product is not what the Triton kernel is for, whatever the dtype, or None."""
+    if len(weights) == 1:
+        return "multiplies several weights at once: a single one is the vendor's"
+    if torch.compiler.is_compiling():
+        return f"is for up to {FEW_TOKENS} rows, whose number must not shape a compiled graph"
+    if x.numel() > FEW_TOKENS * x.size(-1):
+        return f"is for up to {FEW_TOKENS} rows: more are the vendor's"
+    if any(weight.shape != weights[0].shape for weight in weights):
+        return "multiplies weights of one size"
+    return None
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
@@ -130,10 +126,13 @@ def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | 
 
 
 def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    return dispatch.triton_reason(device_type, (dtype,))
+    reason = dispatch.triton_reason(device_type, (dtype,))
+    if reason is None and dtype is torch.float32:
+        return "multiplies 16-bit numbers only: fp32 products are the vendor's"
+    return reason or requires
 
 
-def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
+def _supports_vendor(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     return None if device_type == "cuda" else f"needs a tensor on cuda, this one is on {device_type}"
 
 
@@ -187,8 +186,8 @@ implementations = dispatch.register(
     "linear",
     (
         dispatch.Implementation("cpu", functools.partial(_run, _cpu), _supports_cpu),
-        dispatch.Implementation("triton", _run_triton, _supports_triton),
-        dispatch.Implementation("cuda", linear_cuda, _supports_cuda),
+        dispatch.Implementation("triton", functools.partial(_run, _triton), _supports_triton, part=_TRITON_PART),
+        dispatch.Implementation("vendor", linear_vendor, _supports_vendor),
         dispatch.Implementation("reference", linear_ref, dispatch.always),
     ),
 )

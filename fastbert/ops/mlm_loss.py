@@ -56,10 +56,15 @@ def mlm_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of BERT's masked language model head, computed only where there is a label.
 
-    hidden: [..., H]. labels: int64 [...], in [0, V) or ignore_index. decoder_weight: [V, H]. decoder_bias: [V].
-    transform_weight: [H, H]. transform_bias, norm_weight, norm_bias: [H].
+    hidden: [..., H]. labels: int64 [...], in [0, V) or ignore_index. decoder_weight: [V, H]. decoder_bias: [V], or None
+        for a decoder without one. transform_weight: [H, H]. transform_bias, norm_weight, norm_bias: [H].
+        hidden and the transform's weight and bias have one dtype, outside of autocast also that of decoder_weight;
+        decoder_bias has decoder_weight's. Under autocast, the products cast as nn.Linear would.
+    label_smoothing: in [0, 1]: the share of each target that is spread over the whole vocabulary, as
+        F.cross_entropy does it.
     num_items: what the sum is divided by, in place of the number of labels (gradient accumulation).
-    backend: forces an implementation (see `fastbert.dispatch`), for the transform too where its ops have it.
+    backend: forces an implementation (see `fastbert.dispatch`) of the loss and of the transform's `layernorm` and
+        `linear`; but Triton has no kernel for a `linear` of one weight, which chooses for itself then.
 
     Returns (loss, count): a float32 scalar (float64 for float64), and the number of labels, int64. Without any
     label the loss is NaN, as PyTorch's own mean is, and the gradients are 0. Differentiable once.
@@ -80,8 +85,10 @@ def mlm_loss(
     if chosen.name != "triton" and not torch.compiler.is_compiling():
         index = labelled.nonzero().squeeze(1)
         hidden, labels = hidden[index], labels[index]
+    # Triton has no kernel for a product with one weight: forced, it would raise.
+    linear_backend = None if backend == "triton" else backend
     transformed = layernorm(
-        F.gelu(linear(hidden, transform_weight, transform_bias, backend=None if backend == "triton" else backend)),
+        F.gelu(linear(hidden, transform_weight, transform_bias, backend=linear_backend)),
         norm_weight,
         norm_bias,
         eps=eps,
@@ -163,10 +170,7 @@ def _run(
         bias = bias.contiguous()
     save = leaf.needs_grad(hidden, weight, bias)
     try:
-        if save or torch.compiler.is_compiling():
-            return kernels.forward(hidden, labels, weight, bias, ignore_index, label_smoothing, save)[0]
-        with leaf.below_autograd():
-            return kernels.forward(hidden, labels, weight, bias, ignore_index, label_smoothing, False)[0]
+        return kernels.call(save, hidden, labels, weight, bias, ignore_index, label_smoothing, save)[0]
     except RuntimeError:  # the kernel checks the labels too, but can raise nothing else
         check_labels(labels, weight.size(0), ignore_index)
         raise

@@ -24,7 +24,6 @@ import triton.language as tl
 from fastbert.kernels.dropout import dropped, keep_attention, keep_attention_transposed
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
 UNSPECIALIZED = ("batch", "total", "heads", "threshold", "bias_batch", "bias_head", "bias_query", "bias_width")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastbert.kernels import configs, dropout, rows
 from fastbert.kernels.layernorm import shape_class
 
-FEW_ROWS = 16
+SMALL_TABLE = 16  # rows
 _GATHER = {"BLOCK_T": 16, "BLOCK_N": 256, "num_warps": 4}
 _FEW = {"PART": 256, "BLOCK_T": 16, "BLOCK_N": 128, "num_warps": 4}
 
@@ -67,9 +67,7 @@ def _embedding_fwd_kernel(
     v = _table_rows(word, word_id, num_words, column, inside, HIDDEN)
     v += _table_rows(token_type, type_id, num_types, column, inside, HIDDEN)
     v += _table_rows(position, position_id, num_positions, column, inside, HIDDEN)
-    average = tl.sum(v, 1) / HIDDEN
-    centred = tl.where((column < HIDDEN)[None, :], v - average[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred, 1) / HIDDEN + eps)
+    _, inverse, centred = rows.standardize(v, column, eps, HIDDEN)
     normal = centred * inverse[:, None]
     offset = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
     if xhat is not None:
@@ -117,9 +115,7 @@ def _embedding_bwd_kernel(
         dbias += g
         dweight += g * normal
         g *= w
-        mean_g = tl.sum(g, 1) / HIDDEN
-        mean_gx = tl.sum(g * normal, 1) / HIDDEN
-        tl.store(dz + offset, (g - mean_g[:, None] - normal * mean_gx[:, None]) * inverse, mask=inside)
+        tl.store(dz + offset, rows.standardize_bwd(g, normal, inverse, HIDDEN), mask=inside)
     out = partials + program * HIDDEN + column
     tl.store(out, tl.sum(dweight, 0), mask=column < HIDDEN)
     tl.store(out + programs.to(tl.int64) * HIDDEN, tl.sum(dbias, 0), mask=column < HIDDEN)
@@ -285,7 +281,7 @@ def _table_gradient(dz: Tensor, ids: Tensor, size: int, padding_idx: int) -> Ten
     dtable = dz.new_empty(size, hidden)
     if size == 0:
         return dtable
-    if size <= FEW_ROWS:
+    if size <= SMALL_TABLE:
         parts = max(1, configs.cdiv(num_tokens, _FEW["PART"]))
         partials = dz.new_empty(1, parts, size * hidden, dtype=torch.float32)
         grid = parts, configs.cdiv(hidden, _FEW["BLOCK_N"]), size

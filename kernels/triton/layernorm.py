@@ -49,9 +49,7 @@ def _layernorm_fwd_kernel(
         v += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
     if z is not None:
         tl.store(z + offset, v, mask=inside)
-    average = tl.sum(v, 1) / HIDDEN
-    centred = tl.where((column < HIDDEN)[None, :], v - average[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred, 1) / HIDDEN + eps)
+    average, inverse, centred = rows.standardize(v, column, eps, HIDDEN)
     if mean is not None:
         tl.store(mean + row, average, mask=row < num_rows)
         tl.store(rstd + row, inverse, mask=row < num_rows)
@@ -98,9 +96,7 @@ def _layernorm_bwd_kernel(
         dbias += g
         dweight += g * xhat
         g *= w  # zero outside, whatever xhat is there
-        mean_g = tl.sum(g, 1) / HIDDEN
-        mean_gx = tl.sum(g * xhat, 1) / HIDDEN
-        d = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * inverse
+        d = rows.standardize_bwd(g, xhat, inverse, HIDDEN)
         tl.store(dz + offset, d, mask=inside)
         if seed is not None:
             d = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), d * keep_scale, 0.0)

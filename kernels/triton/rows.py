@@ -1,4 +1,4 @@
-"""What the kernels that work on rows of a matrix share: their shapes, and sums down the rows without atomics."""
+"""What kernels that work on rows of a matrix share: LayerNorm, their shapes, and sums down the rows without atomics."""
 
 from __future__ import annotations
 
@@ -25,6 +25,25 @@ def processors(device: torch.device) -> int:
 def block_columns(columns: int) -> int:
     """The power of two that a program which holds whole rows pads them to."""
     return max(16, configs.next_power_of_2(columns))
+
+
+@triton.jit
+def standardize(v, column, eps, HIDDEN: tl.constexpr):
+    """Of whole rows v [BLOCK_M, BLOCK_N]: their mean, 1 / their standard deviation, and v - mean, 0 from HIDDEN on."""
+    average = tl.sum(v, 1) / HIDDEN
+    centred = tl.where((column < HIDDEN)[None, :], v - average[:, None], 0.0)
+    return average, tl.rsqrt(tl.sum(centred * centred, 1) / HIDDEN + eps), centred
+
+
+@triton.jit
+def standardize_bwd(g, xhat, inverse, HIDDEN: tl.constexpr):
+    """The gradient of v, from that of xhat = (v - mean) * inverse: g, 0 from HIDDEN on, xhat [BLOCK_M, BLOCK_N].
+
+    inverse: [BLOCK_M, 1].
+    """
+    mean_g = tl.sum(g, 1) / HIDDEN
+    mean_gx = tl.sum(g * xhat, 1) / HIDDEN
+    return (g - mean_g[:, None] - xhat * mean_gx[:, None]) * inverse
 
 
 @triton.jit(do_not_specialize=("programs",))

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fastbert
+from fastbert import guards
 
 
 def check_same(model: nn.Module, expected: str, *, layers: slice = slice(0, 1), **extra: Any) -> None:
@@ -319,6 +320,28 @@ def test_a_forced_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("FASTBERT_BACKEND", "triton")
     with pytest.raises(RuntimeError, match=r"FASTBERT_BACKEND=triton forces \w+:triton, which cannot run: "):
         model(**inputs())
+
+
+def test_what_may_be_done_past_a_layers_own_call() -> None:
+    model = fastbert.optimize(build())
+
+    def reason() -> str | None:
+        return guards.bypass_reason(first(model), "a layer")
+
+    def hook(*_: Any) -> None: ...
+
+    model(**inputs(), output_hidden_states=True)
+    assert any(getattr(first(model), name) for name in guards.HOOKS)  # transformers' own, which stays
+    assert reason() is None
+    hook.__module__ = "torch.distributed.fsdp"  # may change what lies in the layer: harmless only where it is called
+    with first(model).register_forward_pre_hook(hook):
+        assert guards.foreign_hook(first(model)) is None
+        assert reason() == f"a hook ({hook.__qualname__}) sits on a layer"
+    first(model).forward = first(model).forward
+    assert reason() == "the forward of a layer is replaced"
+    del first(model).forward
+    first(model).__class__ = type("Above", (type(first(model)),), {})
+    assert "a layer is a Above of" in str(reason())
 
 
 def test_layers_of_several_dtypes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import warnings
 from typing import Any
@@ -374,7 +375,10 @@ def test_report() -> None:
         {"name": "bert.encoder.layer.0", "path": "fast", "reason": None},
         {"name": "bert.encoder.layer.1", "path": "stock", "reason": "chunk_size_feed_forward is set"},
     ]
-    assert set(told) == {"layers", "ops"}
+    assert told["embeddings"] == [{"name": "bert.embeddings", "path": "fast", "reason": None}]
+    assert told["calls"] == {"fast": 1, "stock": 1}
+    assert set(told) == {"layers", "ops", "embeddings", "calls"}
+    assert json.loads(json.dumps(told)) == told
     assert set(told["ops"]) == {"attention", "ffn", "layernorm", "embedding", "mlm_loss", "linear"}
     for op in told["ops"].values():
         assert op["backend"] not in op["rejected"]

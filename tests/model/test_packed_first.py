@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils.output_capturing import _active_collector
 
 import fastbert
-from fastbert import encoder, ops, swapped
+from fastbert import dispatch, encoder, ops, swapped
 
 FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "data2vec_text", "electra")
 PADDED = (4, 21)  # the shape of the ids that `inputs` makes
@@ -257,10 +257,33 @@ def test_embeddings_given(embedded: list[tuple[int, ...]]) -> None:
     embeds = model.embeddings.word_embeddings(batch.pop("input_ids"))
     model(inputs_embeds=embeds, **batch)
     assert embedded == []
-    others = fastbert.report(model).others
-    assert [(entry["path"], entry["reason"]) for entry in others] == [("stock", "inputs_embeds were given")]
+    embeddings = fastbert.report(model).embeddings
+    assert [(entry["path"], entry["reason"]) for entry in embeddings] == [("stock", "inputs_embeds were given")]
     model(**inputs("right"))
-    assert fastbert.report(model).others[0]["path"] == "fast"
+    assert fastbert.report(model).embeddings[0]["path"] == "fast"
+
+
+def test_a_call_that_captured_outputs_leaves_nothing_behind(
+    embedded: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers never takes its hooks away again."""
+    if dispatch.extension_error is not None:
+        pytest.skip(dispatch.extension_error)
+    model, batch = fastbert.optimize(base()), inputs("right")
+    layers: list[int] = []
+    at_once = encoder.layers_op
+
+    def counted(*arguments: Any) -> Tensor | None:
+        layers.append(len(arguments[6]) // 16)
+        return at_once(*arguments)
+
+    monkeypatch.setattr(encoder, "layers_op", counted)
+    with torch.no_grad():
+        expected = model(**batch)[0]
+        assert len(model(**batch, output_hidden_states=True).hidden_states) == 3
+        assert torch.equal(model(**batch)[0], expected)
+    assert layers == [2, 1, 1, 2]
+    assert embedded[0] == embedded[-1] != PADDED
 
 
 def test_stock_embeddings(embedded: list[tuple[int, ...]]) -> None:
@@ -270,7 +293,7 @@ def test_stock_embeddings(embedded: list[tuple[int, ...]]) -> None:
         y = model(**batch)[0][real(batch)]
         if model is not stock:
             assert all_fast(model)
-            assert "a hook" in fastbert.report(model).others[0]["reason"]
+            assert "a hook" in fastbert.report(model).embeddings[0]["reason"]
             ours = y
     torch.testing.assert_close(ours, y, atol=2e-5, rtol=2e-5)
     assert embedded == []

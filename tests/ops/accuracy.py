@@ -26,8 +26,8 @@ from torch import Tensor
 
 from fastbert import dispatch
 
-BACKENDS = ("cpu", *(("cuda",) if torch.cuda.is_available() else ()), "triton", "reference")
-GPU_BACKENDS = ("cuda", "triton")
+BACKENDS = ("cpu", *(("cuda", "vendor") if torch.cuda.is_available() else ()), "triton", "reference")
+GPU_BACKENDS = ("cuda", "triton", "vendor")
 DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (*DTYPES, torch.float16)
 INTERPRETER_LIMIT = 1.0  # of a case's cost
@@ -111,13 +111,18 @@ def to_device(backend: str | None, tensors: Tensors) -> Tensors:
 def require(op: str, backend: str, dtype: torch.dtype, requires: Hashable = None) -> None:
     """Skip the test, with the reason that dispatch gives, if this backend cannot run here.
 
-    Triton, where it is installed, runs what it has kernels for, on a GPU or in the interpreter, so it is not skipped.
+    Triton, where it is installed, runs what it has kernels for, on a GPU or in the interpreter, so it is not skipped;
+    but for an op of whose calls a part is meant for it alone.
     """
     try:
         dispatch.select(op, device=device(backend), dtype=dtype, requires=requires, backend=backend)
     except RuntimeError as error:
-        has_kernels = dispatch.leaf(f"{op}_fwd_triton") is not None
-        if backend == "triton" and has_kernels and importlib.util.find_spec("triton") is not None:
+        if (
+            backend == "triton"
+            and dispatch.leaf(f"{op}_fwd_triton") is not None
+            and dispatch._implementations[op]["triton"].part is None
+            and importlib.util.find_spec("triton") is not None
+        ):
             raise
         pytest.skip(str(error))
 

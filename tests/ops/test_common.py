@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastbert import dispatch, ops
+from fastbert.ops.attention import attention_ref
 
 
 class Sample(NamedTuple):
@@ -66,8 +67,13 @@ def sample(
         tensors |= {name: normal(hidden) for name in ("weight", "bias", "x_bias")}
         run = functools.partial(ops.layernorm, backend=backend, **dropout)
     elif op == "linear":
-        tensors = {"x": normal(rows, hidden), "weight": normal(130, hidden) / 10, "bias": normal(130)}
-        run = functools.partial(ops.linear, backend=backend)
+        tensors = {"x": normal(rows, hidden)}
+        for i in range(2):
+            tensors |= {f"weight{i}": normal(65, hidden) / 10, f"bias{i}": normal(65)}
+
+        def run(x: Tensor, weight0: Tensor, weight1: Tensor, bias0: Tensor, bias1: Tensor) -> Tensor:
+            return ops.linear(x, [weight0, weight1], [bias0, bias1], backend=backend)
+
     else:
         labels = torch.randint(150, (rows,), generator=random).to(device)
         labels[::3] = -100
@@ -123,7 +129,7 @@ def on_every_leaf_with(*dropouts: float) -> pytest.MarkDecorator:
         for op in dispatch.OPS
         for backend in accuracy.backends_of(op)
         for p in (dropouts if op in DROPPING else dropouts[:1])
-        if backend != "reference" and (op, backend) != ("linear", "cuda")  # these are plain PyTorch
+        if backend not in ("reference", "vendor")  # which are plain PyTorch
     ]
     return pytest.mark.parametrize(("op", "backend", "p"), found)
 
@@ -360,6 +366,44 @@ def test_compile_without_gradients(op: str) -> None:
         torch.testing.assert_close(compiled(**of.tensors), of.run(**of.tensors))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_attention_is_chosen_by_its_head_size(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    seen: list[object] = []
+    choose = dispatch._select
+
+    def select(op: str, device: str, dtype: torch.dtype, requires: object, backend: str | None) -> object:
+        seen.append(requires)
+        return choose(op, device, dtype, requires, backend)
+
+    monkeypatch.setattr(dispatch, "_select", select)
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    run = torch.compile(ops.attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for head_dim in (32, 64, 136):
+        qkv = torch.randn(5, 3, 2, head_dim, generator=accuracy.generator(head_dim))
+        torch.testing.assert_close(run(qkv, starts, 5, backend="reference"), attention_ref(qkv, starts, 5))
+    assert list(dict.fromkeys(seen)) == [32, 64, 136]  # some of them twice, where a trace begins anew
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "words"),
+    [("attention", "cpu", "multiples of 8, not 12"), ("linear", "triton", "must not shape a compiled graph")],
+)
+def test_compiled_a_forced_backend_that_cannot_run_raises(op: str, backend: str, words: str) -> None:
+    accuracy.require(op, backend, torch.bfloat16)
+    torch._dynamo.reset()
+    starts = torch.tensor([0, 5], dtype=torch.int32, device=accuracy.device(backend))
+
+    def run(x: Tensor) -> Tensor:
+        if op == "linear":
+            return ops.linear(x, [x, x], backend=backend)
+        return ops.attention(x.view(5, 3, 2, 12), starts, 5, backend=backend)
+
+    x = torch.randn(5, 72, dtype=torch.bfloat16, device=accuracy.device(backend))
+    with pytest.raises(RuntimeError, match=rf"argument forces {op}:{backend}, which cannot run: .*{words}"):
+        torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+
+
 def test_export_with_dynamic_shapes() -> None:
     """A whole layer, padded as compiled code has it, exported once and run at other sizes."""
     random = accuracy.generator(3)
@@ -418,9 +462,9 @@ def test_autocast(backend: str, op: str) -> None:
         torch.testing.assert_close(ours, plain.float(), rtol=0.05, atol=0.05 * float(plain.abs().max()))
 
 
-def leaf_calls(op: str, backend: str, p: float) -> list[tuple[str, tuple]]:
+def leaf_calls(op: str, backend: str, p: float, dtype: torch.dtype) -> list[tuple[str, tuple]]:
     """Arguments of the leaf ops of one op, forward and backward, as its Python side calls them."""
-    of = sample(op, p, backend=backend)
+    of = sample(op, p, dtype, backend)
     t, device = of.tensors, accuracy.device(backend)
     seed = accuracy.seed_tensor(device) if p > 0 else None
     if op == "attention":
@@ -439,7 +483,7 @@ def leaf_calls(op: str, backend: str, p: float) -> list[tuple[str, tuple]]:
     elif op == "layernorm":
         forward = (t["x"], t["x_bias"], t["residual"], t["weight"], t["bias"], 1e-5, p, seed, True)
     elif op == "linear":
-        forward = (t["x"], [t["weight"], t["weight"]], [t["bias"], t["bias"]])
+        forward = (t["x"], [t["weight0"], t["weight1"]], [t["bias0"], t["bias1"]])
     else:
         labels = torch.arange(len(t["hidden"]), device=device) % 150
         forward = (t["hidden"], labels, t["decoder_weight"], t["decoder_bias"], -100, 0.1, True)
@@ -467,8 +511,9 @@ def call(name: str, arguments: tuple) -> Tensor | tuple[Tensor, ...]:
 
 @on_every_leaf_with(0.0, 0.1)
 def test_opcheck(p: float, op: str, backend: str) -> None:
-    accuracy.require(op, backend, torch.float32)
-    (name, arguments), *backward = leaf_calls(op, backend, p)
+    dtype = torch.bfloat16 if (op, backend) == ("linear", "triton") else torch.float32  # which it is not for
+    accuracy.require(op, backend, dtype)
+    (name, arguments), *backward = leaf_calls(op, backend, p, dtype)
 
     def trainable(value: object) -> object:
         if isinstance(value, list):

@@ -15,7 +15,7 @@ from fastbert import dispatch, ops
 def test_every_op_says_why_each_backend_does_not_run(op: str) -> None:
     description = dispatch.describe("cpu", torch.float32)[op]
     names = {implementation.name for implementation in dispatch._implementations[op].values()}
-    assert {description["backend"], *description["rejected"]} == names
+    assert {description["backend"], description.get("otherwise"), *description["rejected"]} - {None} == names
     assert all(description["rejected"].values())
 
 
@@ -44,6 +44,24 @@ def test_other_devices_run_on_the_reference(op: str) -> None:
     description = dispatch.describe("meta", torch.float32)[op]
     assert description["backend"] == "reference"
     assert "meta" in description["rejected"]["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (8192, None),
+        (8200, "up to 8192 columns, not 8200"),
+        (4095, None),
+        (4097, "more than 4096 columns only in multiples of 8, not for 4097"),
+    ],
+)
+def test_rows_too_wide_for_cuda(columns: int, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What csrc/cuda throws at (layernorm.cu, ops.cpp) is a reason before it is called."""
+    monkeypatch.setattr(dispatch, "cuda_reason", lambda *_: None)
+    supports = dispatch._candidates("layernorm")["cuda"].supports
+    reason = supports("cuda", torch.bfloat16, (torch.float32, torch.bfloat16, columns))
+    assert reason is None if words is None else words in reason
+    assert supports("cuda", torch.bfloat16, None) is None
 
 
 @pytest.mark.parametrize("backend", ["triton", None])
@@ -111,10 +129,11 @@ def test_a_backend_for_all_leaves_out_ops_that_lack_it(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("gpu", ["'gpu'", "cpu, cuda, triton, reference"]),
+        ("gpu", ["'gpu'", "cpu, cuda, triton, vendor, reference"]),
         ("atention:cpu", ["'atention'", "attention, embedding, ffn"]),
         ("attention:fast", ["'fast'", "attention", "cpu, cuda, triton, reference"]),
         ("mlm_loss:cuda", ["'cuda'", "mlm_loss", "cpu, triton, reference"]),
+        ("linear:cuda", ["'cuda'", "linear", "cpu, triton, vendor, reference"]),
         ("attention:", ["''"]),
         ("cpu,reference", ["twice"]),
         ("ffn:cpu,ffn:reference", ["ffn", "twice"]),
@@ -131,6 +150,74 @@ def test_bad_settings(monkeypatch: pytest.MonkeyPatch, setting: str, words: list
         ops.linear(x, x)
 
 
+PRODUCTS = {
+    "one weight": (2, [8], torch.bfloat16, "several weights at once"),
+    "many rows": (513, [8, 8], torch.bfloat16, "up to 512 rows"),
+    "weights of two sizes": (2, [8, 16], torch.bfloat16, "weights of one size"),
+    "fp32": (2, [8, 8], torch.float32, "16-bit numbers only"),
+    "what it is for": (512, [8, 8], torch.bfloat16, None),
+}
+
+
+@pytest.mark.parametrize("case", PRODUCTS.values(), ids=list(PRODUCTS))
+def test_linear_by_triton_says_what_it_is_not_for(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced for this op it raises; a backend for every op leaves the rest of the calls to the other backends."""
+    rows, outputs, dtype, words = case
+    accuracy.require("linear", "triton", torch.bfloat16)
+    x = torch.randn(rows, 8, device=accuracy.device("triton"), dtype=dtype)
+    weights = [torch.randn(size, 8, device=x.device, dtype=dtype) for size in outputs]
+    ran: list[str] = []
+    for item in dispatch._candidates("linear").values():
+
+        def run(*arguments: object, _item: dispatch.Implementation = item) -> object:
+            ran.append(_item.name)
+            return _item.run(*arguments)
+
+        monkeypatch.setitem(dispatch._implementations["linear"], item.name, item._replace(run=run))
+    monkeypatch.setattr(dispatch, "_selected", {})
+
+    def forced(backend: str | None) -> None:
+        if words is None:
+            ops.linear(x, weights, backend=backend)
+        else:
+            with pytest.raises(RuntimeError, match=f"forces linear:triton, which cannot run: .*{words}"):
+                ops.linear(x, weights, backend=backend)
+
+    forced("triton")
+    monkeypatch.setenv("FASTBERT_BACKEND", "linear:triton")
+    forced(None)
+    assert ran == ([] if words else ["triton", "triton"])
+    ran.clear()
+    monkeypatch.setenv("FASTBERT_BACKEND", "triton")
+    ops.linear(x, weights)
+    assert len(ran) == 1
+    assert (ran == ["triton"]) == (words is None)
+
+
+def test_linear_is_described_with_the_part_that_triton_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy.require("linear", "triton", torch.bfloat16)
+    device = accuracy.device("triton")
+    for setting in ("triton", "linear:triton"):
+        monkeypatch.setenv("FASTBERT_BACKEND", setting)
+        described = dispatch.describe(device, torch.float16)["linear"]
+        assert described["backend"] == "triton"
+        assert described["part"] == "several weights of one size on up to 512 rows, outside torch.compile"
+        (line, *_) = dispatch.details_as_text(described)
+        if setting == "triton":
+            assert described["otherwise"] == ("vendor" if device == "cuda" else "reference")
+            assert line.endswith(f"; else {described['otherwise']}")
+            assert described["otherwise"] not in described["rejected"]
+        else:
+            assert described["otherwise"] is None
+            assert line.endswith("; else it raises")
+            assert described["rejected"]["reference"] == "FASTBERT_BACKEND=linear:triton forces triton"
+    described = dispatch.describe(device, torch.float32)["linear"]
+    assert described["backend"] is None
+    assert "16-bit numbers only" in described["rejected"]["triton"]
+    monkeypatch.setenv("FASTBERT_BACKEND", "triton")
+    assert dispatch.describe(device, torch.float32)["linear"]["backend"] in ("cpu", "vendor", "reference")
+
+
 def test_a_forced_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"backend argument forces linear:cpu, which cannot run: .*"):
@@ -141,13 +228,13 @@ def test_a_forced_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch
     assert ops.linear(x, x, backend="reference").shape == (2, 2)  # the argument comes before the environment
     description = dispatch.describe("cpu", torch.float64)["linear"]
     assert description["backend"] is None
-    assert set(description["rejected"]) == {"cpu", "triton", "cuda", "reference"}
+    assert set(description["rejected"]) == {"cpu", "triton", "vendor", "reference"}
 
 
 def test_unknown_names_as_arguments() -> None:
     with pytest.raises(ValueError, match=r"softmax.*attention, embedding"):
         dispatch.select("softmax", device="cpu", dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"quick.*cpu, triton, cuda, reference"):
+    with pytest.raises(ValueError, match=r"quick.*cpu, triton, vendor, reference"):
         ops.linear(torch.randn(2, 8), torch.randn(2, 8), backend="quick")
 
 

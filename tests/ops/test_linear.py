@@ -10,7 +10,7 @@ from properties import given, settings, st
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.ops.linear import linear_cuda, linear_ref
+from fastbert.ops.linear import FEW_TOKENS, linear_ref, linear_vendor
 
 # rows, in features, out features of each weight, whether there are biases
 CASES = [
@@ -66,6 +66,12 @@ def eager(x: Tensor, **rest: Tensor) -> Tensor:
     return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 
 
+def unfit(case: tuple) -> str | None:
+    """Triton is for several weights of one size on few rows."""
+    rows, _, outputs, _ = case
+    return None if rows <= FEW_TOKENS and len(outputs) > 1 and len(set(outputs)) == 1 else "unfit"
+
+
 def reference(x: Tensor, **rest: Tensor) -> Tensor:
     return linear_ref(x, *lists(rest))
 
@@ -81,27 +87,27 @@ backends = accuracy.backends("linear")
 
 @table
 def test_linear_fwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
-    accuracy.require("linear", backend, dtype)
+    accuracy.require("linear", backend, dtype, unfit(case))
     tensors = accuracy.to_device(backend, tensors_for(*case, dtype))
     accuracy.check_forward(ours(backend), eager, reference, tensors)
 
 
 @table
 def test_linear_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
-    accuracy.require("linear", backend, dtype)
+    accuracy.require("linear", backend, dtype, unfit(case))
     tensors = accuracy.to_device(backend, tensors_for(*case, dtype))
     accuracy.check_backward(ours(backend), eager, reference, tensors)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 @pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=accuracy.name_of)
-def test_linear_cuda_formula(dtype: torch.dtype, case: tuple) -> None:
-    """The CUDA backend is plain PyTorch, whose numbers can be judged anywhere."""
+def test_linear_vendor_formula(dtype: torch.dtype, case: tuple) -> None:
+    """The vendor's library is called by plain PyTorch, whose numbers can be judged anywhere."""
 
-    def cuda(x: Tensor, **rest: Tensor) -> Tensor:
-        return linear_cuda(x, *lists(rest))
+    def vendor(x: Tensor, **rest: Tensor) -> Tensor:
+        return linear_vendor(x, *lists(rest))
 
-    accuracy.check_backward(cuda, eager, reference, tensors_for(*case, dtype))
+    accuracy.check_backward(vendor, eager, reference, tensors_for(*case, dtype))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import accuracy
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from properties import given, settings, st
 from torch import Tensor
 
-from fastbert import ops
+from fastbert import dispatch, ops
 from fastbert.ops.layernorm import layernorm_ref
 from fastbert.ops.mlm_loss import mlm_loss_ref
 
@@ -273,3 +274,26 @@ def test_mlm_loss_errors(
     with torch.set_grad_enabled(gradients), pytest.raises(error) as caught:
         ops.mlm_loss(**GOOD | change, backend=backend)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("backend", accuracy.BACKENDS)
+def test_mlm_loss_forces_the_ops_of_its_transform(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for `linear` by Triton, which has no kernel for one weight."""
+    if backend not in accuracy.backends_of("mlm_loss"):
+        pytest.skip("mlm_loss lacks this backend")
+    accuracy.require("mlm_loss", backend, torch.float32)
+    chosen: dict[str, str] = {}
+    monkeypatch.setattr("fastbert.ops.leaf.direct", lambda *_: False)  # a shortcut around the choice
+    select = dispatch.select
+
+    def recorded(op: str, **given: Any) -> dispatch.Implementation:
+        found = select(op, **given)
+        chosen[op] = found.name
+        return found
+
+    monkeypatch.setattr(dispatch, "select", recorded)
+    tensors = tensors_for(16, 9, True, torch.float32, (2, 3), backend)
+    ours(backend, labels_for((2, 3), 9, 0.5, backend), 0.0)(**tensors)
+    other = chosen.pop("linear")
+    assert set(chosen.values()) == {backend}
+    assert other in ("cpu", "vendor", "reference") if backend == "triton" else other == backend

@@ -3,7 +3,7 @@
 They come from calibrated tables, one JSON file an architecture beside this module, and are never searched for at import
 or in a user's first step:
 
-    {"attention_fwd": {"d64-long": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, ...}, ...}
+    {"attention_fwd": {"d64": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, ...}, ...}
 
 The inner key is the shape class, which each kernel's file names from the sizes at hand.
 
