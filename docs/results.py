@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastbert.bench.pretraining import tokens_per_second
+from fastbert.bench.pretraining import LAST, last_loss, tokens_per_second
+from fastbert.bench.report import milliseconds
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (make results) -->", "<!-- results: end -->"
@@ -28,11 +29,6 @@ PRETRAINING = {
     "fastbert": "fastbert",
 }
 SDPA = ("flash", "cudnn", "efficient", "math")
-
-
-def milliseconds(seconds: float) -> str:
-    value = 1000 * seconds
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 class Measured(NamedTuple):
@@ -132,15 +128,15 @@ def pretraining_table(folder: Path) -> str:
         found[device, first["vocabulary"], first["tokens_per_batch"], first["dropout"]] = content
     if not found:
         return "not yet measured"
-    head = ["machine", "vocabulary", "tokens a step", "dropout", "", "tokens/s", "peak memory", "last loss"]
-    head += ["furthest from Hugging Face's loss"]
+    head = ["machine", "vocabulary", "tokens a step", "dropout", "", "tokens/s", "peak memory"]
+    head += [f"mean loss of the last {LAST} steps", "furthest from Hugging Face's loss"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for (device, vocabulary, tokens, dropout), content in sorted(found.items()):
         rates = {name: pretraining_rate(content, name) for name in contestants(content)}
         stock = {row["seed"]: row["losses"] for row in content["rows"] if row["contestant"] == "hf"}
         for name, rate in rates.items():
             rows = [row for row in content["rows"] if row["contestant"] == name]
-            last = [statistics.mean(row["losses"][-20:]) for row in rows]
+            last = [last_loss(row) for row in rows]
             spread = f" ± {statistics.stdev(last):.3f} ({len(last)} seeds)" if len(last) > 1 else ""
             apart = max(abs(a - b) for row in rows for a, b in zip(row["losses"], stock[row["seed"]], strict=True))
             machine = f"{device}, {content['threads']} thread{'s' * (content['threads'] > 1)}"
