@@ -118,7 +118,7 @@ def problems(code: Code, arch: int, shared: int, matrix: bool) -> list[str]:
 
 
 def row(op: str, kernel: str, case: str, arch: int, code: Code, shared: int, matrix: bool) -> dict[str, Any]:
-    """A row of the table; kernels in CUDA C++ have the same."""
+    """A row of the table."""
     return {
         "op": op,
         "kernel": kernel,
