@@ -107,8 +107,12 @@ def table(row: dict[str, Any]) -> str:
     for name, item in row["contestants"].items():
         if name not in timed:
             lines.append(f"  {name}: no speed, {item['status']}{': ' + item['reason'] if item['reason'] else ''}")
-        elif item.get("details", {}).get("note"):
-            lines.append(f"  {name}: {item['details']['note']}")
+            continue
+        notes = [note] if (note := item.get("details", {}).get("note")) else []
+        if row["kind"] == "op" and item.get("clock") == "stream":
+            notes.append("launched by Python call by call, whose time may be in the figure, not from a CUDA graph")
+        if notes:
+            lines.append(f"  {name}: {'; '.join(notes)}")
     return "\n".join(lines)
 
 
