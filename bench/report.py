@@ -42,10 +42,14 @@ def result(
 
 def stem(content: dict[str, Any]) -> str:
     """File name without ending: command, device, threads of a processor, time."""
-    device = re.sub(r"[^a-z0-9]+", "-", content["machine"]["device"].lower()).strip("-")
     stamp = re.sub(r"[-:Z]", "", content["time"]).replace("T", "-")
     threads = f"-{content['threads']}t" if content["threads"] else ""
-    return f"{content['command']}-{device}{threads}-{stamp}"
+    return f"{content['command']}-{slug(content['machine']['device'])}{threads}-{stamp}"
+
+
+def slug(device: str) -> str:
+    """A device's name in the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write(content: dict[str, Any], path: Path) -> None:
