@@ -90,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{reason}; this benchmark needs an NVIDIA GPU")
         content = report.result("gpu", machine.describe_gpu(), None, None, [])
         path = arguments.output / f"{report.stem(content)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         if arguments.resume is not None:
             content, path = _resumed(arguments.resume, content, path)
-        path.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"fastbert bench gpu: {error}", file=sys.stderr)
         return 2
@@ -240,11 +240,11 @@ class Run:
                 continue
             self.progress(f"{record['row']} {name} ({left:.0f} s left)")
             try:
-                self.worker.ask("prepare", COMPILING_S, row=record["row"], keep=later)
+                self.worker.ask("prepare", self.allowed(COMPILING_S), row=record["row"], keep=later)
             except runner.WorkerError as error:
                 for other in due.values():
                     if other["status"] == "not run":
-                        other.update(status="failed", reason=f"there is nothing to compare with: {error}")
+                        other.update(self.failure(error, "there is nothing to compare with: "))
                 break
             item.update(self.measured(record["row"], name, slow))
             if item["status"] == "ok":
@@ -257,28 +257,32 @@ class Run:
     def measured(self, row: str, name: str, slow: bool) -> dict[str, Any]:
         """What the worker found of a contestant, or why it found nothing."""
         limit = SLOW_S if slow else COMPILING_S if name.startswith(("fastbert", *OURS)) else START_S
-        allowed = min(limit, self.left() + GRACE_S)
-        arguments = {"row": row, "name": name, "keep": name.startswith(AGAIN) or "sdpa" in name}
+        arguments = {"row": row, "name": name, "keep": name.startswith(AGAIN) or _is_backend(name)}
         try:
-            found = self.worker.ask("measure", allowed, **arguments)
+            found = self.worker.ask("measure", self.allowed(limit), **arguments)
             if found["status"] == "not captured":
                 self.worker.close()
                 reason = found["reason"]
-                allowed = limit = COMPILING_S
-                found = self.worker.ask("measure", limit, graph=False, **arguments)
+                found = self.worker.ask("measure", self.allowed(COMPILING_S), graph=False, **arguments)
                 found["not_captured"] = reason
             return found
-        except runner.LateError as error:
-            if allowed < limit:
-                return {"status": "not run", "reason": f"stopped when the {self.budget:.0f} s were used up"}
-            return {"status": "failed", "reason": str(error)}
         except runner.WorkerError as error:
-            return {"status": "failed", "reason": str(error)}
+            return self.failure(error)
+
+    def allowed(self, limit: float) -> float:
+        """Seconds that something may take that is begun now."""
+        return max(GRACE_S, min(limit, self.left() + GRACE_S))
+
+    def failure(self, error: runner.WorkerError, what: str = "") -> dict[str, Any]:
+        """What becomes of a contestant: it has failed, unless it was the time that ended, and it may be tried again."""
+        if isinstance(error, runner.LateError) and self.left() <= 0:
+            return {"status": "not run", "reason": f"stopped when the {self.budget:.0f} s were used up"}
+        return {"status": "failed", "reason": f"{what}{error}"}
 
     def again(self, record: dict[str, Any], names: Sequence[str]) -> None:
         """Time those of these that the row is about again, in turn, and with them fastbert and the fastest sdpa."""
         timed = {name: item for name, item in record["contestants"].items() if item["status"] == "ok"}
-        backends = [name for name in timed if "sdpa" in name and not name.endswith("sparse-head")]
+        backends = [name for name in timed if _is_backend(name)]
         fastest = [
             min(group, key=lambda name: timed[name]["median_s"])
             for group in (backends, [name for name in timed if name.startswith("fastbert")])
@@ -293,7 +297,8 @@ class Run:
                     if self.left() <= 0:
                         return
                     graph = timed[name]["clock"] == "graph"
-                    turn = self.worker.ask("again", COMPILING_S, row=record["row"], name=name, graph=graph)
+                    limit = self.allowed(COMPILING_S)
+                    turn = self.worker.ask("again", limit, row=record["row"], name=name, graph=graph)
                     timed[name]["turns"].append(turn)
         except runner.WorkerError as error:
             print(f"fastbert bench gpu: {record['row']}: not timed again: {error}", file=sys.stderr)
@@ -311,6 +316,11 @@ class Run:
             item["tokens_per_s"] = record["facts"]["tokens"] / item["median_s"]
             sheet = BF16_PEAK.get(self.content["machine"]["device"])
             item["mfu"] = item["rate"] / (sheet * 1e3) if sheet else None
+
+
+def _is_backend(name: str) -> bool:
+    """Whether a contestant is scaled_dot_product_attention with one of its backends."""
+    return name.removeprefix("hf-").removeprefix("sdpa-") in gpu_rows.SDPA
 
 
 def _chosen_rows(given: str | None, rows: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -223,6 +224,19 @@ class TestRun:
             run.worker.close()
         assert found == {"status": "not run", "reason": "stopped when the 0 s were used up"}
 
+    def test_one_that_cannot_be_recorded_is_timed_in_another_process(self, worker, tmp_path, monkeypatch):
+        def timed(graph, stock=worker._timed):
+            if graph:
+                raise gpu_worker.NotCapturedError("no")
+            return stock(graph)
+
+        monkeypatch.setattr(worker, "_timed", timed)
+        content = report.result("gpu", {"device": "none"}, None, None, [])
+        run = gpu.Run(content, tmp_path / "x.json", None, 60.0)
+        run.worker = Here(worker)
+        found = run.measured("ffn", "pytorch", False)
+        assert (found["status"], found["not_captured"], run.worker.closed) == ("ok", "no", 1)
+
     def test_rates(self, tmp_path):
         content = report.result("gpu", {"device": "NVIDIA H200"}, None, None, [])
         run = gpu.Run(content, tmp_path / "x.json", ["fastbert"], 1.0)
@@ -260,7 +274,10 @@ class Here:
     """Asks a worker in this process."""
 
     def __init__(self, worker: gpu_worker.Gpu) -> None:
-        self.worker, self.asked = worker, []
+        self.worker, self.asked, self.closed = worker, [], 0
+
+    def close(self) -> None:
+        self.closed += 1
 
     def ask(self, do: str, seconds: float, **arguments: Any) -> dict[str, Any]:
         self.asked.append((do, arguments.get("name")))
@@ -280,7 +297,7 @@ class TestResume:
     ROWS = ("ffn", "layernorm", "inference")
     NAMES = ("pytorch", "hf-eager", "fastbert")
 
-    def run(self, content, path, worker, budget=60.0):
+    def run(self, content, path, worker, budget=1e6):
         run = gpu.Run(content, path, list(self.NAMES), budget)
         run.worker = Here(worker)
         run.everything(self.ROWS)
@@ -448,17 +465,26 @@ class TestMakeGpu:
         assert "done" in capsys.readouterr().out
 
     @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="pytest-xdist is not there")
-    def test_at_its_limit_a_run_in_parallel_says_what_failed(self, suite, tmp_path, monkeypatch, capsys):
-        file = tmp_path / "test_it.py"
-        file.write_text("import time\ndef test_bad(): assert 0\ndef test_long(): time.sleep(600)\n")
+    def test_a_run_in_parallel_that_is_stopped_says_what_failed(self, suite, tmp_path):
+        file, ran = tmp_path / "test_it.py", tmp_path / "ran"
+        file.write_text(
+            "import pathlib, time\n"
+            f"def test_bad(): pathlib.Path({str(ran)!r}).touch(); assert 0\n"
+            "def test_long(): time.sleep(600)\n"
+        )
         tests = ["-q", "-p", "no:cacheprovider", "-n", "2", f"--rootdir={tmp_path}", str(file)]
-        run = suite.Suite(tmp_path, tmp_path, 120.0)
-        monkeypatch.setattr(suite, "ROOT", tmp_path)
-        begun = time.monotonic()
-        assert not run.run("tests", [sys.executable, "-m", "pytest", *tests], limit=40)
-        assert time.monotonic() - begun < 40 + suite.PATIENCE + 10
-        assert run.outcome["tests"].startswith("stopped at its limit")
-        assert "test_bad" in capsys.readouterr().out
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", *tests], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+            )
+            end = time.monotonic() + 120
+            while not ran.exists() and time.monotonic() < end:
+                time.sleep(0.1)
+            time.sleep(2)
+            assert suite.ended([process], time.monotonic()) == [True]
+        assert "test_bad" in (tmp_path / "log").read_text()
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
 
     def test_what_the_user_has_on_the_path_stays(self, suite, tmp_path, monkeypatch):
         monkeypatch.setenv("PYTHONPATH", "/of/the/user")
