@@ -454,7 +454,7 @@ class TestMakeGpu:
         assert "unknown step nope; allowed are build, tests, sanitize, bench" in done.stderr
 
     def test_a_failure_and_a_limit_do_not_stop_the_rest(self, suite, tmp_path, capsys):
-        run = suite.Suite(tmp_path, tmp_path, 60.0)
+        run = suite.Suite(tmp_path, tmp_path, 600.0)
         assert not run.run("build", [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"])
         assert not run.run("tests", [sys.executable, "-c", "import time; time.sleep(60)"], limit=6)
         assert run.run("bench", [sys.executable, "-c", "print('done')"])
