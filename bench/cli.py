@@ -17,6 +17,7 @@ OTHERS = {
     "tune": "which launch configurations are fastest on this GPU",
     "kernels": "what the GPU kernels are compiled to; needs no GPU",
     "quality": "scores after fine-tuning, against stock code",
+    "pretraining": "losses, speed and memory of pretraining, against stock code",
 }
 """Commands with flags of their own, each a module of this package: ``fastbert bench kernels --help``."""
 
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         description="Measures against Hugging Face, ONNX Runtime, OpenVINO and CTranslate2, in turn and each in a\n"
         "process of its own, and against the machine's peak. Results go to the screen, to JSON and to a plot.",
         epilog="further commands, each with its own --help:\n"
-        + "\n".join(f"  {name:<10} {what}" for name, what in OTHERS.items()),
+        + "\n".join(f"  {name:<12} {what}" for name, what in OTHERS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = "model: inference; training: a training step; op: single operations; table (default): model and training"

@@ -1,12 +1,13 @@
 """``fastbert bench gpu``: the GPU table. Models and single operations in bfloat16, next to what the card can do.
 
 Everything happens in another process (`gpu_worker`), which is started again when something spoils it, so that one
-failure costs one figure. Figures come in the order of importance until the time is used up.
+failure costs one figure. Figures come in the order of importance until the time is used up, and a later run can go on.
 """
 
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -19,10 +20,23 @@ BF16_PEAK = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4, "NVIDIA A100-
 """TFLOP/s in bfloat16 without sparsity, by the data sheets: what `mfu` is a share of."""
 
 START_S = 60.0
-"""How long a contestant may take; the slow ones (torch.compile) four times as long."""
+"""How long a contestant may take."""
+COMPILING_S = 150.0
+"""The same for fastbert's, which may compile Triton kernels, and for what comes first in a process."""
+SLOW_S = 240.0
+"""The same for those that are slow to start (torch.compile)."""
+SLOW_LEAST_S = 90.0
+"""With less time than this left, none of these is begun."""
+GRACE_S = 15.0
+"""How much longer than the time that there is a contestant may take, once it has begun."""
 
-PLOTTED = 9
-"""How many rows the plot shows, the first ones: a full table would be metres long."""
+PLOTTED = 12
+"""How many rows of models and of operations a plot shows, the first ones: a full table would be metres long."""
+
+ROUNDS = 2
+"""How often those that a row is about are timed again at its end, in turn: a figure is the median of all."""
+AGAIN = ("fastbert", "triton", "cuda", "hf-compile", "fa2", "varlen", "flash-attn")
+"""How the names of these begin; of scaled_dot_product_attention the fastest backend is one more."""
 
 OURS = ("triton", "cuda")
 
@@ -38,7 +52,20 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--contestants", default=None, metavar="A,B", help="who takes part (default: all)")
     top.add_argument("--budget", type=float, default=300.0, help="seconds, after which nothing new is begun")
     top.add_argument("--output", type=Path, default=Path("bench/results"), metavar="DIR", help="for JSON and plot")
-    top.add_argument("--preferred", action="store_true", help="write which of Triton and CUDA C++ each op prefers")
+    top.add_argument(
+        "--resume",
+        type=Path,
+        default=None,
+        metavar="PATH",
+        help="a result to go on with, of the same device, commit and versions; of a folder the newest such, if any",
+    )
+    top.add_argument(
+        "--preferred-from",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="measure nothing, write which of Triton and CUDA C++ each op prefers by this result; needs no GPU",
+    )
     top.add_argument("--no-plot", action="store_true", help="write no plot")
     return top
 
@@ -54,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 workload = gpu_rows.rows()[name]()
                 print(f"{name}: {workload.title}\n    {', '.join(gpu_rows.entries(workload))}")
             return 0
+        if arguments.preferred_from is not None:
+            print(f"preferred: {write_preferred(_result(arguments.preferred_from))}")
+            return 0
         if not arguments.budget > 0:
             raise ValueError(f"--budget is {arguments.budget}; it must be more than 0 seconds")
         if reason := machine.no_gpu():
@@ -61,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         content = report.result("gpu", machine.describe_gpu(), None, None, [])
         path = arguments.output / f"{report.stem(content)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.resume is not None:
+            content, path = _resumed(arguments.resume, content, path)
     except (ValueError, OSError) as error:
         print(f"fastbert bench gpu: {error}", file=sys.stderr)
         return 2
@@ -74,11 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in content["rows"]:
         print(report.table(row) + "\n")
     print(f"results: {path}")
-    if arguments.preferred:
-        print(f"preferred: {write_preferred(content)}")
-    if not arguments.no_plot and content["rows"]:
-        models = [row for row in content["rows"] if row["kind"] != "op"]
-        report.plot({**content, "rows": (models or content["rows"])[:PLOTTED]}, path.with_suffix(".png"))
+    if not arguments.no_plot:
+        draw(content, path)
     states = [item["status"] for row in content["rows"] for item in row["contestants"].values()]
     ours = [
         item["status"]
@@ -127,7 +156,7 @@ class Worker:
 
 
 class Run:
-    """Fills the rows of `content`, and writes it to `path` after each figure."""
+    """Fills the rows of `content`, and writes it to `path` after each figure. What is there already stays."""
 
     def __init__(self, content: dict[str, Any], path: Path, names: list[str] | None, budget: float) -> None:
         self.content, self.path, self.names, self.budget = content, path, names, budget
@@ -140,16 +169,22 @@ class Run:
     def everything(self, wanted: Sequence[str]) -> None:
         """Measure rows, in the order of `gpu_rows.plan`."""
         try:
-            self.ceilings = self.worker.ask("ceilings", START_S)
+            self.ceilings = self.worker.ask("ceilings", COMPILING_S)
         except runner.WorkerError as error:
             print(f"fastbert bench gpu: the card's own rates were not measured: {error}", file=sys.stderr)
-        self.content["ceilings"] = self.ceilings
-        records: dict[str, dict[str, Any]] = {}
-        for name, slow in gpu_rows.plan(wanted):
+        self.content["ceilings"] = self.ceilings or self.content.get("ceilings", {})
+        records = {record["row"]: record for record in self.content["rows"]}
+        plan = gpu_rows.plan(wanted)
+        for place, (name, slow) in enumerate(plan):
+            fresh = self.begin(name)
             if name not in records:
-                records[name] = self.begin(name)
-                self.content["rows"].append(records[name])
-            self.row(records[name], slow)
+                records[name] = fresh
+                self.content["rows"].append(fresh)
+            there = records[name]["contestants"]
+            for contestant, item in fresh["contestants"].items():
+                if there.setdefault(contestant, item)["status"] == "not run":
+                    there[contestant]["reason"] = None
+            self.row(records[name], slow, later=(name, True) in plan[place + 1 :])
             taken_up = (item["status"] != "not run" or item["reason"] for item in records[name]["contestants"].values())
             records[name]["complete"] = all(taken_up)
             report.write(self.content, self.path)
@@ -175,33 +210,102 @@ class Run:
             },
         }
 
-    def row(self, record: dict[str, Any], slow: bool) -> None:
-        """Measure those contestants of a row that are (not) slow to start."""
+    def left(self) -> float:
+        """Seconds that may still be used."""
+        return self.budget - (time.monotonic() - self.start)
+
+    def row(self, record: dict[str, Any], slow: bool, later: bool = False) -> None:
+        """Measure those contestants of a row that are (not) slow to start and have not been measured.
+
+        later: the row comes again.
+        """
         table = gpu_rows.entries(gpu_rows.rows()[record["row"]]())
-        due = {name: item for name, item in record["contestants"].items() if table[name].optional == slow}
-        try:
-            if due and time.monotonic() - self.start < self.budget:
-                self.worker.ask("prepare", START_S, row=record["row"])
-        except runner.WorkerError as error:
-            for item in due.values():
-                item.update(status="failed", reason=f"there is nothing to compare with: {error}")
-            return
-        for name, item in due.items():
+        due = {
+            name: item
+            for name, item in record["contestants"].items()
+            if name in table and table[name].optional == slow and item["status"] == "not run"
+        }
+        for name, item in list(due.items()):
             if missing := table[name].missing():
                 item.update(status="unavailable", reason=missing)
-                continue
-            left = self.budget - (time.monotonic() - self.start)
-            if left <= 0:
-                item.update(reason=f"the {self.budget:.0f} s were used up")
+                del due[name]
+        for name, item in due.items():
+            left = self.left()
+            if left <= (SLOW_LEAST_S if slow else 0.0):
+                item["reason"] = (
+                    f"not begun with {left:.0f} s left: it may take minutes"
+                    if left > 0
+                    else f"the {self.budget:.0f} s were used up"
+                )
                 continue
             self.progress(f"{record['row']} {name} ({left:.0f} s left)")
             try:
-                item.update(self.worker.ask("measure", START_S * (4 if slow else 1), row=record["row"], name=name))
+                self.worker.ask("prepare", self.allowed(COMPILING_S), row=record["row"], keep=later)
             except runner.WorkerError as error:
-                item.update(status="failed", reason=str(error))
-            if "median_s" in item:
+                for other in due.values():
+                    if other["status"] == "not run":
+                        other.update(self.failure(error, "there is nothing to compare with: "))
+                break
+            item.update(self.measured(record["row"], name, slow))
+            if item["status"] == "ok":
+                item["turns"] = [{"median_s": item["median_s"]}]
                 self.rate(record, item)
             report.write(self.content, self.path)
+        if fresh := [name for name, item in due.items() if item["status"] == "ok"]:
+            self.again(record, fresh if slow else list(record["contestants"]))
+
+    def measured(self, row: str, name: str, slow: bool) -> dict[str, Any]:
+        """What the worker found of a contestant, or why it found nothing."""
+        limit = SLOW_S if slow else COMPILING_S if name.startswith(("fastbert", *OURS)) else START_S
+        arguments = {"row": row, "name": name, "keep": name.startswith(AGAIN) or _is_backend(name)}
+        try:
+            found = self.worker.ask("measure", self.allowed(limit), **arguments)
+            if found["status"] == "not captured":
+                self.worker.close()
+                reason = found["reason"]
+                found = self.worker.ask("measure", self.allowed(COMPILING_S), graph=False, **arguments)
+                found["not_captured"] = reason
+            return found
+        except runner.WorkerError as error:
+            return self.failure(error)
+
+    def allowed(self, limit: float) -> float:
+        """Seconds that something may take that is begun now."""
+        return max(GRACE_S, min(limit, self.left() + GRACE_S))
+
+    def failure(self, error: runner.WorkerError, what: str = "") -> dict[str, Any]:
+        """What becomes of a contestant: it has failed, unless it was the time that ended, and it may be tried again."""
+        if isinstance(error, runner.LateError) and self.left() <= 0:
+            return {"status": "not run", "reason": f"stopped when the {self.budget:.0f} s were used up"}
+        return {"status": "failed", "reason": f"{what}{error}"}
+
+    def again(self, record: dict[str, Any], names: Sequence[str]) -> None:
+        """Time those of these that the row is about again, in turn, and with them fastbert and the fastest sdpa."""
+        timed = {name: item for name, item in record["contestants"].items() if item["status"] == "ok"}
+        backends = [name for name in timed if _is_backend(name)]
+        fastest = [
+            min(group, key=lambda name: timed[name]["median_s"])
+            for group in (backends, [name for name in timed if name.startswith("fastbert")])
+            if group
+        ]
+        names = [name for name in timed if (name in names and name.startswith(AGAIN)) or name in fastest]
+        try:
+            for name in set(backends) - set(names):
+                self.worker.ask("release", START_S, name=name)
+            for _ in range(ROUNDS):
+                for name in names:
+                    if self.left() <= 0:
+                        return
+                    graph = timed[name]["clock"] == "graph"
+                    limit = self.allowed(COMPILING_S)
+                    turn = self.worker.ask("again", limit, row=record["row"], name=name, graph=graph)
+                    timed[name]["turns"].append(turn)
+        except runner.WorkerError as error:
+            print(f"fastbert bench gpu: {record['row']}: not timed again: {error}", file=sys.stderr)
+        finally:
+            for item in timed.values():
+                item["median_s"] = statistics.median(turn["median_s"] for turn in item["turns"])
+                self.rate(record, item)
 
     def rate(self, record: dict[str, Any], item: dict[str, Any]) -> None:
         """Rates and shares from the time."""
@@ -212,6 +316,11 @@ class Run:
             item["tokens_per_s"] = record["facts"]["tokens"] / item["median_s"]
             sheet = BF16_PEAK.get(self.content["machine"]["device"])
             item["mfu"] = item["rate"] / (sheet * 1e3) if sheet else None
+
+
+def _is_backend(name: str) -> bool:
+    """Whether a contestant is scaled_dot_product_attention with one of its backends."""
+    return name.removeprefix("hf-").removeprefix("sdpa-") in gpu_rows.SDPA
 
 
 def _chosen_rows(given: str | None, rows: list[str]) -> list[str]:
@@ -238,10 +347,67 @@ def _chosen_names(given: str | None) -> list[str] | None:
     return chosen
 
 
+def _result(path: Path) -> dict[str, Any]:
+    """A result of this benchmark. Raises ValueError if the file is none, OSError if it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict) or (content.get("schema"), content.get("command")) != (report.SCHEMA, "gpu"):
+        raise ValueError(f"{path} is no result of fastbert bench gpu")
+    return content
+
+
+def _resumed(given: Path, new: dict[str, Any], path: Path) -> tuple[dict[str, Any], Path]:
+    """The result to go on with, and its file: `given`, or the newest in it that `new` may be added to, or `new`.
+
+    Raises ValueError if `given` is a result that may not be gone on with here.
+    """
+    fit = []
+    for file in given.glob("gpu-*.json") if given.is_dir() else [given]:
+        try:
+            content = _result(file)
+            if reason := apart(content["machine"], new["machine"]):
+                raise ValueError(f"--resume {file}: {reason}")
+        except ValueError:
+            if not given.is_dir():
+                raise
+        else:
+            content["resumed"] = [*content.get("resumed", []), new["time"]]
+            fit.append((content, file))
+    return max(fit, key=lambda item: item[0]["time"], default=(new, path))
+
+
+def apart(then: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Why figures of two machines do not belong together, or None."""
+    for key in ("device", "arch", "cuda", "cudnn", "versions", "commit"):
+        if then.get(key) != now.get(key):
+            return f"its {key} is {then.get(key)}, here it is {now.get(key)}"
+    if now["commit"] is None:
+        return "no commit is known, and the code may be another (FASTBERT_COMMIT names it)"
+    return "the code differs from its commit, and may be another by now" if now["commit"]["dirty"] else None
+
+
+def draw(content: dict[str, Any], path: Path) -> list[Path]:
+    """The plots of a result: models as `path` with the ending png, operations beside it with "-ops" before that."""
+    drawn = []
+    for ops, ending in ((False, ".png"), (True, "-ops.png")):
+        rows = [row for row in content["rows"] if (row["kind"] == "op") == ops and _has_speed(row)][:PLOTTED]
+        if rows:
+            drawn.append(path.with_name(path.stem + ending))
+            report.plot({**content, "rows": rows}, drawn[-1])
+    return drawn
+
+
+def _has_speed(row: dict[str, Any]) -> bool:
+    return any("median_s" in item for item in row["contestants"].values())
+
+
 def preferred(content: dict[str, Any]) -> dict[str, list[str]]:
     """Of each op that has both, Triton and CUDA C++ from fast to slow, over all its rows that have both times.
 
-    A CUDA C++ kernel that was wrong or failed in any row is not in the list: it stays off.
+    A CUDA C++ kernel that was wrong or failed in any row is not in the list: it stays off. A figure that is not a
+    graph's counts for nothing: it may be Python's time.
     """
     found: dict[str, list[str]] = {}
     ratios: dict[str, list[float]] = {}
@@ -253,7 +419,7 @@ def preferred(content: dict[str, Any]) -> dict[str, list[str]]:
         op = row["facts"]["op"]
         if both[1]["status"] in ("wrong", "failed"):
             bad.add(op)
-        if all("median_s" in item for item in both):
+        if all(item.get("clock") == "graph" for item in both):
             ratios.setdefault(op, []).append(math.log(both[0]["median_s"] / both[1]["median_s"]))
     for op, logs in ratios.items():
         found[op] = ["triton"] if op in bad else list(OURS) if sum(logs) <= 0 else list(reversed(OURS))

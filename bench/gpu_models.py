@@ -131,6 +131,23 @@ class Unpadded(models.HuggingFace):
         return F.cross_entropy(logits.float(), wanted[labelled])
 
 
+def flash2(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, dropout: float
+) -> torch.Tensor:
+    """FlashAttention-2 as PyTorch ships it, for packed sequences: the op under varlen_attn, which takes a dropout."""
+    found = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, dropout, is_causal=False, return_debug_mask=False
+    )
+    return found[0]
+
+
+class Flash2(Unpadded):
+    """PyTorch's FlashAttention-2, dropout included."""
+
+    def load(self) -> Callable[..., torch.Tensor]:
+        return flash2
+
+
 class Varlen(Unpadded):
     """torch.nn.attention.varlen_attn, which has no dropout."""
 
@@ -191,6 +208,10 @@ class TrainingUnpadded(Training):
 
     def hidden(self) -> torch.Tensor:
         return self.encode()[0]
+
+
+class TrainingFlash2(TrainingUnpadded, Flash2):
+    """PyTorch's FlashAttention-2."""
 
 
 class TrainingVarlen(TrainingUnpadded, Varlen):

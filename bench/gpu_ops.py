@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from . import ops
-from .gpu_models import BACKENDS
+from .gpu_models import BACKENDS, flash2
 from .workloads import Workload
 
 
@@ -65,6 +65,13 @@ class Packed(ops.Torch):
 
     def attention(self, q: Any, k: Any, v: Any, starts: Any, longest: int, dropout: float) -> torch.Tensor:
         raise NotImplementedError
+
+
+class Flash2(Packed):
+    """PyTorch's FlashAttention-2."""
+
+    def attention(self, q: Any, k: Any, v: Any, starts: Any, longest: int, dropout: float) -> torch.Tensor:
+        return flash2(q, k, v, starts, longest, dropout)
 
 
 class Varlen(Packed):

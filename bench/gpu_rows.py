@@ -1,7 +1,6 @@
 """The rows of the GPU table: models and single operations in bfloat16, who takes part in each, and in which order.
 
-A row is a `Workload` like those of the CPU table. The order is that of importance: what the time does not suffice for
-is at the end, and so are the contestants that need minutes to compile.
+A row is a `Workload` like those of the CPU table. `plan` has the order of measuring, which is that of importance.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,8 @@ from .workloads import SEED, Workload, model_workload
 FACTS = {"device": "cuda", "dtype": "bfloat16"}
 TOKENS = 16384
 """Places in a batch, padding included: enough to fill any GPU."""
+MEMORY_TOKENS = 65536
+"""The same where memory is the limit: each tensor is far larger than a GPU's L2."""
 VOCABULARY = 30522
 SIZES: dict[str, dict[str, int]] = {
     "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -24,20 +25,25 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 SDPA = {name: f"hf-sdpa-{name}" for name in ("flash", "cudnn", "efficient", "math")}
+EVERY_SDPA = ("inference[base-512]", "training[base-512]")
+"""The rows that show every backend of scaled_dot_product_attention."""
+
 INFERENCE = {
     "fastbert": Entry(".gpu_models:FastBert"),
+    "fastbert-graphs": Entry(".gpu_models:FastBertGraphs"),
     "fastbert-cuda": Entry(".gpu_models:FastBertCuda"),
     **{name: Entry(".gpu_models:Sdpa") for name in SDPA.values()},
     "hf-eager": Entry(".gpu_models:HuggingFace"),
+    "fa2": Entry(".gpu_models:Flash2"),
     "varlen": Entry(".gpu_models:Varlen"),
     "flash-attn": Entry(".gpu_models:FlashAttention", ("flash_attn",)),
     "hf-compile": Entry(".gpu_models:Compiled", optional=True),
 }
-LATENCY = {"fastbert-graphs": Entry(".gpu_models:FastBertGraphs"), **INFERENCE}
 TRAINING = {
     **{
         name: Entry(item.target.replace(":", ":Training"), item.needs, item.optional)
         for name, item in INFERENCE.items()
+        if name != "fastbert-graphs"
     },
     "hf-sdpa-sparse-head": Entry(".gpu_models:TrainingSparseHead"),
 }
@@ -49,7 +55,8 @@ OPS = {
 ATTENTION = {
     "triton": Entry(".gpu_ops:Triton"),
     "cuda": Entry(".gpu_ops:Cuda"),
-    **{name.replace("hf-", ""): Entry(".gpu_ops:Sdpa") for name in SDPA.values()},
+    **{f"sdpa-{backend}": Entry(".gpu_ops:Sdpa") for backend in SDPA},
+    "fa2": Entry(".gpu_ops:Flash2"),
     "varlen": Entry(".gpu_ops:Varlen"),
     "flash-attn": Entry(".gpu_ops:FlashAttention", ("flash_attn",)),
 }
@@ -64,13 +71,21 @@ YARDSTICKS = ("bare-gemm",)
 
 def entries(workload: Workload) -> dict[str, Entry]:
     """Who takes part in a row."""
-    if workload.kind != "op":
-        if workload.facts.get("latency"):
-            return LATENCY
-        return TRAINING if workload.kind == "training" else INFERENCE
-    op = workload.facts["op"]
-    table = {"attention": ATTENTION, "ffn": FFN}.get(op, OPS)
-    return {name: item for name, item in table.items() if name != "cuda" or op in CUDA}
+    op = workload.facts.get("op")
+    if op is None:
+        table, masked = (TRAINING if workload.kind == "training" else INFERENCE), "attention_mask" in workload.inputs
+    else:
+        table = {"attention": ATTENTION, "ffn": FFN}.get(op, OPS)
+        masked = len(set(workload.facts["shape"]["lengths"])) > 1
+    left_out = set() if op in CUDA else {"cuda"}
+    if workload.name not in EVERY_SDPA:  # the others show those that may be the fastest; flash takes no mask
+        left_out |= {name for backend in ("math", "flash" if masked else "efficient") for name in _sdpa(backend)}
+    return {name: item for name, item in table.items() if name not in left_out}
+
+
+def _sdpa(backend: str) -> tuple[str, str]:
+    """What a backend of scaled_dot_product_attention is called in rows of models and of ops."""
+    return SDPA[backend], f"sdpa-{backend}"
 
 
 def plain(workload: Workload) -> Entry:
@@ -125,19 +140,43 @@ def attention_shape(lengths: list[int], heads: int = 16, head_dim: int = 64) -> 
 
 
 def rows() -> dict[str, Callable[[], Workload]]:
-    """Every row, the important first: name -> what makes its workload."""
+    """Every row: name -> what makes its workload."""
     return dict(_rows())
 
 
+COMPILED_FIRST = ("inference[base-512]", "inference[base-1x128]", "training[base-512]")
+TELLING = (
+    "attention_fwd[d64-512]",
+    "attention_fwd_bwd[d64-512]",
+    "attention_fwd_bwd[d64-512-dropout]",
+    "attention_fwd[d64-4096]",
+    "attention_fwd_bwd[d64-4096]",
+    "attention_fwd[d64-128]",
+    "attention_fwd_bwd[d64-128]",
+    "ffn_fwd[large]",
+    "ffn_fwd_bwd[large]",
+    "layernorm_fwd[large]",
+    "layernorm_fwd_bwd[large]",
+    "embedding_fwd_bwd[large]",
+    "mlm_loss_fwd_bwd[large]",
+    "linear_fwd[base-1x128]",
+)
+"""The operations that say most about the kernels."""
+
+
 def plan(wanted: Sequence[str]) -> list[tuple[str, bool]]:
-    """In which order to measure these rows: (row, False), and (row, True) for its contestants that are slow to start,
-    after the models of 512 tokens and the single operations, before the rest."""
-    slow = [name for name in wanted if name.startswith(("inference", "training"))]
-    rest = [name for name in slow if name.endswith(("-128]", "-128-ragged]"))]
-    order = [(name, False) for name in wanted if name not in rest]
-    order += [(name, True) for name in slow if "[base" in name and name not in rest]
-    order += [(name, False) for name in rest]
-    return order + [(name, True) for name in slow if (name, True) not in order]
+    """In which order to measure these rows: (row, False), and (row, True) for its contestants that are slow to start.
+
+    The important comes first: BERT-base of 512 tokens and one sequence; torch.compile beside these; BERT-large; the
+    telling operations; what is left, with what takes minutes to compile at the end.
+    """
+    models = [name for name in wanted if name.startswith(("inference", "training"))]
+    first = [name for name in models if "[base-512" in name] + ["inference[base-1x128]"]
+    order = [(name, False) for name in first] + [(name, True) for name in COMPILED_FIRST]
+    order += [(name, False) for name in models if "[large-512" in name]
+    order += [(name, False) for name in TELLING] + [(name, False) for name in wanted]
+    order += [(name, True) for name in models]
+    return [step for step in dict.fromkeys(order) if step[0] in wanted]
 
 
 def _rows() -> Iterator[tuple[str, Callable[[], Workload]]]:
@@ -181,6 +220,8 @@ def _other_rows() -> Iterator[tuple[str, Callable[[], Workload]]]:
     base = {**shape, "hidden": 768, "intermediate": 3072, "heads": 12}
     for op in ("layernorm", "ffn", "embedding", "mlm_loss"):
         for label, at in (("large", shape), ("base", base)):
+            if ops.OPS[op].unit == "GB/s":
+                at = at | {"lengths": [512] * (MEMORY_TOKENS // 512)}
             for direction in ("fwd", "fwd_bwd"):
                 if op == "mlm_loss" and direction == "fwd":
                     continue

@@ -205,13 +205,17 @@ class Attention(Case):
 
 
 class LayerNorm(Case):
-    """Bias, dropout, residual and LayerNorm. Bytes: x, residual, y; then dy, one saved tensor, dx and dresidual."""
+    """Bias, dropout, residual and LayerNorm.
+
+    Bytes, each tensor [tokens, hidden] read once and written once: x, residual and y; with a backward also the sum that
+    is normalised, written and read again, dy, dx and dresidual. Vectors and rows' statistics are not counted.
+    """
 
     unit = "GB/s"
     drops = True
 
     def work(self, backward: bool) -> float:
-        return (7 if backward else 3) * self.tokens * self.hidden * self.float_bytes
+        return (8 if backward else 3) * self.tokens * self.hidden * self.float_bytes
 
     def tensors(self) -> Tensors:
         h = self.hidden
@@ -231,8 +235,12 @@ class LayerNorm(Case):
 
 
 class Embedding(Case):
-    """Word, position and type, LayerNorm, dropout, for the padded ids. Bytes: word rows, y; then dy, one saved tensor,
-    and the dense gradient of the word table."""
+    """Word, position and type, LayerNorm, dropout, for the padded ids.
+
+    Bytes, each tensor read once and written once: the tokens' rows of the word table and y; with a backward also the
+    normalised rows, written and read again, dy, and the gradient of the whole word table. The other tables, of which a
+    row serves many tokens, and ids are not counted.
+    """
 
     unit = "GB/s"
     drops = True
@@ -242,7 +250,7 @@ class Embedding(Case):
         self.tokens = len(self.lengths) * self.width
 
     def work(self, backward: bool) -> float:
-        rows = (4 if backward else 2) * self.tokens + (self.vocab if backward else 0)
+        rows = (5 if backward else 2) * self.tokens + (self.vocab if backward else 0)
         return rows * self.hidden * self.float_bytes
 
     def tensors(self) -> Tensors:

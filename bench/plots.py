@@ -25,8 +25,9 @@ def bars(content: dict[str, Any], path: Path) -> None:
     for axis, row in zip(axes, rows, strict=True):
         _row(axis, row)
     machine = content["machine"]
-    how = f"{content['threads']} threads, {machine['extension'].get('isa', 'no extension')}"
-    how = how if content["threads"] else "bf16"
+    how = "bf16"
+    if content["threads"]:
+        how = f"{content['threads']} threads, {machine['extension'].get('isa', 'no extension')}"
     figure.suptitle(f"{machine['device']}, {how}", fontsize=9, color="#444444")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

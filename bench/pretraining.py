@@ -1,4 +1,4 @@
-"""``python -m fastbert.bench.pretraining``: a small BERT pretrained by stock Hugging Face and by fastbert.
+"""``fastbert bench pretraining``: a small BERT pretrained by stock Hugging Face and by fastbert.
 
 The same weights to begin with, the same batches and masks, the same optimizer; each contestant in a process of its own.
 Shown are the losses step by step, tokens a second and peak memory. What rounding alone does to a run is measured beside
@@ -34,11 +34,16 @@ MODEL = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
 WARM_UP_SHARE = 0.05
 SLOW_START = 5  # steps that count for losses and not for speed
+LAST = 20  # steps over which the loss that a run ends with is averaged: single ones vary with their batches
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
-    top = argparse.ArgumentParser(prog="python -m fastbert.bench.pretraining", description=__doc__)
+    top = argparse.ArgumentParser(
+        prog="fastbert bench pretraining",
+        description="Pretrains a small BERT with stock Hugging Face code and with fastbert, from the same weights, on "
+        "the same batches and masks, and compares losses, tokens a second and peak memory.",
+    )
     top.add_argument("--dataset", type=Path, required=True, help="folder made by fastbert prepare")
     top.add_argument("--tokenizer_name", type=Path, required=True, help="the tokenizer it was made with")
     top.add_argument("--contestants", default=",".join(CONTESTANTS), metavar="A,B")
@@ -52,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run every contestant, print the table, write JSON and plot; returns the exit status."""
     arguments = parser().parse_args(argv)
     if arguments.worker:
@@ -60,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     names = arguments.contestants.split(",")
     if unknown := set(names) - set(CONTESTANTS):
-        print(f"--contestants has {sorted(unknown)}; it may have: {', '.join(CONTESTANTS)}", file=sys.stderr)
+        message = f"--contestants has {', '.join(sorted(unknown))}; it may have: {', '.join(CONTESTANTS)}"
+        print(f"fastbert bench pretraining: {message}", file=sys.stderr)
         return 2
     content = report.result("pretraining", machine.describe(), arguments.threads, arguments.seeds, [])
     facts = {"model": MODEL, "steps": arguments.steps, "tokens_per_batch": arguments.tokens_per_batch}
@@ -69,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in range(arguments.seeds):  # contestants take turns
         for name in names:
             print(f"{name}, seed {seed}", file=sys.stderr)
-            command = [sys.executable, "-m", __spec__.name, *(argv or sys.argv[1:]), "--worker", name, str(seed)]
+            command = [sys.executable, "-m", __package__, "pretraining", *argv, "--worker", name, str(seed)]
             environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
             if done.returncode:
@@ -158,13 +164,18 @@ def tokens_per_second(row: dict[str, Any]) -> float:
     return statistics.median(rates[SLOW_START:] or rates)
 
 
+def last_loss(row: dict[str, Any]) -> float:
+    """The mean loss of a run's last `LAST` steps."""
+    return statistics.mean(row["losses"][-LAST:])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Speed, memory, the last loss, and how far from stock's the losses are, by contestant and seed."""
+    """Speed, memory, the loss at the end, and how far from stock's the losses are, by contestant and seed."""
     stock = {row["seed"]: row["losses"] for row in rows if row["contestant"] == "hf"}
-    lines = [f"{'contestant':<12} seed  tokens/s  peak MiB  last loss  largest difference from hf, first and all steps"]
+    lines = [f"{'contestant':<12} seed  tokens/s  peak MiB  loss, end  largest difference from hf, first and all steps"]
     for row in rows:
         line = f"{row['contestant']:<12} {row['seed']:>4} {tokens_per_second(row):>9.0f}"
-        line += f" {row['memory']['peak'] / 2**20:>9.0f} {statistics.mean(row['losses'][-20:]):>10.4f}"
+        line += f" {row['memory']['peak'] / 2**20:>9.0f} {last_loss(row):>10.4f}"
         if row["contestant"] != "hf" and row["seed"] in stock:
             apart = [abs(a - b) for a, b in zip(row["losses"], stock[row["seed"]], strict=True)]
             line += f"  {apart[0]:.1e} {max(apart):.1e}"
@@ -199,7 +210,3 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     right.set(ylabel="tokens/s")
     right.tick_params(axis="x", labelrotation=20)
     figure.savefig(path, dpi=120)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -42,10 +42,14 @@ def result(
 
 def stem(content: dict[str, Any]) -> str:
     """File name without ending: command, device, threads of a processor, time."""
-    device = re.sub(r"[^a-z0-9]+", "-", content["machine"]["device"].lower()).strip("-")
     stamp = re.sub(r"[-:Z]", "", content["time"]).replace("T", "-")
     threads = f"-{content['threads']}t" if content["threads"] else ""
-    return f"{content['command']}-{device}{threads}-{stamp}"
+    return f"{content['command']}-{slug(content['machine']['device'])}{threads}-{stamp}"
+
+
+def slug(device: str) -> str:
+    """A device's name in the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write(content: dict[str, Any], path: Path) -> None:
@@ -107,8 +111,12 @@ def table(row: dict[str, Any]) -> str:
     for name, item in row["contestants"].items():
         if name not in timed:
             lines.append(f"  {name}: no speed, {item['status']}{': ' + item['reason'] if item['reason'] else ''}")
-        elif item.get("details", {}).get("note"):
-            lines.append(f"  {name}: {item['details']['note']}")
+            continue
+        notes = [note] if (note := item.get("details", {}).get("note")) else []
+        if row["kind"] == "op" and item.get("clock") == "stream":
+            notes.append("launched by Python call by call, whose time may be in the figure, not from a CUDA graph")
+        if notes:
+            lines.append(f"  {name}: {'; '.join(notes)}")
     return "\n".join(lines)
 
 

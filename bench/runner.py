@@ -31,6 +31,10 @@ class WorkerError(RuntimeError):
     """A contestant's process failed: it said why, it died, or it did not answer in time."""
 
 
+class LateError(WorkerError):
+    """It did not answer in time."""
+
+
 class WorkerProcess:
     """The parent's end of a process that runs ``module`` of this package, which serves as ``worker`` does."""
 
@@ -72,7 +76,7 @@ class WorkerProcess:
             ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))
             if not ready:
                 self.silent = True
-                raise WorkerError(f"no answer to '{do}' in {self.timeout:.0f} s")
+                raise LateError(f"no answer to '{do}' in {self.timeout:.0f} s")
             read = os.read(self.process.stdout.fileno(), 1 << 16)
             if not read:
                 self.silent = True

@@ -6,7 +6,6 @@ happens when fastbert is imported or used: it only reads the table.
 """
 
 import argparse
-import importlib
 import json
 import sys
 import time
@@ -85,13 +84,6 @@ class Tuner(gpu_worker.Gpu):
             raise RuntimeError(f"wrong: {', '.join(bad)}")
         return {"seconds": self.median(self.contestant.run)}
 
-    def candidates(self, row: str, kernel: str, shape_class: str, config: Config) -> dict[str, Any]:
-        """What the kernel's file offers to try (`candidates(kernel, shape_class)`), else the neighbours."""
-        module = importlib.import_module(f"fastbert.kernels.{self.rows[row]().facts['op']}")
-        if hasattr(module, "candidates"):
-            return {"candidates": list(module.candidates(kernel, shape_class)), "all": True}
-        return {"candidates": neighbours(config), "all": False}
-
     def _start(self, row: str) -> None:
         import torch
 
@@ -132,9 +124,8 @@ def search(
     best, seconds = config, attempt(config)
     before, tried = seconds, {json.dumps(config, sort_keys=True)}
     while True:
-        offer = ask("candidates", ATTEMPT_S, row=row, kernel=kernel, shape_class=shape_class, config=best)
         start = best
-        for candidate in offer["candidates"]:
+        for candidate in neighbours(start):
             name = json.dumps(candidate, sort_keys=True)
             if name in tried:
                 continue
@@ -145,7 +136,7 @@ def search(
                 continue  # it does not compile, does not fit, or is wrong
             if took < WORTH * seconds:
                 best, seconds = candidate, took
-        if best is start or offer["all"]:
+        if best is start:
             break
     attempt(best)  # so that the others are tuned beside it
     return {"config": best, "seconds": seconds, "before": before, "tried": len(tried)}

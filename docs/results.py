@@ -7,13 +7,16 @@ Each table stands between two markers; everything in it, the machine included, c
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastbert.bench.pretraining import tokens_per_second
+from fastbert.bench import gpu, gpu_rows, report
+from fastbert.bench.pretraining import LAST, last_loss, tokens_per_second
+from fastbert.bench.report import mebibytes, milliseconds
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (make results) -->", "<!-- results: end -->"
@@ -27,12 +30,16 @@ PRETRAINING = {
     "hf-rounding": "Hugging Face, weights moved by one rounding",
     "fastbert": "fastbert",
 }
-SDPA = ("flash", "cudnn", "efficient", "math")
-
-
-def milliseconds(seconds: float) -> str:
-    value = 1000 * seconds
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+GPU_OURS = (("fastbert", "fastbert-graphs"), ("triton", "cuda"))
+"""Our contestants in rows of models, and of operations."""
+GPU_PEERS = {
+    "HF eager": ("hf-eager",),
+    "HF sdpa, fastest backend": tuple(gpu_rows.SDPA.values()),
+    "HF sdpa, logits at labels only": ("hf-sdpa-sparse-head",),
+    "torch.compile": ("hf-compile",),
+    "unpadded FlashAttention-2": ("fa2", "flash-attn"),
+    "unpadded varlen_attn": ("varlen",),
+}
 
 
 class Measured(NamedTuple):
@@ -85,15 +92,10 @@ def table(rows: dict[str, Measured]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *(line(item.row) for item in rows.values())]
     sources = {}
     for row, content, _ in rows.values():
-        machine, versions = content["machine"], content["machine"]["versions"]
+        machine = content["machine"]
         peak = f"peak {row['peak']['rate']:.0f} {row['unit']}" if row["peak"]["rate"] else "peak not measured"
         isa = machine["extension"].get("isa", "no extension")
-        commit = machine["commit"] or {"hash": "unknown", "dirty": False}
-        sources[row["row"]] = (
-            f"{machine['device']} ({isa}), {content['threads']} threads, {peak}, "
-            + ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
-            + f", commit {commit['hash'][:12]}{' with changes' if commit['dirty'] else ''}, {content['time'][:10]}"
-        )
+        sources[row["row"]] = f"{machine['device']} ({isa}), {content['threads']} threads, {peak}, {code(content)}"
     for text in dict.fromkeys(sources.values()):
         names = ", ".join(name for name, source in sources.items() if source == text)
         lines += ["", f"{names}: {text}."]
@@ -101,6 +103,18 @@ def table(rows: dict[str, Measured]) -> str:
         if picture.exists():
             lines += ["", f"![The same rows as shares of the machine's peak]({picture.relative_to(ROOT)})"]
     return "\n".join(lines)
+
+
+def code(content: dict[str, Any]) -> str:
+    """What was measured: versions, commit, date."""
+    versions, commit = (
+        content["machine"]["versions"],
+        content["machine"]["commit"] or {"hash": "unknown", "dirty": False},
+    )
+    names = ("torch", *(("triton",) if content["command"] == "gpu" else ()), "transformers")
+    found = [f"{name} {versions[name]}" for name in names if name in versions]
+    found += [f"commit {commit['hash'][:12]}{' with changes' if commit['dirty'] else ''}", content["time"][:10]]
+    return ", ".join(found)
 
 
 def quality_table(folder: Path) -> str:
@@ -132,15 +146,15 @@ def pretraining_table(folder: Path) -> str:
         found[device, first["vocabulary"], first["tokens_per_batch"], first["dropout"]] = content
     if not found:
         return "not yet measured"
-    head = ["machine", "vocabulary", "tokens a step", "dropout", "", "tokens/s", "peak memory", "last loss"]
-    head += ["furthest from Hugging Face's loss"]
+    head = ["machine", "vocabulary", "tokens a step", "dropout", "", "tokens/s", "peak memory"]
+    head += [f"mean loss of the last {LAST} steps", "furthest from Hugging Face's loss"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for (device, vocabulary, tokens, dropout), content in sorted(found.items()):
         rates = {name: pretraining_rate(content, name) for name in contestants(content)}
         stock = {row["seed"]: row["losses"] for row in content["rows"] if row["contestant"] == "hf"}
         for name, rate in rates.items():
             rows = [row for row in content["rows"] if row["contestant"] == name]
-            last = [statistics.mean(row["losses"][-20:]) for row in rows]
+            last = [last_loss(row) for row in rows]
             spread = f" ± {statistics.stdev(last):.3f} ({len(last)} seeds)" if len(last) > 1 else ""
             apart = max(abs(a - b) for row in rows for a, b in zip(row["losses"], stock[row["seed"]], strict=True))
             machine = f"{device}, {content['threads']} thread{'s' * (content['threads'] > 1)}"
@@ -163,41 +177,105 @@ def pretraining_rate(content: dict[str, Any], name: str) -> float:
 
 
 def best(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, float] | None:
-    """The fastest of the contestants whose names begin so, and its time."""
-    timed = {name: item for name, item in row["contestants"].items() if "median_s" in item and name.startswith(names)}
+    """The fastest of these contestants, and its time."""
+    timed = {name: item for name, item in row["contestants"].items() if "median_s" in item and name in names}
     name = min(timed, key=lambda name: timed[name]["median_s"], default=None)
     return None if name is None else (name, timed[name]["median_s"])
 
 
-def gpu_table(folder: Path) -> str:
-    """The models of the newest GPU result; Hugging Face's sdpa with the fastest of its backends."""
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("gpu-*.json")]
-    if not contents:
-        return "not yet measured"
-    content = max(contents, key=lambda c: c["time"])
-    head = ["work", "HF eager", "HF sdpa, best", "torch.compile", "unpadded stack", "fastbert", "tokens/s", "MFU"]
+def newest_gpu(folder: Path) -> dict[str, list[Measured]]:
+    """By device the latest measurement of each row in which we have a speed, in the order of the benchmark's rows."""
+    contents = [(json.loads(path.read_text(encoding="utf-8")), path) for path in folder.glob("gpu-*.json")]
+    found: dict[str, dict[str, Measured]] = {}
+    for content, path in sorted(contents, key=lambda item: item[0]["time"]):
+        for row in content["rows"]:
+            if best(row, GPU_OURS[row["kind"] == "op"]):
+                found.setdefault(content["machine"]["device"], {})[row["row"]] = Measured(row, content, path)
+    order = {name: place for place, name in enumerate(gpu_rows.rows())}
+    return {
+        device: sorted(rows.values(), key=lambda item: order.get(item.row["row"], len(order)))
+        for device, rows in found.items()
+    }
+
+
+def gpu_tables(folder: Path) -> str:
+    """Models and operations of each GPU, what they were measured on, and their plots, which are drawn anew."""
+    blocks = []
+    for device, measured in newest_gpu(folder).items():
+        rows = [item.row for item in measured]
+        blocks += [gpu_model_table([row for row in rows if row["kind"] != "op"])]
+        blocks += [gpu_op_table([row for row in rows if row["kind"] == "op"])]
+        sources = dict.fromkeys(gpu_source(item.content) for item in measured)
+        blocks += sources
+        merged = {**measured[-1].content, "rows": rows}
+        for picture in gpu.draw(merged, folder / f"gpu-{report.slug(device)}.json"):
+            if picture.exists():
+                what = "operations" if picture.stem.endswith("-ops") else "models"
+                blocks.append(f"![Rows of {what} as shares of what the card does]({os.path.relpath(picture, ROOT)})")
+    return "\n\n".join(blocks) or "not yet measured"
+
+
+def gpu_model_table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "Models: not yet measured."
+    head = ["work", *GPU_PEERS, "fastbert", "tokens/s", "MFU", "peak memory, sdpa to fastbert"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in content["rows"]:
-        own = {name: item for name, item in row["contestants"].items() if name in ("fastbert", "fastbert-graphs")}
-        ours = best({"contestants": own}, ("fastbert",))
-        if row["kind"] == "op" or ours is None:
-            continue
-        item = row["contestants"][ours[0]]
+    for row in rows:
+        ours, _ = best(row, GPU_OURS[False])
+        item = row["contestants"][ours]
         cells = [row["title"]]
-        for names in (("hf-eager",), tuple(f"hf-sdpa-{b}" for b in SDPA), ("hf-compile",), ("varlen", "flash-attn")):
-            found = best(row, names)
-            cells.append(f"{milliseconds(found[1])} ({found[1] / ours[1]:.2f}x)" if found else "-")
-        mfu = f"{item['mfu']:.0%}" if item["mfu"] is not None else "-"
-        lines.append("| " + " | ".join([*cells, milliseconds(ours[1]), f"{item['tokens_per_s']:.0f}", mfu]) + " |")
-    machine, rates = content["machine"], content.get("ceilings") or {}
-    commit = machine["commit"] or {"hash": "unknown", "dirty": False}
-    measured = f", copy {rates['copy']:.0f} GB/s, bf16 product {rates['matmul'] / 1e3:.0f} TFLOP/s" if rates else ""
-    versions = ", ".join(f"{n} {machine['versions'][n]}" for n in ("torch", "triton", "transformers"))
-    changes = " with changes" if commit["dirty"] else ""
-    source = (
-        f"{machine['device']}{measured}, {versions}, commit {commit['hash'][:12]}{changes}, {content['time'][:10]}."
-    )
-    return "\n".join([*lines, "", source])
+        for names in GPU_PEERS.values():
+            cells.append("-")
+            if found := best(row, names):
+                note = row["contestants"][found[0]].get("details", {}).get("note")
+                cells[-1] = f"{milliseconds(found[1])} ({found[1] / item['median_s']:.2f}x)" + (
+                    f", {note}" if note else ""
+                )
+        graphs = ", with CUDA graphs" if ours == "fastbert-graphs" else ""
+        cells += [milliseconds(item["median_s"]) + graphs, f"{item['tokens_per_s']:.0f}"]
+        cells += [f"{item['mfu']:.0%}" if item["mfu"] is not None else "-"]
+        sdpa = best(row, GPU_PEERS["HF sdpa, fastest backend"])
+        used = [part.get("memory") for part in (row["contestants"][sdpa[0]] if sdpa else {}, item)]
+        cells += [" to ".join(mebibytes(part["peak"]) if part else "-" for part in used)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gpu_op_table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "Operations: not yet measured."
+    head = ["operation", "Triton", "CUDA C++", "fastest other", "rate", "share of what the card does"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    by_python = False
+    for row in rows:
+        names = tuple(name for name in row["contestants"] if name not in (*GPU_OURS[True], *gpu_rows.YARDSTICKS))
+        cells = [row["title"]]
+        for group in (("triton",), ("cuda",), names):
+            cells.append("-")
+            if found := best(row, group):
+                star = " *" * (row["contestants"][found[0]].get("clock") == "stream")
+                by_python = by_python or bool(star)
+                cells[-1] = milliseconds(found[1]) + star + (f" ({found[0]})" if group is names else "")
+        item = row["contestants"][best(row, GPU_OURS[True])[0]]
+        memory = row["unit"] == "GB/s"
+        cells.append(f"{item['rate']:.0f} GB/s" if memory else f"{item['rate'] / 1e3:.0f} TFLOP/s")
+        share = item["share_of_peak"]
+        cells.append(f"{share:.0%}" if share is not None else "-")
+        if bare := best(row, gpu_rows.YARDSTICKS):
+            cells[-1] += f", {bare[1] / item['median_s']:.0%} of the bare products"
+        lines.append("| " + " | ".join(cells) + " |")
+    if by_python:
+        lines += [
+            "",
+            "\\* launched call by call: Python's time may be in the figure. All others are CUDA graphs' replays.",
+        ]
+    return "\n".join(lines)
+
+
+def gpu_source(content: dict[str, Any]) -> str:
+    rates = content.get("ceilings")
+    rates = f", copy {rates['copy']:.0f} GB/s, bf16 product {rates['matmul'] / 1e3:.0f} TFLOP/s" if rates else ""
+    return f"{content['machine']['device']}{rates}, {code(content)}."
 
 
 def main() -> None:
@@ -208,7 +286,7 @@ def main() -> None:
         (BEGIN, END, tables(newest(folder))),
         (QUALITY_BEGIN, QUALITY_END, quality_table(folder)),
         (PRETRAINING_BEGIN, PRETRAINING_END, pretraining_table(folder)),
-        (GPU_BEGIN, GPU_END, gpu_table(folder)),
+        (GPU_BEGIN, GPU_END, gpu_tables(folder)),
     )
     for begin, end, content in blocks:
         if begin not in text or end not in text:

@@ -49,7 +49,7 @@ NEVER_RUN = "off unless forced: no GPU has run this kernel yet"
 # Columns that the registers of a GPU's multiprocessor hold.
 WIDEST = 8192
 
-# What `fastbert bench gpu --preferred` measured: {"sm_90": {op: its backends, from fast to slow}}.
+# What `fastbert bench gpu --preferred-from` read off a measurement: {"sm_90": {op: its backends, from fast to slow}}.
 PREFERRED = Path(__file__).with_name("preferred.json")
 
 

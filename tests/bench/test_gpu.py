@@ -3,14 +3,16 @@
 import importlib.machinery
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fastbert.bench import cli, gpu, gpu_rows, gpu_worker, report
+from fastbert.bench import cli, gpu, gpu_rows, gpu_worker, report, runner
 
 from fastbert import dispatch
 
@@ -27,19 +29,21 @@ TINY_OP = {"hidden": 32, "intermediate": 64, "heads": 2, "vocab": 50, "lengths":
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="measures in earnest where there is a GPU")
 
 
+CPU = {"device": "cpu"}
+TINY_ROWS = {
+    "inference": lambda: gpu_rows.model_row("inference", "t", 3, 8, ragged=True, config=TINY, **CPU),
+    "inference[base-512]": lambda: gpu_rows.model_row("inference[base-512]", "t", 3, 8, config=TINY, **CPU),
+    "training": lambda: gpu_rows.model_row("training", "t", 3, 8, training=True, config=TINY, **CPU),
+    "ffn": lambda: gpu_rows.op_row("ffn", "fwd_bwd", "t", TINY_OP, **CPU),
+    "attention": lambda: gpu_rows.op_row("attention", "fwd_bwd", "t", TINY_OP, **CPU),
+    "layernorm": lambda: gpu_rows.op_row("layernorm", "fwd", "t", TINY_OP, **CPU),
+}
+
+
 @pytest.fixture(scope="module")
 def worker() -> gpu_worker.Gpu:
     """The worker on the CPU, with tiny rows; it goes the same way there, with another clock."""
-    cpu = {"device": "cpu"}
-    return gpu_worker.Gpu(
-        "cpu",
-        {
-            "inference": lambda: gpu_rows.model_row("inference", "t", 3, 8, ragged=True, config=TINY, **cpu),
-            "training": lambda: gpu_rows.model_row("training", "t", 3, 8, training=True, config=TINY, **cpu),
-            "ffn": lambda: gpu_rows.op_row("ffn", "fwd_bwd", "t", TINY_OP, **cpu),
-            "layernorm": lambda: gpu_rows.op_row("layernorm", "fwd", "t", TINY_OP, **cpu),
-        },
-    )
+    return gpu_worker.Gpu("cpu", TINY_ROWS)
 
 
 class TestWorker:
@@ -47,7 +51,7 @@ class TestWorker:
         ("row", "name"),
         [
             ("inference", "fastbert"),
-            ("inference", "hf-sdpa-math"),
+            ("inference[base-512]", "hf-sdpa-math"),
             ("training", "fastbert"),
             ("training", "hf-sdpa-sparse-head"),
             ("ffn", "pytorch"),
@@ -57,6 +61,7 @@ class TestWorker:
         found = worker.measure(row, name)
         assert found["status"] == "ok", found
         assert found["median_s"] > 0
+        assert found["clock"] == "host"
         assert found["error"] <= found["tolerance"] < 0.1
 
     def test_a_wrong_one_gets_none(self, worker):
@@ -69,6 +74,38 @@ class TestWorker:
 
     def test_one_that_is_not_there_says_why(self, worker):
         assert worker.measure("ffn", "cuda")["status"] == "unavailable"
+        found = worker.measure("attention", "fa2")
+        assert found["status"] == "unavailable"
+        assert "_flash_attention_forward" in found["reason"]
+
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_is_timed_again_kept_or_made_anew(self, worker, keep):
+        assert worker.measure("ffn", "pytorch", keep=keep)["status"] == "ok"
+        assert ("pytorch" in worker.ready) == keep
+        assert worker.again("ffn", "pytorch", graph=True)["median_s"] > 0
+        worker.release("pytorch")
+        assert "pytorch" not in worker.ready
+
+    def test_a_truth_is_found_once(self, worker, monkeypatch):
+        found = []
+        monkeypatch.setattr(worker, "_find_truth", lambda row, find=worker._find_truth: (found.append(row), find(row)))
+        worker.prepare("ffn")
+        for row in ("layernorm", "ffn", "layernorm"):
+            worker.prepare(row, keep=row == "layernorm" and not worker.kept)
+            assert worker.measure(row, "pytorch")["status"] == "ok"
+        assert [row.facts["op"] for row in found] == ["ffn", "layernorm", "ffn"][-len(found) :]
+        assert not worker.kept
+
+    def test_memory_that_runs_out_is_made_room_for(self, worker, monkeypatch):
+        def run_out(name, graph, keep, measure=worker._measure):
+            if worker.ready:
+                raise torch.OutOfMemoryError("no room")
+            return measure(name, graph, keep)
+
+        worker.measure("ffn", "pytorch", keep=True)
+        monkeypatch.setattr(worker, "_measure", run_out)
+        assert worker.measure("ffn", "bare-gemm")["status"] == "ok"
+        assert not worker.ready
 
     def test_the_measure_of_others_is_not_compared(self, worker):
         found = worker.measure("ffn", "bare-gemm")
@@ -101,6 +138,35 @@ class TestRows:
         slow = [name for name, slow in plan if slow]
         assert sorted(slow) == sorted(name for name in rows if not name.startswith(tuple(dispatch.OPS)))
 
+    def test_the_important_comes_first(self):
+        plan = gpu_rows.plan(list(gpu_rows.rows()))
+        assert {name for name, _ in plan[:5]} == {
+            *(f"{kind}[base-512{ragged}]" for kind in ("inference", "training") for ragged in ("", "-ragged")),
+            "inference[base-1x128]",
+        }
+        assert plan[5:8] == [(name, True) for name in gpu_rows.COMPILED_FIRST]
+        assert all(name.split("[")[1].startswith("large-512") for name, _ in plan[8:12])
+        assert plan[12 : 12 + len(gpu_rows.TELLING)] == [(name, False) for name in gpu_rows.TELLING]
+        assert {name.split("_fwd")[0] for name in gpu_rows.TELLING} == set(dispatch.OPS)
+
+    def test_backends_of_sdpa(self):
+        """All of them in two rows, elsewhere two that can run: flash takes no mask."""
+        found = {
+            row: [name.split("-")[-1] for name in gpu_rows.entries(gpu_rows.rows()[row]()) if "sdpa-" in name]
+            for row in ("inference[base-512]", "inference[base-512-ragged]", "attention_fwd[d64-512]")
+        }
+        assert list(found.values()) == [[*gpu_rows.SDPA], ["cudnn", "efficient"], ["flash", "cudnn"]]
+
+    def test_what_memory_limits_is_larger_than_a_cache(self):
+        for name, make in gpu_rows.rows().items():
+            if name.startswith(("layernorm", "embedding")):
+                shape = make().facts["shape"]
+                assert sum(shape["lengths"]) * shape["hidden"] * 2 > 80e6
+
+    def test_bytes_of_a_layernorm(self):
+        forward, both = (gpu_rows.rows()[f"layernorm_{name}[large]"]().work for name in ("fwd", "fwd_bwd"))
+        assert (forward, both) == tuple(tensors * 65536 * 1024 * 2 for tensors in (3, 8))
+
 
 class TestRun:
     @without_gpu
@@ -124,10 +190,10 @@ class TestRun:
         assert run.worker.process is None
 
     def test_rows_that_were_finished_are_complete(self, tmp_path, monkeypatch):
-        def ask(worker, do, seconds, row=None, name=None):
+        def ask(worker, do, seconds, row=None, **rest):
             if row == "layernorm_fwd_bwd[base]":
                 raise KeyboardInterrupt
-            return {"status": "ok", "error": 0.0, "median_s": 0.1} if do == "measure" else {}
+            return {"status": "ok", "clock": "graph", "error": 0.0, "median_s": 0.1} if do == "measure" else {}
 
         monkeypatch.setattr(gpu.Worker, "ask", ask)
         content = report.result("gpu", {"device": "none"}, None, None, [])
@@ -137,6 +203,39 @@ class TestRun:
         assert [row["complete"] for row in content["rows"]] == [True, False]
         written = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
         assert written["rows"][0]["complete"]
+
+    def test_what_takes_minutes_is_not_begun_at_the_end(self, tmp_path):
+        content = report.result("gpu", {"device": "none"}, None, None, [])
+        run = gpu.Run(content, tmp_path / "x.json", None, gpu.SLOW_LEAST_S)
+        run.row(record := run.begin("inference[base-512]"), True)
+        item = record["contestants"]["hf-compile"]
+        assert item["status"] == "not run"
+        assert "it may take minutes" in item["reason"]
+        assert run.worker.process is None
+
+    def test_one_that_the_end_cuts_short_was_not_reached(self, tmp_path, monkeypatch):
+        """It has not failed: a later run may try it again."""
+        monkeypatch.setattr(gpu, "GRACE_S", 0.0)
+        content = report.result("gpu", {"device": "none"}, None, None, [])
+        run = gpu.Run(content, tmp_path / "x.json", None, 0.2)
+        try:
+            found = run.measured("inference[base-512]", "hf-eager", False)
+        finally:
+            run.worker.close()
+        assert found == {"status": "not run", "reason": "stopped when the 0 s were used up"}
+
+    def test_one_that_cannot_be_recorded_is_timed_in_another_process(self, worker, tmp_path, monkeypatch):
+        def timed(graph, stock=worker._timed):
+            if graph:
+                raise gpu_worker.NotCapturedError("no")
+            return stock(graph)
+
+        monkeypatch.setattr(worker, "_timed", timed)
+        content = report.result("gpu", {"device": "none"}, None, None, [])
+        run = gpu.Run(content, tmp_path / "x.json", None, 60.0)
+        run.worker = Here(worker)
+        found = run.measured("ffn", "pytorch", False)
+        assert (found["status"], found["not_captured"], run.worker.closed) == ("ok", "no", 1)
 
     def test_rates(self, tmp_path):
         content = report.result("gpu", {"device": "NVIDIA H200"}, None, None, [])
@@ -171,9 +270,115 @@ def test_wrong_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def op_rows(*times: tuple[str, float | None, float | None]) -> dict[str, Any]:
+class Here:
+    """Asks a worker in this process."""
+
+    def __init__(self, worker: gpu_worker.Gpu) -> None:
+        self.worker, self.asked, self.closed = worker, [], 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def ask(self, do: str, seconds: float, **arguments: Any) -> dict[str, Any]:
+        self.asked.append((do, arguments.get("name")))
+        if do == "ceilings":
+            return {"copy": 1.0, "matmul": 1.0}
+        try:
+            return getattr(self.worker, do)(**arguments)
+        except RuntimeError as error:
+            raise runner.WorkerError(str(error)) from error
+
+
+MACHINE: dict[str, Any] = {"device": "H", "arch": "sm_90", "cuda": "13.0", "cudnn": 9, "versions": {"torch": "2.11"}}
+MACHINE |= {"commit": {"hash": "abc", "dirty": False}}
+
+
+class TestResume:
+    ROWS = ("ffn", "layernorm", "inference")
+    NAMES = ("pytorch", "hf-eager", "fastbert")
+
+    def run(self, content, path, worker, budget=1e6):
+        run = gpu.Run(content, path, list(self.NAMES), budget)
+        run.worker = Here(worker)
+        run.everything(self.ROWS)
+        return run.worker.asked
+
+    def test_goes_on_where_it_stopped(self, worker, tmp_path, monkeypatch):
+        monkeypatch.setattr(gpu_rows, "rows", lambda: TINY_ROWS)
+        path = tmp_path / "gpu-x.json"
+        content = report.result("gpu", {"device": "none"}, None, None, [])
+        self.run(content, path, worker, budget=1e-9)
+        states = [item["status"] for row in content["rows"] for item in row["contestants"].values()]
+        assert set(states) == {"not run"}
+        content["rows"] = content["rows"][:1]
+        asked = self.run(content, path, worker)
+        measured = [name for do, name in asked if do == "measure"]
+        assert measured == ["pytorch", "pytorch", "fastbert", "hf-eager"]
+        for row in content["rows"]:
+            for name, item in row["contestants"].items():
+                assert item["status"] == "ok", item
+                assert item["reason"] is None
+                assert len(item["turns"]) == (1 + gpu.ROUNDS if name == "fastbert" else 1)
+        again = json.loads(path.read_text(encoding="utf-8"))
+        assert again == json.loads(json.dumps(content))
+        assert {do for do, _ in self.run(again, path, worker)} == {"ceilings"}
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({}, None),
+            ({"device": "A"}, "its device is A, here it is H"),
+            ({"versions": {}}, "its versions is {}, here it is {'torch': '2.11'}"),
+            ({"commit": {"hash": "abd", "dirty": False}}, "its commit is {'hash': 'abd'"),
+        ],
+    )
+    def test_what_belongs_together(self, change, reason):
+        found = gpu.apart(MACHINE | change, MACHINE)
+        assert found is None if reason is None else found.startswith(reason)
+
+    @pytest.mark.parametrize(
+        ("commit", "words"), [(None, "FASTBERT_COMMIT"), ({"hash": "a", "dirty": True}, "differs")]
+    )
+    def test_code_that_is_not_known(self, commit, words):
+        here = MACHINE | {"commit": commit}
+        assert words in gpu.apart(here, here)
+
+    def test_of_a_folder_the_newest_that_fits(self, tmp_path):
+        new = report.result("gpu", MACHINE, None, None, [])
+        there = tmp_path / "new.json"
+        (tmp_path / "gpu-broken.json").write_text("{")
+        assert gpu._resumed(tmp_path, new, there) == (new, there)
+        for name, when, machine in (
+            ("a", "1", MACHINE),
+            ("b", "2", MACHINE),
+            ("c", "3", MACHINE | {"cuda": "1"}),
+        ):
+            report.write({**new, "machine": machine, "time": when}, tmp_path / f"gpu-{name}.json")
+        content, path = gpu._resumed(tmp_path, new, there)
+        assert path.name == "gpu-b.json"
+        assert content["resumed"] == [new["time"]]
+        with pytest.raises(ValueError, match="its cuda is 1, here it is 13.0"):
+            gpu._resumed(tmp_path / "gpu-c.json", new, there)
+        with pytest.raises(ValueError, match="is no JSON"):
+            gpu._resumed(tmp_path / "gpu-broken.json", new, there)
+
+
+def test_plots_show_models_and_operations(worker, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(gpu_rows, "rows", lambda: TINY_ROWS)
+    content = report.result("gpu", {"device": "none"}, None, None, [])
+    run = gpu.Run(content, tmp_path / "gpu-x.json", ["pytorch", "hf-eager"], 60.0)
+    run.worker = Here(worker)
+    run.everything(["layernorm", "inference"])
+    drawn = gpu.draw(content, tmp_path / "gpu-x.json")
+    assert [path.name for path in drawn] == ["gpu-x.png", "gpu-x-ops.png"]
+    assert all(path.stat().st_size for path in drawn)
+
+
+def op_rows(*times: tuple[str, float | None, float | None], clock: str = "graph") -> dict[str, Any]:
     def item(seconds: float | None) -> dict[str, Any]:
-        return {"status": "wrong", "reason": "x"} if seconds is None else {"status": "ok", "median_s": seconds}
+        good = {"status": "ok", "median_s": seconds, "clock": clock}
+        return {"status": "wrong", "reason": "x"} if seconds is None else good
 
     rows = [
         {"kind": "op", "facts": {"op": op}, "contestants": {"triton": item(triton), "cuda": item(cuda)}}
@@ -189,6 +394,24 @@ class TestPreferred:
 
     def test_what_was_wrong_once_stays_off(self):
         assert gpu.preferred(op_rows(("ffn", 2.0, 1.0), ("ffn", 1.0, None))) == {"ffn": ["triton"]}
+
+    def test_launches_by_python_count_for_nothing(self):
+        assert gpu.preferred(op_rows(("ffn", 1.0, 2.0), clock="stream")) == {}
+
+    def test_is_written_from_a_result_without_a_gpu(self, tmp_path, monkeypatch, capsys):
+        table, result = tmp_path / "preferred.json", tmp_path / "gpu-x.json"
+        table.write_text(json.dumps({"sm_80": {"ffn": ["triton"]}, "sm_90": {"attention": ["cuda", "triton"]}}))
+        monkeypatch.setattr(dispatch, "PREFERRED", table)
+        content = report.result("gpu", {"device": "H", "arch": "sm_90"}, None, None, [])
+        report.write({**content, **op_rows(("ffn", 1.0, 2.0))}, result)
+        assert cli.main(["gpu", "--preferred-from", str(result)]) == 0
+        assert str(table) in capsys.readouterr().out
+        assert json.loads(table.read_text()) == {
+            "sm_80": {"ffn": ["triton"]},
+            "sm_90": {"attention": ["cuda", "triton"], "ffn": ["triton", "cuda"]},
+        }
+        assert cli.main(["gpu", "--preferred-from", str(table)]) == 2
+        assert "is no result of fastbert bench gpu" in capsys.readouterr().err
 
     def test_an_op_without_a_comparison_is_not_there(self):
         assert gpu.preferred(op_rows(("ffn", None, 1.0))) == {}
@@ -231,14 +454,65 @@ class TestMakeGpu:
         assert "unknown step nope; allowed are build, tests, sanitize, bench" in done.stderr
 
     def test_a_failure_and_a_limit_do_not_stop_the_rest(self, suite, tmp_path, capsys):
-        run = suite.Suite(tmp_path, tmp_path, 60.0)
+        run = suite.Suite(tmp_path, tmp_path, 600.0)
         assert not run.run("build", [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"])
         assert not run.run("tests", [sys.executable, "-c", "import time; time.sleep(60)"], limit=6)
         assert run.run("bench", [sys.executable, "-c", "print('done')"])
         states = {name: state.split(",")[0] for name, state in run.outcome.items()}
         assert states == {"build": "failed with status 3", "tests": "stopped at its limit", "bench": "ok"}
+        assert run.together({"a": [sys.executable, "-c", ""], "b": [sys.executable, "-c", ""]}, 20.0, {})
         assert "why" in (tmp_path / "build.log").read_text()
         assert "done" in capsys.readouterr().out
+
+    @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="pytest-xdist is not there")
+    def test_a_run_in_parallel_that_is_stopped_says_what_failed(self, suite, tmp_path):
+        file, ran = tmp_path / "test_it.py", tmp_path / "ran"
+        file.write_text(
+            "import pathlib, time\n"
+            f"def test_bad(): pathlib.Path({str(ran)!r}).touch(); assert 0\n"
+            "def test_long(): time.sleep(600)\n"
+        )
+        tests = ["-q", "-p", "no:cacheprovider", "-n", "2", f"--rootdir={tmp_path}", str(file)]
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", *tests], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+            )
+            end = time.monotonic() + 120
+            while not ran.exists() and time.monotonic() < end:
+                time.sleep(0.1)
+            time.sleep(2)
+            assert suite.ended([process], time.monotonic()) == [True]
+        assert "test_bad" in (tmp_path / "log").read_text()
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+
+    def test_what_the_user_has_on_the_path_stays(self, suite, tmp_path, monkeypatch):
+        monkeypatch.setenv("PYTHONPATH", "/of/the/user")
+        path = suite.Suite(tmp_path, tmp_path, 1.0).environment["PYTHONPATH"]
+        assert path.split(":") == [str(suite.LIBRARY), "/of/the/user"]
+
+    def test_what_was_left_out_of_the_build_is_said(self, suite, tmp_path, monkeypatch):
+        monkeypatch.setattr(suite, "LIBRARY", tmp_path)
+        assert suite.built().startswith("nothing is known")
+        (tmp_path / "fastbert").mkdir()
+        note = {
+            "extension": True,
+            "reason": "",
+            "cuda": True,
+            "cuda_reason": "",
+            "cutlass": None,
+            "cutlass_reason": "y",
+        }
+        for change, said in (
+            ({}, "built: the extension, CUDA C++, no CUTLASS (y)"),
+            ({"cutlass": "4.2.1"}, "built: the extension, CUDA C++, CUTLASS"),
+            (
+                {"cuda": False, "cuda_reason": "x", "cutlass_reason": None},
+                "no CUDA C++ (x), no CUTLASS (without CUDA C++)",
+            ),
+        ):
+            (tmp_path / "fastbert" / "_build.json").write_text(json.dumps(note | change))
+            assert said in suite.built()
 
     def test_what_is_built_is_what_runs(self, suite, tmp_path):
         """The package in the build folder goes before the sources in the folder that tests are run from."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from fastbert.bench.pretraining import CONTESTANTS, packed_loss, table
+from fastbert.bench import cli
+from fastbert.bench.pretraining import CONTESTANTS, LAST, last_loss, packed_loss, table
 
 
 def test_packed_is_the_same_loss() -> None:
@@ -39,3 +41,13 @@ def test_table() -> None:
     assert len(lines) == 1 + len(CONTESTANTS)
     assert lines[1].split() == ["hf", "0", "10", "1", "1.5000"]
     assert lines[2].split()[-2:] == ["0.0e+00", "1.0e+00"]
+
+
+def test_loss_at_the_end() -> None:
+    assert last_loss({"losses": [9.0] * 5 + [1.0, 3.0] * (LAST // 2)}) == 2.0
+
+
+def test_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    folders = ["--dataset", "none", "--tokenizer_name", "none"]
+    assert cli.main(["pretraining", *folders, "--contestants", "hf,nobody"]) == 2
+    assert "fastbert bench pretraining: --contestants has nobody; it may have: hf, " in capsys.readouterr().err

@@ -74,8 +74,6 @@ class TestSearch:
 
     def test_goes_to_the_best_past_what_fails(self):
         def ask(do, seconds, *, config, **rest):
-            if do == "candidates":
-                return {"candidates": tune.neighbours(config), "all": False}
             if config["num_warps"] > 8:
                 raise runner.WorkerError("too many")
             return {"seconds": abs(config["BLOCK_M"] - 256) + 100 / config["num_warps"]}
@@ -110,7 +108,6 @@ def test_a_kernel_is_tuned_in_the_interpreter():
         assert configs.describe("cpu")["used"][f"{kernel} {shape_class}"] == changed
         with pytest.raises(Exception, match="power of 2|BLOCK_M"):
             tuner.attempt(row, kernel, shape_class, config | {"BLOCK_M": 3})
-        assert len(tuner.candidates(row, kernel, shape_class, config)["candidates"]) >= 2
     finally:
         tuner._forget()
         configs.table.cache_clear()

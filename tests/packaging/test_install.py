@@ -80,7 +80,7 @@ def test_sdist(environment: Any, source_tree: Any, tmp_path: Path) -> None:
         names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".h")}
     assert sources <= names
-    assert {"LICENSE", "README.md", "Makefile", "setup.py", "pyproject.toml", "fastbert/py.typed"} <= names
+    assert {"LICENSE", "README.md", "Makefile", "setup.py", "pyproject.toml", "fastbert/py.typed", ".ci/gpu"} <= names
     assert not [n for n in names if n.endswith((".so", ".o")) or n.startswith(("build/", ".venv"))]
     quick = {"FASTBERT_BUILD_ISAS": "baseline", "CXXFLAGS": "-O0", "FASTBERT_BUILD_CUDA": "0"}
     environment.install(str(archive), FASTBERT_BUILD_EXTENSION="1", **quick)
