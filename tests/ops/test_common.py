@@ -468,6 +468,8 @@ def call(name: str, arguments: tuple) -> Tensor | tuple[Tensor, ...]:
 @on_every_leaf_with(0.0, 0.1)
 def test_opcheck(p: float, op: str, backend: str) -> None:
     accuracy.require(op, backend, torch.float32)
+    if p == 0 and op in DROPPING and accuracy.interpreted(backend):
+        pytest.skip("no dropout means no seed, which what every kernel is registered by treats alike: see the CPU's")
     (name, arguments), *backward = leaf_calls(op, backend, p)
 
     def trainable(value: object) -> object:
