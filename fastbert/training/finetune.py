@@ -94,7 +94,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
         "data": {name: split.digest() for name, split in splits.items() if name != "test"},
         "model_name_or_path": model_args.model_name_or_path,
     }
-    check_same_run(output, run, checkpoint)
+    check_same_run(run, checkpoint)
 
     set_seed(args.seed)
     task.configure(config)

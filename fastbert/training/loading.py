@@ -17,7 +17,7 @@ from .errors import CommandError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, pickle.UnpicklingError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, pickle.UnpicklingError)
 _HEADS = (
     "classifier",
     "score",
@@ -50,7 +50,7 @@ def load_config(name: str, **hub: Any) -> PreTrainedConfig:
     _check_place(name)
     try:
         return AutoConfig.from_pretrained(name, **hub)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CommandError(f"--model_name_or_path {name}: cannot load config.json: {first_line(error)}") from error
 
 
@@ -58,7 +58,7 @@ def load_tokenizer(name: str, argument: str = "--model_name_or_path", **options:
     """The model's fast tokenizer. Raises CommandError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CommandError(f"{argument} {name}: cannot load a tokenizer: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise CommandError(f"{argument} {name}: has no fast tokenizer (tokenizer.json)")
@@ -91,7 +91,7 @@ def load_model(
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             **hub,
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         hint = ""
         if "mismatch" in str(error):
             hint = " (its head has another number of labels? --ignore_mismatched_sizes starts with a new head)"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from .documents import Document, Reader, Source, input_names, open_sources
+from .documents import Document, DocumentReader, Source, input_names, open_sources
 from .errors import CommandError, first_line, is_disk_full
 from .flags import parse_flags
 from .loading import load_tokenizer, quiet_transformers
@@ -174,7 +174,7 @@ def _run(args: PrepareArguments) -> int:
         return 0
     (output / PROGRESS).mkdir(parents=True, exist_ok=True)
     write_json(output / SETTINGS, settings)
-    reader = Reader(sources, args.on_bad_row)
+    reader = DocumentReader(sources, args.on_bad_row)
     shards = _build_all(reader, recipe, args, output)
     if not any(counts.sequences for counts in shards):
         if args.format == PAIRS and sum(counts.documents for counts in shards) == 1:
@@ -184,7 +184,7 @@ def _run(args: PrepareArguments) -> int:
             )
         raise CommandError("--input: holds no text that the tokenizer makes tokens of")
     report = _report(settings, shards)
-    _finish(output, recipe, settings, shards, report)
+    _finish(output, recipe, shards, report)
     seconds = time.perf_counter() - started
     print(_summary(report, seconds, output))
     return 0
@@ -288,7 +288,7 @@ def cut_into_shards(documents: Iterator[Document], size: float) -> Iterator[list
     yield from (shard for shard in (ready, current) if shard)
 
 
-def _build_all(reader: Reader, recipe: Recipe, args: PrepareArguments, output: Path) -> list[Counts]:
+def _build_all(reader: DocumentReader, recipe: Recipe, args: PrepareArguments, output: Path) -> list[Counts]:
     """Build every shard that is not finished; their counts in order."""
     total = sum(source.size for source in reader.sources)
     found: dict[int, Counts] = {}
@@ -300,7 +300,9 @@ def _build_all(reader: Reader, recipe: Recipe, args: PrepareArguments, output: P
     return [found[number] for number in sorted(found)]
 
 
-def _unfinished(reader: Reader, args: PrepareArguments, output: Path, found: dict[int, Counts]) -> Iterator[Job]:
+def _unfinished(
+    reader: DocumentReader, args: PrepareArguments, output: Path, found: dict[int, Counts]
+) -> Iterator[Job]:
     shards = cut_into_shards(reader.documents(), args.shard_megabytes * 1e6)
     for number, documents in enumerate(shards):
         job = Job(number, documents, output)
@@ -374,9 +376,7 @@ def _entropy(counts: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _finish(
-    output: Path, recipe: Recipe, settings: dict[str, Any], shards: list[Counts], report: dict[str, Any]
-) -> None:
+def _finish(output: Path, recipe: Recipe, shards: list[Counts], report: dict[str, Any]) -> None:
     """Write what makes the shards one dataset; the state last, so that a folder with it is complete."""
     from datasets import DatasetInfo, Features
 

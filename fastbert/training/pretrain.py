@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .batching import Batches, Masking, Phase, TokenBudget, row_lengths
 from .errors import CommandError, first_line
-from .loading import _LOAD_ERRORS, check_vocabulary, load_config, load_tokenizer, quiet_transformers, sequence_limit
+from .loading import LOAD_ERRORS, check_vocabulary, load_config, load_tokenizer, quiet_transformers, sequence_limit
 from .prepare import SETTINGS, tokenizer_digest
 from .pretraining_arguments import Parsed, PretrainArguments, PretrainDataArguments, PretrainModelArguments, parse
 from .pretraining_trainer import PretrainingTrainer, TimingCallback
@@ -82,7 +82,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
     if args.distributed_state is not None:
         args.distributed_state.wait_for_everyone()  # else one process could find what another has written
     run = _identity(model_args, data_args, args, phases, prepared, config)
-    check_same_run(output, run, checkpoint)
+    check_same_run(run, checkpoint)
 
     set_seed(args.seed)
     model = _model(model_args, config, pairs, **hub)
@@ -219,7 +219,7 @@ def _config(model_args: PretrainModelArguments, tokenizer: PreTrainedTokenizerBa
             config = AutoConfig.from_pretrained(model_args.config_name, **hub)
         else:
             config = AutoConfig.for_model(model_args.model_type)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         where = f"--config_name {model_args.config_name}" if model_args.config_name else "--model_type"
         raise CommandError(f"{where}: {first_line(error)}") from error
     config.vocab_size = len(tokenizer)
@@ -258,7 +258,7 @@ def _model(model_args: PretrainModelArguments, config: PreTrainedConfig, pairs: 
         model, loaded = cls.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **hub
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CommandError(f"--model_name_or_path {name}: cannot load weights: {first_line(error)}") from error
     missing = sorted(loaded["missing_keys"])
     if encoder := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:

@@ -110,7 +110,7 @@ def prepare_output(output: Path, args: Arguments) -> Path | None:
     return None
 
 
-def check_same_run(output: Path, run: dict[str, Any], checkpoint: Path | None) -> None:
+def check_same_run(run: dict[str, Any], checkpoint: Path | None) -> None:
     """Refuse to resume with other labels or data, which would go wrong late or, worse, unnoticed."""
     if checkpoint is None:
         return
