@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ from .arguments import DataArguments, FinetuneArguments, ModelArguments, Parsed
 from .data import open_split
 from .errors import CommandError
 from .loading import check_vocabulary, load_config, load_tokenizer, quiet_transformers, sequence_limit
-from .report import CURVES, REPORT, history, plot, versions, write_json
+from .report import CURVES, REPORT, history, picture, versions, write_json
 from .rows import RowFile, splits_of
 from .runs import (
     RUN,
@@ -259,3 +260,16 @@ def _best(trainer: Resumable, args: FinetuneArguments) -> dict[str, Any] | None:
         "epoch": at_best[0]["epoch"] if at_best else None,
         "checkpoint": os.path.basename(state.best_model_checkpoint or "") or None,
     }
+
+
+def plot(path: Path, curves: dict[str, list[dict[str, Any]]], metric: str, title: str) -> None:
+    """Losses and the chosen metric over epochs."""
+    train, evaluations = curves["train"], curves["eval"]
+    with picture(path, title, 9, 2) as (left, right):
+        left.plot([e["epoch"] for e in train], [e["loss"] for e in train], label="training", linewidth=1)
+        if evaluations:
+            epochs = [e["epoch"] for e in evaluations]
+            left.plot(epochs, [e["loss"] for e in evaluations], "o-", label="validation")
+            right.plot(epochs, [e.get(metric, math.nan) for e in evaluations], "o-", color="C1", label="validation")
+        left.set(xlabel="epoch", ylabel="loss")
+        right.set(xlabel="epoch", ylabel=metric)

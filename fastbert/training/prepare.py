@@ -24,7 +24,7 @@ from .documents import Document, DocumentReader, Source, input_names, open_sourc
 from .errors import CommandError, first_line, is_disk_full
 from .flags import parse_flags
 from .loading import load_tokenizer, quiet_transformers
-from .report import write_json
+from .report import picture, write_json
 from .sequences import PAIR_SPECIAL, Counts
 from .shards import (
     FULL_SENTENCES,
@@ -405,30 +405,17 @@ def _finish(output: Path, recipe: Recipe, shards: list[Counts], report: dict[str
 
 
 def _plot(path: Path, report: dict[str, Any]) -> None:
-    """How long the sequences are and what shares they have, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained", width_ratios=(2, 1))
-    lengths = report["lengths"]
-    left.bar(range(len(lengths)), lengths, width=1.0)
-    left.set(xlabel="tokens of a sequence", ylabel="sequences", yscale="log")
-    shares = report["shares"]
-    right.bar(list(shares), list(shares.values()), color="C1")
-    right.set(ylabel="share of the sequences", ylim=(0, 1))
-    right.tick_params(axis="x", labelrotation=20)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    if not shares:
-        figure.delaxes(right)
-    counts = report["counts"]
-    figure.suptitle(f"{counts['sequences']} sequences of {counts['documents']} documents")
-    partial = path.with_name(path.name + ".part")
-    figure.savefig(partial, dpi=120, format="png", metadata={"Software": None})
-    pyplot.close(figure)
-    os.replace(partial, path)
+    """How long the sequences are and what shares they have."""
+    counts, lengths, shares = report["counts"], report["lengths"], report["shares"]
+    title = f"{counts['sequences']} sequences of {counts['documents']} documents"
+    with picture(path, title, 9, 2, width_ratios=(2, 1)) as (left, right):
+        left.bar(range(len(lengths)), lengths, width=1.0)
+        left.set(xlabel="tokens of a sequence", ylabel="sequences", yscale="log")
+        right.bar(list(shares), list(shares.values()), color="C1")
+        right.set(ylabel="share of the sequences", ylim=(0, 1))
+        right.tick_params(axis="x", labelrotation=20)
+        if not shares:
+            right.remove()
 
 
 def _summary(report: dict[str, Any], seconds: float, output: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import signal
 import time
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from .loading import LOAD_ERRORS, check_vocabulary, load_config, load_tokenizer,
 from .prepare import SETTINGS, tokenizer_digest
 from .pretraining_arguments import Parsed, PretrainArguments, PretrainDataArguments, PretrainModelArguments, parse
 from .pretraining_trainer import PretrainingTrainer, TimingCallback
-from .report import CURVES, REPORT, versions, write_json
+from .report import CURVES, REPORT, picture, versions, write_json
 from .runs import (
     RUN,
     check_loggers,
@@ -366,32 +365,18 @@ def unigram_entropy(dataset: Path) -> float | None:
 
 
 def plot(path: Path, log: list[dict[str, Any]], title: str, entropy: float | None) -> None:
-    """Losses, accuracy and throughput over the steps, as PNG, beside what guessing gives (``entropy``: of tokens)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    """Losses, accuracy and throughput over the steps, beside what guessing gives (``entropy``: of tokens)."""
     steps = [entry["step"] for entry in log]
-    for name, label in (("mlm_loss", "masked tokens"), ("nsp_loss", "next sentence")):
-        if log and name in log[0]:
-            axes[0].plot(steps, [entry[name] for entry in log], label=label, linewidth=1)
-    if entropy is not None:
-        axes[0].axhline(entropy, color="C0", linestyle=":", label="tokens guessed by frequency")
-    axes[0].set(xlabel="step", ylabel="loss", yscale="log")
-    if log and "nsp_accuracy" in log[0]:
-        axes[1].plot(steps, [entry["nsp_accuracy"] for entry in log], color="C1", linewidth=1)
-        axes[1].axhline(0.5, color="C1", linestyle=":", label="guessed")
-    axes[1].set(xlabel="step", ylabel="accuracy of next sentence", ylim=(0.4, 1))
-    axes[2].plot(steps, [entry["tokens_per_second"] for entry in log], color="C2", linewidth=1)
-    axes[2].set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
-    for one in axes:
-        one.grid(alpha=0.3)
-        if one.get_legend_handles_labels()[0]:
-            one.legend()
-    figure.suptitle(title)
-    partial = path.with_name(path.name + ".part")
-    figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
-    os.replace(partial, path)
+    with picture(path, title, 12, 3) as (losses, accuracy, speed):
+        for name, label in (("mlm_loss", "masked tokens"), ("nsp_loss", "next sentence")):
+            if log and name in log[0]:
+                losses.plot(steps, [entry[name] for entry in log], label=label, linewidth=1)
+        if entropy is not None:
+            losses.axhline(entropy, color="C0", linestyle=":", label="tokens guessed by frequency")
+        losses.set(xlabel="step", ylabel="loss", yscale="log")
+        if log and "nsp_accuracy" in log[0]:
+            accuracy.plot(steps, [entry["nsp_accuracy"] for entry in log], color="C1", linewidth=1)
+            accuracy.axhline(0.5, color="C1", linestyle=":", label="guessed")
+        accuracy.set(xlabel="step", ylabel="accuracy of next sentence", ylim=(0.4, 1))
+        speed.plot(steps, [entry["tokens_per_second"] for entry in log], color="C2", linewidth=1)
+        speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
