@@ -127,7 +127,8 @@ def parse(argv: list[str]) -> PrepareArguments:
         (PrepareArguments,),
         argv,
         prog="fastbert prepare",
-        usage="fastbert prepare --input PATH... --tokenizer_name DIR --output DIR [flags]",
+        usage="fastbert prepare --input PATH... --tokenizer_name DIR --output DIR [flags]\n"
+        "       fastbert prepare FLAGS.json",
         description="Make pretraining data: documents into sequences, in a dataset folder that datasets.load_from_disk "
         "opens. Sentence pairs as in Devlin et al. 2019, A.2, or RoBERTa's full sentences.",
     )

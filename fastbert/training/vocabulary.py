@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
         (TokenizerArguments,),
         argv,
         prog="fastbert tokenizer",
-        usage="fastbert tokenizer --input PATH... --output DIR [--vocab_size N] [flags]",
+        usage="fastbert tokenizer --input PATH... --output DIR [--vocab_size N] [flags]\n"
+        "       fastbert tokenizer FLAGS.json",
         description="Learn a WordPiece vocabulary, as BERT's, from text.",
     )
     quiet_transformers()

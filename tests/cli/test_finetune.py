@@ -293,6 +293,20 @@ def test_flags_from_a_file(kit: Any, base_model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("command", ["finetune", "pretrain", "prepare", "tokenizer"])
+def test_wrong_flags_in_a_file(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "flags.json"
+    file.write_text('{"max_steps": 2, "shards": ["a", "b"]}', encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        main([command, str(file)])
+    assert caught.value.code == 2
+    assert "the following arguments are required" in capsys.readouterr().err
+    for content, words in (("[1]", "a JSON list where an object of flags and values"), ("{", "cannot be read as JSON")):
+        file.write_text(content, encoding="utf-8")
+        assert main([command, str(file)]) == 1
+        assert f"{file}: {words}" in capsys.readouterr().err
+
+
 def test_a_diverging_run_stops(kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = kit.write_rows(tmp_path / "train.csv", kit.examples(60))
     flags = kit.finetune_flags(base_model, train, tmp_path / "out", optim="sgd", learning_rate=1e38, logging_steps=1)
@@ -342,3 +356,4 @@ def test_broken_models(kit: Any, base_model: Path, tmp_path: Path, capsys: pytes
     assert "config.json" in attempt("no-config", lambda folder: (folder / "config.json").unlink())
     assert "config.json" in attempt("bad-config", lambda folder: (folder / "config.json").write_text("{"))
     assert "tokenizer" in attempt("bad-tokenizer", lambda folder: (folder / "tokenizer.json").write_text("{"))
+    assert not (tmp_path / "out").exists()
