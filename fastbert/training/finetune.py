@@ -67,6 +67,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     output = Path(str(args.output_dir))
     hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
     tokenizer_name = model_args.tokenizer_name or model_args.model_name_or_path
+    tokenizer_flag = "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path"
 
     config = load_config(model_args.model_name_or_path, **hub)
     files = _open_files(data_args, args)
@@ -75,7 +76,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
         raise CommandError(f"--fsdp: not with --task {kind.name}")
     tokenizer = load_tokenizer(
         tokenizer_name,
-        "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path",
+        tokenizer_flag,
         **kind.tokenizer_options(config),
         **hub,
     )
@@ -100,7 +101,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArg
     set_seed(args.seed)
     task.configure(config)
     model = task.load(model_args, config, **hub)
-    check_vocabulary(tokenizer, task.encoder(model), tokenizer_name)
+    check_vocabulary(tokenizer, task.encoder(model), tokenizer_name, tokenizer_flag)
     if data_args.max_seq_length is not None:
         tokenizer.model_max_length = max_length
     if model_args.optimize:

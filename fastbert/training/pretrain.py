@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
-    ProgressCallback,
-    set_seed,
-)
+import transformers
+from transformers import AutoConfig, ProgressCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from .batching import Batches, Masking, Phase, TokenBudget, row_lengths
 from .errors import CommandError, first_line
-from .loading import LOAD_ERRORS, check_vocabulary, load_config, load_tokenizer, quiet_transformers, sequence_limit
+from .loading import (
+    LOAD_ERRORS,
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+    sequence_limit,
+)
 from .prepare import SETTINGS, tokenizer_digest
 from .pretraining_arguments import Parsed, PretrainArguments, PretrainDataArguments, PretrainModelArguments, parse
 from .pretraining_trainer import PretrainingTrainer, TimingCallback
@@ -65,7 +68,8 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
     output = Path(str(args.output_dir))
     name = model_args.tokenizer_name or cast(str, model_args.model_name_or_path)
     hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
-    tokenizer = load_tokenizer(name, "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path", **hub)
+    flag = "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path"
+    tokenizer = load_tokenizer(name, flag, **hub)
     prepared = [_open_dataset(path, tokenizer) for path in data_args.dataset]
     pairs = _same_format(data_args, [settings for _, settings in prepared])
     config = _config(model_args, tokenizer, **hub)
@@ -85,7 +89,7 @@ def _run(parsed: Parsed, argv: list[str]) -> int:
 
     set_seed(args.seed)
     model = _model(model_args, config, pairs, **hub)
-    check_vocabulary(tokenizer, model, name)
+    check_vocabulary(tokenizer, model, name, flag)
     if model_args.optimize:
         from fastbert import optimize
 
@@ -237,9 +241,9 @@ def _config(model_args: PretrainModelArguments, tokenizer: PreTrainedTokenizerBa
 
 def _model(model_args: PretrainModelArguments, config: PreTrainedConfig, pairs: bool, **hub: Any) -> PreTrainedModel:
     """The model with the heads that the data ask for, in float32. Raises CommandError."""
-    kind: Any = AutoModelForPreTraining if pairs else AutoModelForMaskedLM
+    head = "AutoModelForPreTraining" if pairs else "AutoModelForMaskedLM"
     try:
-        cls = kind._model_mapping[type(config)]
+        cls = getattr(transformers, head)._model_mapping[type(config)]
     except KeyError as error:
         raise CommandError(f"--model_type: {config.model_type} has no masked language model") from error
     if pairs and "next_sentence_label" not in inspect.signature(cls.forward).parameters:
@@ -253,17 +257,7 @@ def _model(model_args: PretrainModelArguments, config: PreTrainedConfig, pairs: 
         except (ValueError, ZeroDivisionError) as error:
             raise CommandError(f"--config_overrides {model_args.config_overrides}: {first_line(error)}") from error
     name = model_args.model_name_or_path
-    try:
-        model, loaded = cls.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **hub
-        )
-    except LOAD_ERRORS as error:
-        raise CommandError(f"--model_name_or_path {name}: cannot load weights: {first_line(error)}") from error
-    missing = sorted(loaded["missing_keys"])
-    if encoder := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
-        raise CommandError(
-            f"--model_name_or_path {name}: the checkpoint lacks encoder weights: {', '.join(encoder[:4])}"
-        )
+    model, missing = load_model(head, name, config, **hub)
     if missing:
         say(f"{name}: {len(missing)} weights of the heads are new: {', '.join(missing[:3])} …")
     return model

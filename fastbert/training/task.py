@@ -161,13 +161,14 @@ class Task:
 
     def load(self, model_args: ModelArguments, config: PreTrainedConfig, **hub: Any) -> PreTrainedModel:
         """The model to train. Raises CommandError."""
-        return load_model(
+        model, _ = load_model(
             self.head,
             model_args.model_name_or_path,
             config,
             ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
             **hub,
         )
+        return model
 
     def encoder(self, model: Any) -> PreTrainedModel:
         """The part of the model that has the word embeddings."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from fastbert.cli import main
 
@@ -77,6 +79,34 @@ def test_bad_flags(
         main(kit.pretrain_flags(pairs, base_model, tmp_path / "out", **more))
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_broken_models(
+    kit: Any, pairs: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"tokenizer_name": None, "config_overrides": None}
+    for name, words in (
+        ("pickled", "transformers.AutoModelForPreTraining.from_pretrained(FOLDER, use_safetensors=False)"),
+        ("nan", "the weights hold NaN or infinite numbers, first in bert.encoder.layer.1.output.dense.weight"),
+        ("missing", "the checkpoint lacks encoder weights: bert.encoder.layer.1.output.dense.weight"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(base_model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        if name == "pickled":
+            (folder / "model.safetensors").unlink()
+            torch.save(tensors, folder / "pytorch_model.bin")
+        else:
+            weight = tensors.pop("encoder.layer.1.output.dense.weight")
+            weight[3, 4] = torch.nan
+            more_tensors = {"encoder.layer.1.output.dense.weight": weight} if name == "nan" else {}
+            save_file(tensors | more_tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        arguments = kit.pretrain_flags(pairs, base_model, tmp_path / "out", **more, model_name_or_path=folder)
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert f"--model_name_or_path {folder}: " in error
+        assert words in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_data(
