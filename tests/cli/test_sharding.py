@@ -80,8 +80,7 @@ def sharded(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    run_commands([[sys.executable, *launch, str(WORKER), str(folder)]], seconds=800, CUDA_VISIBLE_DEVICES="")
+    run_commands([[sys.executable, str(WORKER), str(folder), str(port)]], seconds=800, CUDA_VISIBLE_DEVICES="")
     return folder, [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 
