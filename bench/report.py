@@ -1,7 +1,6 @@
 """The results as table and as JSON."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -9,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from fastbert.files import replacing
 
 SCHEMA = 1
 """Version of the JSON layout, see bench/README.md."""
@@ -60,12 +61,8 @@ def write(content: dict[str, Any], path: Path) -> None:
 def write_text(text: str, path: Path) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def table(row: dict[str, Any]) -> str:

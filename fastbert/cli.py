@@ -155,10 +155,9 @@ def _pretrain(argv: list[str]) -> int:
 
 
 def _finetune(argv: list[str]) -> int:
-    from .training.arguments import parse
     from .training.finetune import main as run
 
-    return run(parse(argv), argv)
+    return run(argv)
 
 
 def _predict(argv: list[str]) -> int:

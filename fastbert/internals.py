@@ -12,7 +12,7 @@ import importlib.metadata
 import operator
 from typing import Any
 
-# The releases that the tests have run with; pyproject.toml keeps transformers to them.
+# The releases that the tests have run with.
 TESTED = {"torch": "2.11 to 2.13", "transformers": "5.17 to 5.23"}
 
 # What it is called here: the module that it is imported with, and its path below that.

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -29,6 +28,7 @@ from transformers.models.bert import modeling_bert
 from transformers.utils import ModelOutput
 
 from fastbert import families, guards, ops, patch, swapped
+from fastbert.weights import load_safetensors
 
 
 class FastModel(swapped.Fast):
@@ -45,20 +45,9 @@ class FastModel(swapped.Fast):
         Raises ValueError for use_safetensors=False, OSError for a checkpoint that is missing, pickled, truncated or
         corrupt.
         """
-        if kwargs.setdefault("use_safetensors", True) is not True:
+        if kwargs.pop("use_safetensors", True) is not True:
             raise ValueError("from_pretrained: use_safetensors must be True, pickled weights are not loaded")
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"from_pretrained: a weight file of {pretrained_model_name_or_path!s} is truncated or corrupt: {error}"
-            ) from error
-        except OSError as error:
-            if "safetensors" not in str(error):
-                raise
-            raise OSError(
-                f"{error} (pickled weights, pytorch_model.bin, are not loaded: convert them first)"
-            ) from error
+        return load_safetensors(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
 
 class FastBaseModel(FastModel):

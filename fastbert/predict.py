@@ -160,7 +160,7 @@ def main(argv: list[str]) -> int:
 
     tokenizer = load_tokenizer(flags.model_name_or_path, **predictor.tokenizer_options())
     max_length = sequence_limit(config, tokenizer, flags.max_seq_length)
-    model = load_model(predictor.head, flags.model_name_or_path, config, trained=predictor.what)
+    model, _ = load_model(predictor.head, flags.model_name_or_path, config, trained=predictor.what)
     check_vocabulary(tokenizer, model, flags.model_name_or_path)
     model = _place(model.eval(), flags.device)
     if flags.optimize:

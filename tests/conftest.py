@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -21,6 +22,16 @@ else:
 if not torch.cuda.is_available():
     # Inductor would start processes that import torch, for the little that is compiled here.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What is there before a module's tests, torch and thousands of tests, garbage collections need not go through.
+
+    transformers and others ask for one at every turn, each of them a tenth of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

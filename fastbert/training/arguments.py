@@ -1,15 +1,12 @@
 """Flags of ``fastbert finetune``: transformers' ``TrainingArguments`` and the names of its example scripts."""
 
-import argparse
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import cast
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from .errors import CommandError, first_line
+from .flags import own_flags, parse_flags
 
 TASK_NAMES = (
     "sequence_classification",
@@ -57,6 +54,7 @@ COMMON_TRAINING_FLAGS = {
     "report_to",
     "resume_from_checkpoint",
 }
+HIDDEN_FLAGS = {"logging_nan_inf_filter", "dataloader_pin_memory"}  # nobody needs to change ours
 
 
 @dataclass
@@ -221,10 +219,35 @@ class ModelArguments:
 
 
 @dataclass
-class FinetuneArguments(TrainingArguments):
-    """transformers' TrainingArguments; defaults that differ are repeated here."""
+class RunArguments(TrainingArguments):
+    """What every training command adds to transformers' TrainingArguments, or has another default of."""
 
     _argument_group_name = "training (transformers' TrainingArguments; --help_all shows every flag)"
+
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and infinite losses out of logs."})
+    report_to: str = field(
+        default="none", metadata={"help": "Loggers to report to besides report.json: tensorboard, wandb, …"}
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory in the data loaders."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "'true': go on from the last complete checkpoint in --output_dir (from the start, if there is none "
+            "yet); or the folder of a checkpoint.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in an --output_dir that holds an earlier run, replacing it."}
+    )
+
+
+@dataclass
+class FinetuneArguments(RunArguments):
+    """The training of ``fastbert finetune``; defaults that differ from transformers' are repeated here."""
 
     do_train: bool = field(default=True, metadata={"help": "Train."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation data."})
@@ -261,29 +284,12 @@ class FinetuneArguments(TrainingArguments):
     logging_steps: float = field(
         default=0.02, metadata={"help": "Steps between two points of the loss curve; below 1 a share of all steps."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and infinite losses out of logs."})
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
             "help": "Order of the training data: group_by_length (least padding), random or sequential.",
             "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
         },
-    )
-    report_to: str = field(default="none", metadata={"help": "Loggers to report to besides report.json."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory in the data loaders."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "'true': go on from the last complete checkpoint in --output_dir (from the start, if there is none "
-            "yet); or the folder of a checkpoint.",
-            "nargs": "?",
-            "const": "true",
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in an --output_dir that holds an earlier run, replacing it."}
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without a new best."}
@@ -317,91 +323,17 @@ class FinetuneArguments(TrainingArguments):
 Parsed = tuple[ModelArguments, DataArguments, FinetuneArguments]
 
 
-class ArgumentParser(HfArgumentParser):
-    """HfArgumentParser that rejects unknown flags and whose help is short."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n(see {self.prog} --help)\n")
-
-
-MAX_CHOICES_WIDTH = 80  # beyond it, choices stand in the help text, which is wrapped
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """One spelling a flag, defaults only where they say something."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=110)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        spelling = action.option_strings[0] if action.dest != "help" else ", ".join(action.option_strings)
-        if action.nargs == 0:
-            return spelling
-        if (choices := _choices(action)) and len(choices) <= MAX_CHOICES_WIDTH:
-            return f"{spelling} {{{choices}}}"
-        return f"{spelling} {'true|false' if action.nargs == '?' and action.const is True else 'X'}"
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        if len(choices := _choices(action)) > MAX_CHOICES_WIDTH:
-            text += f" One of: {choices.replace(',', ', ')}."
-        if action.default in (None, False, argparse.SUPPRESS) or "default:" in text.lower():
-            return text
-        return f"{text} (default: %(default)s)"
-
-
-def _choices(action: argparse.Action) -> str:
-    return ",".join(map(str, action.choices or ()))
-
-
-def build_parser(everything: bool = False) -> ArgumentParser:
-    """The parser of ``fastbert finetune``; ``everything`` shows all of TrainingArguments in the help."""
-    parser = ArgumentParser(
-        cast(Any, (ModelArguments, DataArguments, FinetuneArguments)),
+def parse(argv: list[str]) -> Parsed:
+    """Parse the flags of ``fastbert finetune``. Exits with status 2 on a wrong one."""
+    kinds = (ModelArguments, DataArguments, FinetuneArguments)
+    parsed = parse_flags(
+        kinds,
+        argv,
+        shown=(own_flags(kinds) | COMMON_TRAINING_FLAGS) - HIDDEN_FLAGS,
         prog="fastbert finetune",
         usage="fastbert finetune --model_name_or_path MODEL --train_file FILE --output_dir DIR [flags]\n"
         "       fastbert finetune FLAGS.json",
         description="Fine-tune a BERT: sequence classification (single-label, multi-label, regression, pairs), token "
         "classification, question answering, multiple choice, sentence embeddings.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("--help_all", action="store_true", help="Show every flag of TrainingArguments too.")
-    own = {name for base in (ModelArguments, DataArguments) for name in base.__dataclass_fields__}
-    own |= set(FinetuneArguments.__annotations__) - {"logging_nan_inf_filter", "dataloader_pin_memory"}
-    for action in parser._actions:
-        shown = everything or action.dest in own | COMMON_TRAINING_FLAGS | {"help", "help_all"}
-        if not shown or isinstance(action, argparse._StoreFalseAction):
-            action.help = argparse.SUPPRESS
-    return parser
-
-
-def parse(argv: list[str]) -> Parsed:
-    """Parse the flags of ``fastbert finetune``, or one .json file of flags. Exits with status 2 on a wrong flag."""
-    if "--help_all" in argv:
-        build_parser(everything=True).print_help()
-        raise SystemExit(0)
-    parser = build_parser()
-    try:
-        if len(argv) == 1 and argv[0].endswith(".json"):
-            return _from_json(parser, argv[0])
-        *parsed, _, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, TypeError) as error:
-        parser.error(first_line(error))
-    except ImportError as error:
-        raise CommandError(f"{first_line(error)} (fastbert[train] brings what training needs)") from error
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return cast(Parsed, tuple(parsed))
-
-
-def _from_json(parser: ArgumentParser, path: str) -> Parsed:
-    try:
-        flags: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CommandError(f"{path}: cannot be read as JSON: {first_line(error)}") from error
-    return cast(Parsed, parser.parse_dict(flags))
+    return cast(Parsed, parsed)

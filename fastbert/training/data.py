@@ -208,7 +208,7 @@ class Split:
 
 
 @dataclass
-class Reader(Generic[Item]):
+class RowReader(Generic[Item]):
     """Reads a file in windows of parsed rows, and reports the rows that cannot be used.
 
     ``parse`` makes an item of a row's values, or raises BadRowError. Rows that cannot be read or parsed are named on

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from .data import BadRowError, TextColumns, choose_text_columns
 from .errors import CommandError, first_line
-from .rows import FORMATS, Position, Row, RowFile, _JsonLinesFile, decode, open_rows
+from .rows import FORMATS, JsonLinesFile, Position, Row, RowFile, decode, open_rows
 
 COMPRESSION = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by a file's first bytes
 _COMPRESSED_ENDINGS = (".gz", ".zst", ".zstd")
@@ -42,13 +42,13 @@ class Source:
     path: Path
     size: int  # bytes on disk
 
-    def documents(self, reader: Reader) -> Iterator[Document]:
+    def documents(self, reader: DocumentReader) -> Iterator[Document]:
         """Yield the documents in order. Raises CommandError for what cannot be read."""
         raise NotImplementedError
 
 
 @dataclass
-class Reader:
+class DocumentReader:
     """Reads sources one after the other.
 
     ``on_bad_row`` is ``error`` or ``skip``; ``done`` is how many bytes of the input have been read, for a progress bar.
@@ -104,7 +104,7 @@ def _opened(file: BinaryIO) -> BinaryIO:
 class _TextFile(Source):
     """A paragraph a line, a blank line between documents."""
 
-    def documents(self, reader: Reader) -> Iterator[Document]:
+    def documents(self, reader: DocumentReader) -> Iterator[Document]:
         paragraphs: list[str] = []
         line = 0
         try:
@@ -135,7 +135,7 @@ class _RowSource(Source):
     rows: RowFile
     text: TextColumns
 
-    def documents(self, reader: Reader) -> Iterator[Document]:
+    def documents(self, reader: DocumentReader) -> Iterator[Document]:
         for row in self._rows():
             try:
                 if row.error:
@@ -154,7 +154,7 @@ class _RowSource(Source):
             raise CommandError(f"--input {self.path}: cannot be read: {first_line(error)}") from error
 
 
-class _CompressedJsonLines(_JsonLinesFile):
+class _CompressedJsonLines(JsonLinesFile):
     """One JSON object a line, compressed."""
 
     def rows(self, start: Position | None = None) -> Iterator[Row]:

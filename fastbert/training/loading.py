@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import os
-import pickle
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
+
+from fastbert.weights import load_safetensors
 
 from .errors import CommandError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, pickle.UnpicklingError)
-_HEADS = (
-    "classifier",
-    "score",
-    "qa_outputs",
-    "pre_classifier",
-    "sequence_summary",
-)  # weights that fine-tuning begins with
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError)  # what transformers raises for a bad folder
 # These families number positions from padding_idx + 1, so that many of their position embeddings are never used.
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "mpnet", "longformer"}
 
@@ -50,7 +43,7 @@ def load_config(name: str, **hub: Any) -> PreTrainedConfig:
     _check_place(name)
     try:
         return AutoConfig.from_pretrained(name, **hub)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CommandError(f"--model_name_or_path {name}: cannot load config.json: {first_line(error)}") from error
 
 
@@ -58,7 +51,7 @@ def load_tokenizer(name: str, argument: str = "--model_name_or_path", **options:
     """The model's fast tokenizer. Raises CommandError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CommandError(f"{argument} {name}: cannot load a tokenizer: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise CommandError(f"{argument} {name}: has no fast tokenizer (tokenizer.json)")
@@ -75,15 +68,16 @@ def load_model(
     trained: str | None = None,
     ignore_mismatched_sizes: bool = False,
     **hub: Any,
-) -> PreTrainedModel:
-    """A model in float32; ``head`` is the Auto class, such as AutoModelForSequenceClassification.
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model in float32, and which of its weights are not in the checkpoint; ``head`` is an Auto class's name.
 
-    ``trained`` (what such a model is called) insists that every weight is in the checkpoint; otherwise the head may be
-    new (it is drawn from torch's generator). Raises CommandError for a corrupt checkpoint, one of another shape, NaN or
-    infinite weights.
+    ``trained`` (what such a model is called) insists that every weight is there; otherwise the pooler and the head may
+    be new (they are drawn from torch's generator). Raises CommandError for weights that are pickled or corrupt, of
+    another shape, NaN or infinite.
     """
     try:
-        model, loaded = getattr(transformers, head).from_pretrained(
+        model, loaded = load_safetensors(
+            getattr(transformers, head).from_pretrained,
             name,
             config=config,
             dtype=torch.float32,
@@ -91,7 +85,7 @@ def load_model(
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             **hub,
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         hint = ""
         if "mismatch" in str(error):
             hint = " (its head has another number of labels? --ignore_mismatched_sizes starts with a new head)"
@@ -102,24 +96,26 @@ def load_model(
             f"--model_name_or_path {name}: not a trained {trained}: the checkpoint lacks {', '.join(missing[:4])}"
             f"{' …' if len(missing) > 4 else ''}; fine-tune it first"
         )
-    encoder_missing = [key for key in missing if not key.startswith(_HEADS) and ".pooler." not in key]
-    if encoder_missing and not trained:
+    encoder = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    if lost := [key for key in missing if key.startswith(encoder) and "pooler" not in key.split(".")]:
         raise CommandError(
-            f"--model_name_or_path {name}: the checkpoint lacks encoder weights: {', '.join(encoder_missing[:4])}"
-            f"{' …' if len(encoder_missing) > 4 else ''}"
+            f"--model_name_or_path {name}: the checkpoint lacks encoder weights: {', '.join(lost[:4])}"
+            f"{' …' if len(lost) > 4 else ''}"
         )
     for key, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise CommandError(f"--model_name_or_path {name}: the weights hold NaN or infinite numbers, first in {key}")
-    return model
+    return model, missing
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
-    """Raise CommandError if the tokenizer can produce ids that the model has no embedding for."""
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str, argument: str = "--model_name_or_path"
+) -> None:
+    """Raise CommandError if the tokenizer, which ``argument`` named, gives ids that the model has no embedding for."""
     rows = len(cast(torch.Tensor, model.get_input_embeddings().weight))
     if len(tokenizer) > rows:
         raise CommandError(
-            f"--model_name_or_path {name}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}; "
+            f"{argument} {name}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}; "
             "they do not belong together"
         )
 

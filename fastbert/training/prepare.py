@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from .documents import Document, Reader, Source, input_names, open_sources
+from .documents import Document, DocumentReader, Source, input_names, open_sources
 from .errors import CommandError, first_line, is_disk_full
 from .flags import parse_flags
 from .loading import load_tokenizer, quiet_transformers
-from .report import write_json
+from .report import picture, write_json
 from .sequences import PAIR_SPECIAL, Counts
 from .shards import (
     FULL_SENTENCES,
@@ -127,7 +127,8 @@ def parse(argv: list[str]) -> PrepareArguments:
         (PrepareArguments,),
         argv,
         prog="fastbert prepare",
-        usage="fastbert prepare --input PATH... --tokenizer_name DIR --output DIR [flags]",
+        usage="fastbert prepare --input PATH... --tokenizer_name DIR --output DIR [flags]\n"
+        "       fastbert prepare FLAGS.json",
         description="Make pretraining data: documents into sequences, in a dataset folder that datasets.load_from_disk "
         "opens. Sentence pairs as in Devlin et al. 2019, A.2, or RoBERTa's full sentences.",
     )
@@ -174,7 +175,7 @@ def _run(args: PrepareArguments) -> int:
         return 0
     (output / PROGRESS).mkdir(parents=True, exist_ok=True)
     write_json(output / SETTINGS, settings)
-    reader = Reader(sources, args.on_bad_row)
+    reader = DocumentReader(sources, args.on_bad_row)
     shards = _build_all(reader, recipe, args, output)
     if not any(counts.sequences for counts in shards):
         if args.format == PAIRS and sum(counts.documents for counts in shards) == 1:
@@ -184,7 +185,7 @@ def _run(args: PrepareArguments) -> int:
             )
         raise CommandError("--input: holds no text that the tokenizer makes tokens of")
     report = _report(settings, shards)
-    _finish(output, recipe, settings, shards, report)
+    _finish(output, recipe, shards, report)
     seconds = time.perf_counter() - started
     print(_summary(report, seconds, output))
     return 0
@@ -288,7 +289,7 @@ def cut_into_shards(documents: Iterator[Document], size: float) -> Iterator[list
     yield from (shard for shard in (ready, current) if shard)
 
 
-def _build_all(reader: Reader, recipe: Recipe, args: PrepareArguments, output: Path) -> list[Counts]:
+def _build_all(reader: DocumentReader, recipe: Recipe, args: PrepareArguments, output: Path) -> list[Counts]:
     """Build every shard that is not finished; their counts in order."""
     total = sum(source.size for source in reader.sources)
     found: dict[int, Counts] = {}
@@ -300,7 +301,9 @@ def _build_all(reader: Reader, recipe: Recipe, args: PrepareArguments, output: P
     return [found[number] for number in sorted(found)]
 
 
-def _unfinished(reader: Reader, args: PrepareArguments, output: Path, found: dict[int, Counts]) -> Iterator[Job]:
+def _unfinished(
+    reader: DocumentReader, args: PrepareArguments, output: Path, found: dict[int, Counts]
+) -> Iterator[Job]:
     shards = cut_into_shards(reader.documents(), args.shard_megabytes * 1e6)
     for number, documents in enumerate(shards):
         job = Job(number, documents, output)
@@ -374,9 +377,7 @@ def _entropy(counts: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _finish(
-    output: Path, recipe: Recipe, settings: dict[str, Any], shards: list[Counts], report: dict[str, Any]
-) -> None:
+def _finish(output: Path, recipe: Recipe, shards: list[Counts], report: dict[str, Any]) -> None:
     """Write what makes the shards one dataset; the state last, so that a folder with it is complete."""
     from datasets import DatasetInfo, Features
 
@@ -405,30 +406,17 @@ def _finish(
 
 
 def _plot(path: Path, report: dict[str, Any]) -> None:
-    """How long the sequences are and what shares they have, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained", width_ratios=(2, 1))
-    lengths = report["lengths"]
-    left.bar(range(len(lengths)), lengths, width=1.0)
-    left.set(xlabel="tokens of a sequence", ylabel="sequences", yscale="log")
-    shares = report["shares"]
-    right.bar(list(shares), list(shares.values()), color="C1")
-    right.set(ylabel="share of the sequences", ylim=(0, 1))
-    right.tick_params(axis="x", labelrotation=20)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    if not shares:
-        figure.delaxes(right)
-    counts = report["counts"]
-    figure.suptitle(f"{counts['sequences']} sequences of {counts['documents']} documents")
-    partial = path.with_name(path.name + ".part")
-    figure.savefig(partial, dpi=120, format="png", metadata={"Software": None})
-    pyplot.close(figure)
-    os.replace(partial, path)
+    """How long the sequences are and what shares they have."""
+    counts, lengths, shares = report["counts"], report["lengths"], report["shares"]
+    title = f"{counts['sequences']} sequences of {counts['documents']} documents"
+    with picture(path, title, 9, 2, width_ratios=(2, 1)) as (left, right):
+        left.bar(range(len(lengths)), lengths, width=1.0)
+        left.set(xlabel="tokens of a sequence", ylabel="sequences", yscale="log")
+        right.bar(list(shares), list(shares.values()), color="C1")
+        right.set(ylabel="share of the sequences", ylim=(0, 1))
+        right.tick_params(axis="x", labelrotation=20)
+        if not shares:
+            right.remove()
 
 
 def _summary(report: dict[str, Any], seconds: float, output: Path) -> str:

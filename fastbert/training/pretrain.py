@@ -4,47 +4,24 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import signal
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
-    ProgressCallback,
-    set_seed,
-)
-from transformers.trainer_callback import PrinterCallback
+import transformers
+from transformers import AutoConfig
 
 from .batching import Batches, Masking, Phase, TokenBudget, row_lengths
 from .errors import CommandError, first_line
-from .loading import _LOAD_ERRORS, check_vocabulary, load_config, load_tokenizer, quiet_transformers, sequence_limit
+from .loading import LOAD_ERRORS, check_vocabulary, load_config, load_model, load_tokenizer, sequence_limit
 from .prepare import SETTINGS, tokenizer_digest
-from .pretraining_arguments import Parsed, PretrainArguments, PretrainDataArguments, PretrainModelArguments, parse
+from .pretraining_arguments import PretrainArguments, PretrainDataArguments, PretrainModelArguments, parse
 from .pretraining_trainer import PretrainingTrainer, TimingCallback
-from .report import CURVES, REPORT, versions, write_json
-from .runs import (
-    RUN,
-    check_loggers,
-    check_processes,
-    check_same_run,
-    fastbert_report,
-    guarded,
-    prepare_output,
-    resume_command,
-    save_model,
-    say,
-)
-from .sharding import check_sharding, wants_sharding
+from .report import REPORT, picture
+from .runs import Run, say
 from .shards import PAIRS
 from .throughput import Work, peak_flops
-from .trainer import LossProgressCallback, NanCallback, StopOnSignal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,129 +29,123 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Run ``fastbert pretrain``; returns the exit status. Raises CommandError for what the user can mend."""
-    parsed = parse(argv)
-    return guarded("pretrain", parsed[2], lambda: _run(parsed, argv))
+    return PretrainRun(*parse(argv), argv).main()
 
 
-def _run(parsed: Parsed, argv: list[str]) -> int:
-    model_args, data_args, args = parsed
-    quiet_transformers()
-    check_loggers(args)
-    check_processes(args)
-    check_sharding(args)
-    started = time.perf_counter()
-    output = Path(str(args.output_dir))
-    name = model_args.tokenizer_name or cast(str, model_args.model_name_or_path)
-    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
-    tokenizer = load_tokenizer(name, "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path", **hub)
-    prepared = [_open_dataset(path, tokenizer) for path in data_args.dataset]
-    pairs = _same_format(data_args, [settings for _, settings in prepared])
-    config = _config(model_args, tokenizer, **hub)
-    for path, (_, settings) in zip(data_args.dataset, prepared, strict=True):
-        if settings["max_seq_length"] > sequence_limit(config, tokenizer, None):
-            raise CommandError(
-                f"--dataset {path}: rows have up to {settings['max_seq_length']} tokens, the model has "
-                f"{sequence_limit(config, tokenizer, None)} positions"
-            )
-    phases = _phases(data_args, args, prepared, fixed=bool(args.torch_compile and model_args.optimize))
-    masking = Masking(tokenizer, data_args.mlm_probability, data_args.whole_word_mask)
-    checkpoint = prepare_output(output, args)
-    if args.distributed_state is not None:
-        args.distributed_state.wait_for_everyone()  # else one process could find what another has written
-    run = _identity(model_args, data_args, args, phases, prepared, config)
-    check_same_run(output, run, checkpoint)
+class PretrainRun(Run):
+    """A run of ``fastbert pretrain``."""
 
-    set_seed(args.seed)
-    model = _model(model_args, config, pairs, **hub)
-    check_vocabulary(tokenizer, model, name)
-    if model_args.optimize:
-        from fastbert import optimize
+    command = "pretrain"
+    prepared: list[tuple[Any, dict[str, Any]]]  # each dataset, and how it was made
+    pairs: bool
+    phases: list[Phase]
+    masking: Masking
 
-        optimize(model)
-    if args.process_index == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / RUN, run)
+    def open(self) -> None:
+        model_args, data_args = self.model_args, self.data_args
+        self.tokenizer = load_tokenizer(self.tokenizer_name, self.tokenizer_flag, **self.hub)
+        self.prepared = [_open_dataset(path, self.tokenizer) for path in data_args.dataset]
+        self.pairs = _same_format(data_args, [settings for _, settings in self.prepared])
+        self.config = _config(model_args, self.tokenizer, **self.hub)
+        positions = sequence_limit(self.config, self.tokenizer, None)
+        for path, (_, settings) in zip(data_args.dataset, self.prepared, strict=True):
+            if settings["max_seq_length"] > positions:
+                raise CommandError(
+                    f"--dataset {path}: rows have up to {settings['max_seq_length']} tokens, the model has "
+                    f"{positions} positions"
+                )
+        self.max_seq_length = max(settings["max_seq_length"] for _, settings in self.prepared)
+        fixed = bool(self.args.torch_compile and model_args.optimize)
+        self.phases = _phases(data_args, self.args, self.prepared, fixed)
+        self.masking = Masking(self.tokenizer, data_args.mlm_probability, data_args.whole_word_mask)
 
-    batches = Batches(
-        phases,
-        masking,
-        args.data_seed if args.data_seed is not None else args.seed,
-        config.vocab_size,
-        cast(int, tokenizer.pad_token_id),
-        rank=args.process_index,
-        ranks=args.world_size,
-    )
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    peak, peak_kind = peak_flops(args.device, dtype)
-    stop = StopOnSignal((signal.SIGINT,)) if args.enable_jit_checkpoint else StopOnSignal()
-    timing = TimingCallback()
-    trainer = PretrainingTrainer(
-        model=model,
-        args=args,
-        processing_class=tokenizer,
-        callbacks=[NanCallback(), stop, timing],
-        batches=batches,
-        work=Work(config),
-        peak=peak,
-        bound=phases[0].budget.tokens if model_args.optimize else None,
-    )
-    timing.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(LossProgressCallback())
-    say(_headline(model, phases, args, model_args.optimize))
+    def identity(self) -> dict[str, Any]:
+        return {
+            "model_type": self.config.model_type,
+            "config_overrides": self.model_args.config_overrides,
+            "data_seed": self.args.data_seed,
+            "data": [data._fingerprint for data, _ in self.prepared],
+            "phase_batches": [phase.batches for phase in self.phases],
+            "tokens_per_batch": self.phases[0].budget.tokens,
+            "processes": self.args.world_size,
+            "mlm_probability": self.data_args.mlm_probability,
+            "whole_word_mask": self.data_args.whole_word_mask,
+        }
 
-    begun = time.perf_counter()
-    with stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.caught is not None and trainer.state.global_step < trainer.state.max_steps:
-        steps = f"{trainer.state.global_step} of {trainer.state.max_steps}"
-        say(f"stopped at step {steps}. Go on with: {resume_command('pretrain', args)}")
-        return 128 + stop.caught
-    trained = time.perf_counter()
-    save_model(trainer, output)
-    if not trainer.is_world_process_zero():
-        return 0
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    report = {
-        "command": ["fastbert", "pretrain", *argv],
-        "model": {
-            "name_or_path": model_args.model_name_or_path,
-            "class": type(model).__name__.removeprefix("FSDP"),
-            "model_type": config.model_type,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "optimize": model_args.optimize,
-        },
-        "data": [
-            {
-                "folder": phase.name,
-                "rows": len(phase.dataset),
-                "max_seq_length": settings["max_seq_length"],
-                "format": settings["format"],
-                "unigram_entropy": unigram_entropy(Path(phase.name)),
-                "epochs": phase.batches * args.world_size / phase.budget.per_epoch(),
-                "steps": phase.batches // args.gradient_accumulation_steps,
-            }
-            for phase, (_, settings) in zip(phases, prepared, strict=True)
-        ],
-        "tokens_per_step": phases[0].budget.tokens * args.world_size * args.gradient_accumulation_steps,
-        "peak": {"flops": peak, "how": peak_kind, "processes": args.world_size},
-        "history": log,
-        "resumed_from": checkpoint.name if checkpoint else None,
-        "steps": trainer.state.global_step,
-        "seconds": {"prepare": begun - started, "train": trained - begun, "total": time.perf_counter() - started},
-        "threads": torch.get_num_threads(),
-        "device": str(args.device),
-        "versions": versions(),
-        "arguments": args.to_dict() | {"data": asdict(data_args), "model": asdict(model_args)},
-        "fastbert": fastbert_report(model) if model_args.optimize else None,
-    }
-    write_json(output / REPORT, report)
-    plot(output / CURVES, log, Path(data_args.dataset[0]).name, report["data"][0]["unigram_entropy"])
-    say(f"model, {REPORT} and {CURVES} are in {output}")
-    if log:
-        print(_summary(log[-1]))
-    return 0
+    def load(self) -> PreTrainedModel:
+        model = _model(self.model_args, self.config, self.pairs, **self.hub)
+        check_vocabulary(self.tokenizer, model, self.tokenizer_name, self.tokenizer_flag)
+        return model
+
+    def make_trainer(self, callbacks: list[Any]) -> PretrainingTrainer:
+        args = self.args
+        batches = Batches(
+            self.phases,
+            self.masking,
+            args.data_seed if args.data_seed is not None else args.seed,
+            self.config.vocab_size,
+            cast(int, self.tokenizer.pad_token_id),
+            rank=args.process_index,
+            ranks=args.world_size,
+        )
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self.peak, self.peak_kind = peak_flops(args.device, dtype)
+        timing = TimingCallback()
+        timing.trainer = PretrainingTrainer(
+            model=self.model,
+            args=args,
+            processing_class=self.tokenizer,
+            callbacks=[*callbacks, timing],
+            batches=batches,
+            work=Work(self.config),
+            peak=self.peak,
+            bound=self.phases[0].budget.tokens if self.model_args.optimize else None,
+        )
+        return timing.trainer
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Real tokens of a step of all processes, at most."""
+        return self.phases[0].budget.tokens * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def headline(self) -> str:
+        args = self.args
+        how = "fastbert" if self.model_args.optimize else "stock Hugging Face"
+        what = ", then ".join(
+            f"{phase.batches // args.gradient_accumulation_steps} steps of {phase.name}" for phase in self.phases
+        )
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{what}; {self.tokens_per_step} tokens a step; {type(self.model).__name__} of {parameters:,} parameters "
+            f"on {args.device}, {args.world_size} process(es) of {torch.get_num_threads()} threads, {how}"
+        )
+
+    def report(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "data": [
+                {
+                    "folder": phase.name,
+                    "rows": len(phase.dataset),
+                    "max_seq_length": settings["max_seq_length"],
+                    "format": settings["format"],
+                    "unigram_entropy": unigram_entropy(Path(phase.name)),
+                    "epochs": phase.batches * args.world_size / phase.budget.per_epoch(),
+                    "steps": phase.batches // args.gradient_accumulation_steps,
+                }
+                for phase, (_, settings) in zip(self.phases, self.prepared, strict=True)
+            ],
+            "tokens_per_step": self.tokens_per_step,
+            "peak": {"flops": self.peak, "how": self.peak_kind, "processes": args.world_size},
+            "history": [entry for entry in self.trainer.state.log_history if "loss" in entry],
+        }
+
+    def plot(self, path: Path, report: dict[str, Any]) -> None:
+        title = Path(self.data_args.dataset[0]).name
+        plot(path, report["history"], title, report["data"][0]["unigram_entropy"])
+
+    def summary(self, report: dict[str, Any]) -> list[str]:
+        return [_summary(report["history"][-1])] if report["history"] else []
 
 
 def _open_dataset(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any]]:
@@ -219,7 +190,7 @@ def _config(model_args: PretrainModelArguments, tokenizer: PreTrainedTokenizerBa
             config = AutoConfig.from_pretrained(model_args.config_name, **hub)
         else:
             config = AutoConfig.for_model(model_args.model_type)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         where = f"--config_name {model_args.config_name}" if model_args.config_name else "--model_type"
         raise CommandError(f"{where}: {first_line(error)}") from error
     config.vocab_size = len(tokenizer)
@@ -238,9 +209,9 @@ def _config(model_args: PretrainModelArguments, tokenizer: PreTrainedTokenizerBa
 
 def _model(model_args: PretrainModelArguments, config: PreTrainedConfig, pairs: bool, **hub: Any) -> PreTrainedModel:
     """The model with the heads that the data ask for, in float32. Raises CommandError."""
-    kind: Any = AutoModelForPreTraining if pairs else AutoModelForMaskedLM
+    head = "AutoModelForPreTraining" if pairs else "AutoModelForMaskedLM"
     try:
-        cls = kind._model_mapping[type(config)]
+        cls = getattr(transformers, head)._model_mapping[type(config)]
     except KeyError as error:
         raise CommandError(f"--model_type: {config.model_type} has no masked language model") from error
     if pairs and "next_sentence_label" not in inspect.signature(cls.forward).parameters:
@@ -254,17 +225,7 @@ def _model(model_args: PretrainModelArguments, config: PreTrainedConfig, pairs: 
         except (ValueError, ZeroDivisionError) as error:
             raise CommandError(f"--config_overrides {model_args.config_overrides}: {first_line(error)}") from error
     name = model_args.model_name_or_path
-    try:
-        model, loaded = cls.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **hub
-        )
-    except _LOAD_ERRORS as error:
-        raise CommandError(f"--model_name_or_path {name}: cannot load weights: {first_line(error)}") from error
-    missing = sorted(loaded["missing_keys"])
-    if encoder := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
-        raise CommandError(
-            f"--model_name_or_path {name}: the checkpoint lacks encoder weights: {', '.join(encoder[:4])}"
-        )
+    model, missing = load_model(head, name, config, **hub)
     if missing:
         say(f"{name}: {len(missing)} weights of the heads are new: {', '.join(missing[:3])} …")
     return model
@@ -312,43 +273,6 @@ def _phases(
     ]
 
 
-def _identity(
-    model_args: PretrainModelArguments,
-    data_args: PretrainDataArguments,
-    args: PretrainArguments,
-    phases: list[Phase],
-    prepared: list[tuple[Any, dict[str, Any]]],
-    config: PreTrainedConfig,
-) -> dict[str, Any]:
-    """What a resumed run must agree with."""
-    return {
-        "model_type": config.model_type,
-        "config_overrides": model_args.config_overrides,
-        "seed": args.seed,
-        "data_seed": args.data_seed,
-        "data": [data._fingerprint for data, _ in prepared],
-        "phase_batches": [phase.batches for phase in phases],
-        "tokens_per_batch": phases[0].budget.tokens,
-        "processes": args.world_size,
-        "fsdp": wants_sharding(args),
-        "mlm_probability": data_args.mlm_probability,
-        "whole_word_mask": data_args.whole_word_mask,
-        "model_name_or_path": model_args.model_name_or_path,
-    }
-
-
-def _headline(model: Any, phases: list[Phase], args: PretrainArguments, optimized: bool) -> str:
-    how = "fastbert" if optimized else "stock Hugging Face"
-    what = ", then ".join(
-        f"{phase.batches // args.gradient_accumulation_steps} steps of {phase.name}" for phase in phases
-    )
-    tokens = phases[0].budget.tokens * args.gradient_accumulation_steps * args.world_size
-    return (
-        f"{what}; {tokens} tokens a step; {type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} "
-        f"parameters on {args.device}, {args.world_size} process(es) of {torch.get_num_threads()} threads, {how}"
-    )
-
-
 def _summary(last: dict[str, Any]) -> str:
     text = f"step {last['step']}: loss {last['loss']:.4f}, masked tokens {last['mlm_loss']:.4f}"
     if "nsp_loss" in last:
@@ -366,32 +290,18 @@ def unigram_entropy(dataset: Path) -> float | None:
 
 
 def plot(path: Path, log: list[dict[str, Any]], title: str, entropy: float | None) -> None:
-    """Losses, accuracy and throughput over the steps, as PNG, beside what guessing gives (``entropy``: of tokens)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    """Losses, accuracy and throughput over the steps, beside what guessing gives (``entropy``: of tokens)."""
     steps = [entry["step"] for entry in log]
-    for name, label in (("mlm_loss", "masked tokens"), ("nsp_loss", "next sentence")):
-        if log and name in log[0]:
-            axes[0].plot(steps, [entry[name] for entry in log], label=label, linewidth=1)
-    if entropy is not None:
-        axes[0].axhline(entropy, color="C0", linestyle=":", label="tokens guessed by frequency")
-    axes[0].set(xlabel="step", ylabel="loss", yscale="log")
-    if log and "nsp_accuracy" in log[0]:
-        axes[1].plot(steps, [entry["nsp_accuracy"] for entry in log], color="C1", linewidth=1)
-        axes[1].axhline(0.5, color="C1", linestyle=":", label="guessed")
-    axes[1].set(xlabel="step", ylabel="accuracy of next sentence", ylim=(0.4, 1))
-    axes[2].plot(steps, [entry["tokens_per_second"] for entry in log], color="C2", linewidth=1)
-    axes[2].set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
-    for one in axes:
-        one.grid(alpha=0.3)
-        if one.get_legend_handles_labels()[0]:
-            one.legend()
-    figure.suptitle(title)
-    partial = path.with_name(path.name + ".part")
-    figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
-    os.replace(partial, path)
+    with picture(path, title, 12, 3) as (losses, accuracy, speed):
+        for name, label in (("mlm_loss", "masked tokens"), ("nsp_loss", "next sentence")):
+            if log and name in log[0]:
+                losses.plot(steps, [entry[name] for entry in log], label=label, linewidth=1)
+        if entropy is not None:
+            losses.axhline(entropy, color="C0", linestyle=":", label="tokens guessed by frequency")
+        losses.set(xlabel="step", ylabel="loss", yscale="log")
+        if log and "nsp_accuracy" in log[0]:
+            accuracy.plot(steps, [entry["nsp_accuracy"] for entry in log], color="C1", linewidth=1)
+            accuracy.axhline(0.5, color="C1", linestyle=":", label="guessed")
+        accuracy.set(xlabel="step", ylabel="accuracy of next sentence", ylim=(0.4, 1))
+        speed.plot(steps, [entry["tokens_per_second"] for entry in log], color="C2", linewidth=1)
+        speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
-import torch
-from transformers import TrainingArguments
-
-from .arguments import COMMON_TRAINING_FLAGS
-from .flags import parse_flags
+from .arguments import COMMON_TRAINING_FLAGS, HIDDEN_FLAGS, RunArguments
+from .flags import own_flags, parse_flags
 
 
 @dataclass
@@ -86,10 +84,8 @@ class PretrainModelArguments:
 
 
 @dataclass
-class PretrainArguments(TrainingArguments):
-    """transformers' TrainingArguments; defaults that differ are repeated here. They are those of Devlin et al. 2019."""
-
-    _argument_group_name = "training (transformers' TrainingArguments; --help_all shows every flag)"
+class PretrainArguments(RunArguments):
+    """The training of ``fastbert pretrain``; defaults that differ are repeated here: those of Devlin et al. 2019."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Highest learning rate."})
     warmup_steps: float = field(
@@ -105,25 +101,6 @@ class PretrainArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     logging_steps: float = field(
         default=0.005, metadata={"help": "Steps between two points of the curves; below 1 a share of all steps."}
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and infinite losses out of logs."})
-    report_to: str = field(
-        default="none", metadata={"help": "Loggers to report to besides report.json: tensorboard, wandb, …"}
-    )
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory in the data loaders."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "'true': go on from the last complete checkpoint in --output_dir (from the start, if there is none "
-            "yet); or the folder of a checkpoint.",
-            "nargs": "?",
-            "const": "true",
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in an --output_dir that holds an earlier run, replacing it."}
     )
 
     def __post_init__(self) -> None:
@@ -166,16 +143,16 @@ Parsed = tuple[PretrainModelArguments, PretrainDataArguments, PretrainArguments]
 def parse(argv: list[str]) -> Parsed:
     """Parse the flags of ``fastbert pretrain``. Exits with status 2 on a wrong one."""
     kinds = (PretrainModelArguments, PretrainDataArguments, PretrainArguments)
-    own = {name for kind in kinds for name in kind.__annotations__}
-    hidden = {"logging_nan_inf_filter", "dataloader_pin_memory"}
-    return parse_flags(
+    parsed = parse_flags(
         kinds,
         argv,
-        shown=(own | _SHOWN) - hidden,
+        shown=(own_flags(kinds) | _SHOWN) - HIDDEN_FLAGS,
         prog="fastbert pretrain",
         usage="fastbert pretrain --dataset DIR... --tokenizer_name DIR --config_overrides SETTINGS --output_dir DIR "
         "--max_steps N [flags]\n"
-        "       fastbert pretrain --dataset DIR... --model_name_or_path MODEL --output_dir DIR --max_steps N [flags]",
+        "       fastbert pretrain --dataset DIR... --model_name_or_path MODEL --output_dir DIR --max_steps N [flags]\n"
+        "       fastbert pretrain FLAGS.json",
         description="Train a BERT on data that `fastbert prepare` made: masked language modelling, and next sentence "
         "prediction where the data have pairs.",
     )
+    return cast(Parsed, parsed)

@@ -1,4 +1,4 @@
-"""``report.json`` and ``curves.png`` of a fine-tuning run."""
+"""What a run leaves besides a model: JSON, and pictures as PNG."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import json
 import math
 import os
 import platform
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from fastbert.files import replacing
 
 REPORT, CURVES = "report.json", "curves.png"
 
@@ -35,10 +38,8 @@ def history(log: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write JSON so that the file is either the old or the new one, never half of it. NaN becomes null."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -55,29 +56,21 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def plot(path: str | os.PathLike[str], curves: dict[str, list[dict[str, Any]]], metric: str, title: str) -> None:
-    """Losses and the chosen metric over epochs, as PNG."""
-    import matplotlib
+@contextmanager
+def picture(path: str | os.PathLike[str], title: str, width: float, columns: int, **options: Any) -> Iterator[Any]:
+    """Axes side by side to draw on, with a grid and the legends that they need; saved as PNG at the end.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    ``width`` is in inches; ``options`` are those of matplotlib's ``Figure.subplots``.
+    """
+    from matplotlib.figure import Figure
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    train, evaluations = curves["train"], curves["eval"]
-    left.plot([e["epoch"] for e in train], [e["loss"] for e in train], label="training", linewidth=1)
-    if evaluations:
-        epochs = [e["epoch"] for e in evaluations]
-        left.plot(epochs, [e["loss"] for e in evaluations], "o-", label="validation")
-        right.plot(epochs, [e.get(metric, math.nan) for e in evaluations], "o-", color="C1", label="validation")
-    left.set(xlabel="epoch", ylabel="loss")
-    right.set(xlabel="epoch", ylabel=metric)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+    figure = Figure(figsize=(width, 3.5), layout="constrained")
+    axes = figure.subplots(1, columns, **options)
+    yield axes
+    for one in axes:
+        one.grid(alpha=0.3)
+        if one.get_legend_handles_labels()[0]:
+            one.legend()
     figure.suptitle(title)
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png", metadata={"Software": None})

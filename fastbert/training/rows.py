@@ -92,7 +92,7 @@ def open_rows(path: str | os.PathLike[str], argument: str, split: str | None = N
     """
     path = Path(path)
     if str(path) == "-":
-        return _JsonLinesFile(path, unit="B")
+        return JsonLinesFile(path, unit="B")
     if not path.exists():
         raise CommandError(f"{argument} {path}: no such file or folder")
     if path.is_dir():
@@ -122,7 +122,7 @@ def open_rows(path: str | os.PathLike[str], argument: str, split: str | None = N
                 return questions
         if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
             raise CommandError(f"{argument} {path}: a JSON array; write one JSON object a line instead (JSONL)")
-        return _JsonLinesFile(path, size=size)
+        return JsonLinesFile(path, size=size)
     reader = _DelimitedFile(path, size=size, delimiter="\t" if kind == "tsv" else ",")
     reader.read_header(argument)
     return reader
@@ -243,7 +243,7 @@ class _DelimitedFile(RowFile):
 
 
 @dataclass
-class _JsonLinesFile(RowFile):
+class JsonLinesFile(RowFile):
     """One JSON object a line. ``-`` reads standard input."""
 
     def rows(self, start: Position | None = None) -> Iterator[Row]:

@@ -1,52 +1,192 @@
-"""What a training run has in common with others: its output folder, what a resumed one must agree with, its end."""
+"""What training runs have in common: the way from flags to a report, their output folder, how they are resumed."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+import time
+from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from transformers import ProgressCallback, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_callback import PrinterCallback
 
 from .checkpoints import checkpoint_problem, checkpoints, last_complete
 from .errors import CommandError, first_line, is_disk_full
-from .report import CURVES, REPORT
+from .loading import quiet_transformers
+from .report import CURVES, REPORT, versions, write_json
+from .sharding import check_sharding, wants_sharding
+from .trainer import LossProgressCallback, NanCallback, Resumable, StopOnSignal
 
 if TYPE_CHECKING:
-    from .arguments import FinetuneArguments
-    from .pretraining_arguments import PretrainArguments
-    from .trainer import Resumable
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    Arguments = FinetuneArguments | PretrainArguments
+    from .arguments import RunArguments
 
 RUN = "run.json"  # marks a folder as one of ours, and says what a resumed run must agree with
 
 
-def guarded(command: str, args: Arguments, run: Callable[[], int]) -> int:
-    """The exit status of ``run``, with a full disk and Ctrl-C told in one sentence. Raises CommandError."""
-    try:
-        return run()
-    except (OSError, RuntimeError) as error:
-        if not is_disk_full(error):
-            if isinstance(error, OSError) and error.filename:
-                raise CommandError(f"{error.filename}: {error.strerror}") from error
-            raise
-        raise CommandError(
-            f"--output_dir {args.output_dir}: no space left ({first_line(error)}). Finished checkpoints are intact; "
-            "free some space and go on with --resume_from_checkpoint true"
-        ) from error
-    except KeyboardInterrupt:
-        say(f"\nstopped. Go on from the last complete checkpoint with: {resume_command(command, args)}")
-        return 130
+class Run(ABC):
+    """A training run. A command fills in the steps, which are taken in this order: :meth:`open`, :meth:`identity`,
+    :meth:`load`, :meth:`make_trainer`, :meth:`headline`, :meth:`train`, :meth:`test`, :meth:`report`, :meth:`plot`,
+    :meth:`summary`; the last three in the first process only.
+    """
 
+    command: ClassVar[str]
+    config: PreTrainedConfig  # this and the next two are set by open
+    tokenizer: PreTrainedTokenizerBase
+    max_seq_length: int
+    model: Any
+    trainer: Resumable
 
-def resume_command(command: str, args: Arguments) -> str:
-    """What to type to go on."""
-    return f"fastbert {command} … --output_dir {args.output_dir} --resume_from_checkpoint true"
+    def __init__(self, model_args: Any, data_args: Any, args: RunArguments, argv: list[str]) -> None:
+        self.model_args = model_args
+        self.data_args = data_args
+        self.args: Any = args
+        self.argv = argv
+        self.output = Path(str(args.output_dir))
+        self.hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+        self.tokenizer_name: str = model_args.tokenizer_name or model_args.model_name_or_path
+        self.tokenizer_flag = "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path"
+        self.checkpoint: Path | None = None  # that it goes on from
+        self.seconds: dict[str, float] = {}
+
+    @abstractmethod
+    def open(self) -> None:
+        """Open and check what the flags name, before anything is written. Raises CommandError."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must agree with, besides seed and sharding. Raises CommandError for data that are bad."""
+
+    @abstractmethod
+    def load(self) -> Any:
+        """The model to train. Raises CommandError."""
+
+    @abstractmethod
+    def make_trainer(self, callbacks: list[Any]) -> Resumable:
+        """The trainer of :attr:`model`."""
+
+    @abstractmethod
+    def headline(self) -> str:
+        """What is going to be done, in a line."""
+
+    def train(self, stop: StopOnSignal) -> None:
+        """Train to the end, or until a signal."""
+        with stop:
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+
+    def test(self) -> None:  # noqa: B027 - pretraining has no test
+        """Measure the trained model before it is saved."""
+
+    @abstractmethod
+    def report(self) -> dict[str, Any]:
+        """What the report says besides what every run's does."""
+
+    @abstractmethod
+    def plot(self, path: Path, report: dict[str, Any]) -> None:
+        """Draw the curves."""
+
+    @abstractmethod
+    def summary(self, report: dict[str, Any]) -> list[str]:
+        """The last lines on standard output."""
+
+    def main(self) -> int:
+        """The exit status, with a full disk and Ctrl-C told in one sentence. Raises CommandError."""
+        try:
+            return self._run()
+        except (OSError, RuntimeError) as error:
+            if not is_disk_full(error):
+                if isinstance(error, OSError) and error.filename:
+                    raise CommandError(f"{error.filename}: {error.strerror}") from error
+                raise
+            raise CommandError(
+                f"--output_dir {self.output}: no space left ({first_line(error)}). Finished checkpoints are intact; "
+                "free some space and go on with --resume_from_checkpoint true"
+            ) from error
+        except KeyboardInterrupt:
+            say(f"\nstopped. Go on from the last complete checkpoint with: {self._resume_command()}")
+            return 130
+
+    def _run(self) -> int:
+        started, args = time.perf_counter(), self.args
+        quiet_transformers()
+        check_loggers(args)
+        check_processes(args)
+        check_sharding(args)
+        self.open()
+        self.checkpoint = prepare_output(self.output, args)
+        if args.distributed_state is not None:
+            args.distributed_state.wait_for_everyone()  # else one process could find what another has written
+        identity = {"seed": args.seed, "fsdp": wants_sharding(args)} | self.identity()
+        check_same_run(identity, self.checkpoint)
+
+        set_seed(args.seed)
+        self.model = self.load()
+        if self.model_args.optimize:
+            from fastbert import optimize
+
+            optimize(self.model)
+        if args.process_index == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_json(self.output / RUN, identity | {"model_name_or_path": self.model_args.model_name_or_path})
+        # With --enable_jit_checkpoint transformers handles SIGTERM itself.
+        stop = StopOnSignal((signal.SIGINT,)) if args.enable_jit_checkpoint else StopOnSignal()
+        self.trainer = self.make_trainer([NanCallback(), stop])
+        self.trainer.remove_callback(PrinterCallback)
+        if self.trainer.pop_callback(ProgressCallback) is not None:
+            self.trainer.add_callback(LossProgressCallback())
+        say(self.headline())
+
+        prepared = time.perf_counter()
+        self.train(stop)
+        self.seconds = {"prepare": prepared - started, "train": time.perf_counter() - prepared}
+        state = self.trainer.state
+        if stop.caught is not None and state.global_step < state.max_steps:
+            say(f"stopped at step {state.global_step} of {state.max_steps}. Go on with: {self._resume_command()}")
+            return 128 + stop.caught
+        self.test()
+        save_model(self.trainer, self.output)
+        if self.trainer.is_world_process_zero():
+            self._write_report(started)
+        return 0
+
+    def _resume_command(self) -> str:
+        return f"fastbert {self.command} … --output_dir {self.args.output_dir} --resume_from_checkpoint true"
+
+    def _write_report(self, started: float) -> None:
+        report = {
+            "command": ["fastbert", self.command, *self.argv],
+            "model": {
+                "name_or_path": self.model_args.model_name_or_path,
+                "class": type(self.model).__name__.removeprefix("FSDP"),
+                "model_type": self.config.model_type,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "max_seq_length": self.max_seq_length,
+                "optimize": self.model_args.optimize,
+            },
+            **self.report(),
+            "resumed_from": self.checkpoint.name if self.checkpoint else None,
+            "steps": self.trainer.state.global_step,
+            "seconds": self.seconds | {"total": time.perf_counter() - started},
+            "threads": torch.get_num_threads(),
+            "device": str(self.args.device),
+            "versions": versions(),
+            "arguments": self.args.to_dict() | {"data": asdict(self.data_args), "model": asdict(self.model_args)},
+            "fastbert": _decisions(self.model) if self.model_args.optimize else None,
+        }
+        write_json(self.output / REPORT, report)
+        self.plot(self.output / CURVES, report)
+        say(f"model, {REPORT} and {CURVES} are in {self.output}")
+        for line in self.summary(report):
+            print(line)
 
 
 def say(text: str) -> None:
@@ -55,7 +195,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def check_processes(args: Arguments) -> None:
+def check_processes(args: RunArguments) -> None:
     """Raise CommandError where several processes are to train, and each would do it alone, into the same folder."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and args.world_size == 1:
@@ -65,7 +205,7 @@ def check_processes(args: Arguments) -> None:
         )
 
 
-def check_loggers(args: Arguments) -> None:
+def check_loggers(args: RunArguments) -> None:
     """Raise CommandError for a logger of ``--report_to`` that is not known, or not installed."""
     for name in args.report_to or ():
         try:
@@ -75,7 +215,7 @@ def check_loggers(args: Arguments) -> None:
             raise CommandError(f"--report_to {name}: {first_line(error)}") from error
 
 
-def prepare_output(output: Path, args: Arguments) -> Path | None:
+def prepare_output(output: Path, args: RunArguments) -> Path | None:
     """Check that ``output`` may be written to; returns the checkpoint to resume from, or None to start anew."""
     resume = args.resume_from_checkpoint
     if output.exists() and not output.is_dir():
@@ -110,7 +250,7 @@ def prepare_output(output: Path, args: Arguments) -> Path | None:
     return None
 
 
-def check_same_run(output: Path, run: dict[str, Any], checkpoint: Path | None) -> None:
+def check_same_run(run: dict[str, Any], checkpoint: Path | None) -> None:
     """Refuse to resume with other labels or data, which would go wrong late or, worse, unnoticed."""
     if checkpoint is None:
         return
@@ -121,7 +261,7 @@ def check_same_run(output: Path, run: dict[str, Any], checkpoint: Path | None) -
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     before.setdefault("labels", list((config.get("id2label") or {}).values()))
     for key, value in run.items():
-        if key in before and before[key] != value and key != "model_name_or_path":
+        if key in before and before[key] != value:
             raise CommandError(
                 f"--resume_from_checkpoint {checkpoint}: that run had other {key} ({_short(before[key])}) "
                 f"than this one ({_short(value)}); resume with the same data and flags, or start anew"
@@ -163,8 +303,8 @@ def save_model(trainer: Resumable, output: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def fastbert_report(model: Any) -> dict[str, Any]:
-    """What ``fastbert.report`` says of a model, for a report file."""
+def _decisions(model: Any) -> dict[str, Any]:
+    """What ``fastbert.report`` says of a model."""
     from fastbert import report
 
     return report(model).as_dict()

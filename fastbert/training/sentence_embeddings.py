@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,9 +144,20 @@ class SentenceEmbeddings(Task):
         name = model_args.model_name_or_path
         # sentence-transformers draws what a checkpoint lacks without a word: this looks at it first.
         load_model(self.head, name, config, **hub)
+        # It reads pickled weights of the modules behind the encoder, too, where there are no others.
+        for path in sorted(Path(name).glob("*/pytorch_model.bin")):
+            if not path.with_name("model.safetensors").is_file():
+                raise CommandError(
+                    f"--model_name_or_path {name}: pickled weights ({path.parent.name}/{path.name}) are not loaded; to "
+                    "convert those that you trust: SentenceTransformer(FOLDER).save_pretrained(FOLDER)"
+                )
         try:
             model = SentenceTransformer(
-                name, device="cpu", cache_folder=hub.get("cache_dir"), revision=hub.get("revision")
+                name,
+                device="cpu",
+                cache_folder=hub.get("cache_dir"),
+                revision=hub.get("revision"),
+                model_kwargs={"use_safetensors": True},
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CommandError(

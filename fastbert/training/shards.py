@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastbert.files import replacing
+
 from .report import write_json
 from .sentences import split_sentences
 from .sequences import (
@@ -178,17 +180,11 @@ def _write_arrow(path: Path, table: pa.Table) -> None:
     """Write the file next to its place and move it there when it is on the disk."""
     import pyarrow as pa
 
-    partial = path.with_name(path.name + ".part")
-    try:
-        with open(partial, "wb") as file:
-            with pa.ipc.new_stream(file, table.schema) as writer:
-                writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as partial, open(partial, "wb") as file:
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def finished(job: Job) -> Counts | str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .arguments import DataArguments, FinetuneArguments, ModelArguments
-from .data import Item, Reader, Split, hold_out
+from .data import Item, RowReader, Split, hold_out
 from .errors import CommandError
 from .loading import load_model
 from .rows import RowFile
@@ -101,14 +101,16 @@ class Task:
         """Read and encode one file. Raises CommandError."""
         raise NotImplementedError
 
-    def reader(self, name: str, rows: RowFile, argument: str, parse: Callable[[dict[str, Any]], Item]) -> Reader[Item]:
+    def reader(
+        self, name: str, rows: RowFile, argument: str, parse: Callable[[dict[str, Any]], Item]
+    ) -> RowReader[Item]:
         """A reader that keeps to the flags about rows."""
         limits = {
             "train": self.data_args.max_train_samples,
             "validation": self.data_args.max_eval_samples,
             "test": self.data_args.max_predict_samples,
         }
-        return Reader(rows, argument, parse, limits[name], self.data_args.on_bad_row, bool(self.args.disable_tqdm))
+        return RowReader(rows, argument, parse, limits[name], self.data_args.on_bad_row, bool(self.args.disable_tqdm))
 
     def strata(self, split: Split) -> Sequence[Any] | None:
         """What a held-out part should have in the same shares as the rest."""
@@ -159,13 +161,14 @@ class Task:
 
     def load(self, model_args: ModelArguments, config: PreTrainedConfig, **hub: Any) -> PreTrainedModel:
         """The model to train. Raises CommandError."""
-        return load_model(
+        model, _ = load_model(
             self.head,
             model_args.model_name_or_path,
             config,
             ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
             **hub,
         )
+        return model
 
     def encoder(self, model: Any) -> PreTrainedModel:
         """The part of the model that has the word embeddings."""

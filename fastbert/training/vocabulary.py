@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from .documents import Reader, open_sources
+from .documents import DocumentReader, open_sources
 from .errors import CommandError, first_line, is_disk_full
 from .flags import parse_flags
 from .loading import quiet_transformers
@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
         (TokenizerArguments,),
         argv,
         prog="fastbert tokenizer",
-        usage="fastbert tokenizer --input PATH... --output DIR [--vocab_size N] [flags]",
+        usage="fastbert tokenizer --input PATH... --output DIR [--vocab_size N] [flags]\n"
+        "       fastbert tokenizer FLAGS.json",
         description="Learn a WordPiece vocabulary, as BERT's, from text.",
     )
     quiet_transformers()
@@ -121,7 +122,7 @@ def _text_rules(lowercase: bool) -> tuple[Any, Any]:
 
 def _paragraphs(args: TokenizerArguments, title: str) -> Iterator[str]:
     sources = open_sources(args.input, args.text_column_name)
-    reader = Reader(sources, args.on_bad_row)
+    reader = DocumentReader(sources, args.on_bad_row)
     total = sum(source.size for source in sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=args.quiet, leave=False) as bar:
         for document in reader.documents():

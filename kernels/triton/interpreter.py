@@ -4,11 +4,14 @@ bfloat16: the interpreter's arrays hold it as uint16; casts to it truncate, and 
 integers.
 Integer sums: each is computed and compared again in 64 bits, to find overflow, for half of a kernel's time.
 Loop bounds: scalars are arrays of one element, which NumPy since 2.4 does not convert to an index.
+Functions that a kernel calls: for each call the interpreter replaces the language anew, for a third of a kernel's time;
+once at its launch is enough.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import types
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,9 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _Builder = interpreter.InterpreterBuilder
-_stock_cast, _stock_dot, _stock_patch = _Builder.cast_impl, _Builder.create_dot, interpreter._patch_lang_tensor
+_stock_cast, _stock_dot = _Builder.cast_impl, _Builder.create_dot
+_stock_patch, _stock_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
+_running = types.SimpleNamespace()  # has an attribute while a kernel runs
 
 
 def install() -> None:
@@ -25,6 +30,7 @@ def install() -> None:
     if triton.knobs.runtime.interpret:
         _Builder.cast_impl, _Builder.create_dot = _cast, _dot
         interpreter._patch_lang_tensor = _patch_lang_tensor
+        interpreter._patch_lang = _patch_lang
         builder = interpreter.interpreter_builder
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
@@ -48,3 +54,12 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
 def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
     _stock_patch(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+def _patch_lang(function: Any) -> Any:
+    if vars(_running):
+        return interpreter._LangPatchScope()
+    names = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # those that any function can know it by
+    scope = _stock_lang(names)
+    scope.set_attr(_running, "kernel", function)  # goes with the rest
+    return scope

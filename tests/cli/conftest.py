@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from fastbert.cli import main
 
@@ -28,6 +30,9 @@ TOPICS = {
     "space": ["star", "planet", "orbit", "rocket", "moon", "shines", "lands", "launches", "crater", "dust"],
 }
 FILLER = ["the", "a", "very", "often", "never", "my", "old", "some", "with", "under", "near", "today"]
+
+SAVEFIG = Figure.savefig
+MEASURED = {"tokens_per_second", "tflops", "mfu"}  # what no two runs have in common
 
 
 # Imports are most of the time that a short command takes: they are made once, and each process is a fork of this one.
@@ -173,6 +178,59 @@ class Kit:
             ),
         ]
 
+    TINY = "num_hidden_layers=2,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=64"
+    NO_DROPOUT = f"{TINY},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+
+    @staticmethod
+    def prepare(corpus: Path, model: Path, output: Path, **more: Any) -> Path:
+        """Pretraining data of a text."""
+        flags = {"tokenizer_name": model, "output": output, "max_seq_length": 32, "workers": 1, "shard_megabytes": 0.05}
+        named = [text for name, value in (flags | more).items() for text in (f"--{name}", str(value))]
+        assert main(["prepare", "--input", str(corpus), "--quiet", *named]) == 0
+        return output
+
+    @staticmethod
+    def pretrain_flags(
+        data: Path | list[Path], tokenizer: Path, output: Path, *, dropout: bool = True, **more: Any
+    ) -> list[str]:
+        """``pretrain`` with the flags that every test gives, and ``more``; None takes one away."""
+        given = {
+            "tokenizer_name": tokenizer,
+            "config_overrides": Kit.TINY if dropout else Kit.NO_DROPOUT,
+            "output_dir": output,
+            "max_steps": 8,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        } | more
+        folders = data if isinstance(data, list) else [data]
+        flags = ["pretrain", "--dataset", *map(str, folders)]
+        for name, value in given.items():
+            if value is not None:
+                flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return flags
+
+    @staticmethod
+    def report(folder: Path) -> dict[str, Any]:
+        """What a run has reported."""
+        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+    @staticmethod
+    def curve(folder: Path) -> list[dict[str, Any]]:
+        """What a pretraining run has logged, but for what depends on the clock."""
+        history = Kit.report(folder)["history"]
+        return [{k: v for k, v in entry.items() if k not in MEASURED} for entry in history]
+
+    @staticmethod
+    @contextlib.contextmanager
+    def pictures() -> Iterator[None]:
+        """Pictures are drawn in here."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", SAVEFIG)
+            yield
+
     @staticmethod
     def start(arguments: list[str]) -> Started:
         """The command in a process of its own."""
@@ -189,6 +247,21 @@ class Kit:
             time.sleep(0.002)
         process.send_signal(number)
         return process.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_pictures() -> Iterator[None]:
+    """Drawing its curves is half of a short run, and few tests look at them: they do with `Kit.pictures`."""
+    import fastbert.predict
+    import fastbert.training.finetune
+    import fastbert.training.pretrain  # noqa: F401 - imported before the fixture `settled` is
+
+    def blank(figure: Figure, path: Path, **options: Any) -> None:
+        path.touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", blank)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -253,8 +326,34 @@ def classifier(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("classifier")
     train = Kit.write_rows(folder / "train.csv", Kit.examples(240))
     flags = ["--num_train_epochs", "6", "--learning_rate", "3e-3", "--per_device_train_batch_size", "16"]
-    assert main(Kit.finetune_flags(base_model, train, folder / "out") + flags) == 0
+    with Kit.pictures():
+        assert main(Kit.finetune_flags(base_model, train, folder / "out") + flags) == 0
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to pretrain on."""
+    rng = random.Random(1)
+    documents = []
+    for number in range(300):
+        topic = ["animal", "food", "space"][number % 3]
+        documents.append(" ".join(Kit.sentence(rng, topic).capitalize() + "." for _ in range(rng.randint(3, 12))))
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n\n".join(documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs(corpus: Path, base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pretraining data: sentence pairs of at most 32 tokens."""
+    return Kit.prepare(corpus, base_model, tmp_path_factory.mktemp("prepared") / "short")
+
+
+@pytest.fixture(scope="session")
+def long_pairs(corpus: Path, base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of at most 64 tokens."""
+    return Kit.prepare(corpus, base_model, tmp_path_factory.mktemp("prepared") / "long", max_seq_length=64)
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
-"""Commands of fastbert one after the other, sharded, on a CPU: ``torchrun … sharding_worker.py FOLDER``.
+"""Commands of fastbert one after the other, in two processes, sharded, on a CPU: ``sharding_worker.py FOLDER PORT``.
 
-FOLDER/commands.json holds them by name. What each process saw of each goes to FOLDER/RANK.json.
+FOLDER/commands.json holds them by name. What each process saw of each goes to FOLDER/RANK.json. The second process is a
+fork of the first, as most of the time that they take is imports.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -16,9 +18,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from matplotlib.figure import Figure
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import fastbert.training.finetune
+import fastbert.training.pretrain  # noqa: F401 - both before gc.freeze
 from fastbert import ops, swapped
 from fastbert.cli import main
 
@@ -55,11 +60,17 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    folder, port = Path(sys.argv[1]), sys.argv[2]
+    gc.freeze()
+    other = os.fork()
+    rank = "0" if other else "1"
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
     commands = json.loads((folder / "commands.json").read_text())
     torch.distributed.init_process_group("gloo")
     register_optimizer_step_pre_hook(watch_optimizer)
     ops.mlm_loss = watched_loss
+    Figure.savefig = lambda figure, path, **options: path.touch()  # as in the tests' own process
     found = {"on CPUs": run(commands["whole"])}
     # accelerate shards where its backend is a GPU's, and FSDP2 itself works with any: here it gets gloo under the name
     # of a GPU's, and the device that would follow from the name.
@@ -67,5 +78,7 @@ if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     for name, command in commands.items():
         found[name] = run(command)
-    (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
+    if other:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))

@@ -293,6 +293,20 @@ def test_flags_from_a_file(kit: Any, base_model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("command", ["finetune", "pretrain", "prepare", "tokenizer"])
+def test_wrong_flags_in_a_file(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "flags.json"
+    file.write_text('{"max_steps": 2, "shards": ["a", "b"]}', encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        main([command, str(file)])
+    assert caught.value.code == 2
+    assert "the following arguments are required" in capsys.readouterr().err
+    for content, words in (("[1]", "a JSON list where an object of flags and values"), ("{", "cannot be read as JSON")):
+        file.write_text(content, encoding="utf-8")
+        assert main([command, str(file)]) == 1
+        assert f"{file}: {words}" in capsys.readouterr().err
+
+
 def test_a_diverging_run_stops(kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = kit.write_rows(tmp_path / "train.csv", kit.examples(60))
     flags = kit.finetune_flags(base_model, train, tmp_path / "out", optim="sgd", learning_rate=1e38, logging_steps=1)
@@ -330,6 +344,10 @@ def test_broken_models(kit: Any, base_model: Path, tmp_path: Path, capsys: pytes
         tensors["encoder.layer.1.output.dense.weight"][3, 4] = torch.nan
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
+    def pickled(folder: Path) -> None:
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
     def missing(folder: Path) -> None:
         tensors = load_file(weights)
         del tensors["encoder.layer.0.output.dense.bias"]
@@ -338,7 +356,27 @@ def test_broken_models(kit: Any, base_model: Path, tmp_path: Path, capsys: pytes
     assert "cannot load weights" in attempt("truncated", truncate)
     assert "cannot load weights" in attempt("garbage", garbage)
     assert "layer.1.output.dense.weight" in attempt("nan", nan)
+    convert = "transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER, use_safetensors=False)"
+    assert f"pickled weights, pytorch_model.bin, are not loaded; to convert those that you trust: {convert}" in attempt(
+        "pickled", pickled
+    )
     assert "lacks encoder weights: bert.encoder.layer.0.output.dense.bias" in attempt("missing", missing)
     assert "config.json" in attempt("no-config", lambda folder: (folder / "config.json").unlink())
     assert "config.json" in attempt("bad-config", lambda folder: (folder / "config.json").write_text("{"))
     assert "tokenizer" in attempt("bad-tokenizer", lambda folder: (folder / "tokenizer.json").write_text("{"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model(
+    kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.add_tokens(["more", "words"])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    train = kit.write_rows(tmp_path / "train.csv", kit.examples(12))
+    flags = kit.finetune_flags(base_model, train, tmp_path / "out", tokenizer_name=tmp_path / "larger")
+    assert main(flags + SHORT) == 1
+    assert f"--tokenizer_name {tmp_path / 'larger'}: the tokenizer has {len(tokenizer)}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

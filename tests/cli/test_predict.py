@@ -234,6 +234,9 @@ def test_unusable_models_and_inputs(
     (broken / "model.safetensors").write_bytes((classifier / "model.safetensors").read_bytes()[:-500])
     assert main(kit.predict_flags(broken, given, tmp_path / "out.csv")) == 1
     assert "cannot load weights" in capsys.readouterr().err
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    assert main(kit.predict_flags(broken, given, tmp_path / "out.csv")) == 1
+    assert "pickled weights, pytorch_model.bin, are not loaded" in capsys.readouterr().err
     (tmp_path / "empty.csv").write_text("text\n", encoding="utf-8")
     assert main(kit.predict_flags(classifier, tmp_path / "empty.csv", tmp_path / "out.csv")) == 1
     assert "no rows" in capsys.readouterr().err

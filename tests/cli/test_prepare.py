@@ -10,7 +10,7 @@ import math
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,13 @@ def flags(source: Path | list[Path], model: Path, output: Path, **more: Any) -> 
 def content(folder: Path) -> dict[str, str]:
     """A checksum of every file."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(kit: Any) -> Iterator[None]:
+    """Every byte is compared, with those of other processes too."""
+    with kit.pictures():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,27 @@ def test_a_resumed_run_ends_with_the_same_weights(kit: Any, base_model: Path, tm
     assert (out / "model.safetensors").is_file()
 
 
+def test_a_checkpoint_without_a_pooler(
+    kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a masked language model leaves it; then with a module behind the encoder whose weights are pickled."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(base_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    train = kit.write_rows(tmp_path / "train.csv", scored(kit, 20))
+    flags = kit.finetune_flags(folder, train, tmp_path / "out", task="sentence_embeddings", max_steps=1)
+    assert main(flags) == 0
+    assert report(tmp_path / "out")["steps"] == 1
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"")
+    assert main([*flags, "--overwrite_output_dir"]) == 1
+    assert "pickled weights (2_Dense/pytorch_model.bin) are not loaded" in capsys.readouterr().err
+
+
 def test_retrieval_scores() -> None:
     anchors = np.eye(3)
     assert retrieval_scores(anchors, anchors, None) == {"accuracy": 1.0, "mrr": 1.0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import runpy
 import socket
@@ -93,23 +95,32 @@ TOGETHER: dict[str, tuple[str, list[str], str]] = {
 }
 
 
+def in_this_process(command: list[str]) -> str:
+    """What a script prints. On a CPU, as in processes that see no GPU."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        patch.setattr(sys, "argv", command)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        runpy.run_path(command[0], run_name="__main__")
+    return shown.getvalue()
+
+
 @pytest.fixture(scope="module")
 def ran(
     run_commands: Any, model: Path, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[str, Path]]:
-    """What every example has printed, and where its model is. They run side by side: most of their time is imports."""
-    found = {}
-    for group in (ALONE, TOGETHER):
-        commands, folders = [], []
-        for name, (data, flags, _) in group.items():
-            folders.append(tmp_path_factory.mktemp(name) / "out")
-            output = "--output_dir" if name == "trainer" else "--output"
-            where = ["--model", str(model), "--train", str(files[data]), output, str(folders[-1])]
-            start = two_processes() if group is TOGETHER else []
-            commands.append([sys.executable, *start, str(EXAMPLES / f"{name}.py"), *where, *flags])
-        shown = run_commands(commands, seconds=420, CUDA_VISIBLE_DEVICES="")
-        found |= dict(zip(group, zip(shown, folders, strict=True), strict=True))
-    return found
+    """What every example has printed, and where its model is. Those of one process run in this one: no imports anew."""
+    commands, folders = {}, {}
+    for name, (data, flags, _) in (ALONE | TOGETHER).items():
+        folders[name] = tmp_path_factory.mktemp(name) / "out"
+        output = "--output_dir" if name == "trainer" else "--output"
+        where = ["--model", str(model), "--train", str(files[data]), output, str(folders[name])]
+        commands[name] = [str(EXAMPLES / f"{name}.py"), *where, *flags]
+    shown = {name: in_this_process(commands[name]) for name in ALONE}
+    together = [[sys.executable, *two_processes(), *commands[name]] for name in TOGETHER]
+    shown |= zip(TOGETHER, run_commands(together, seconds=420, CUDA_VISIBLE_DEVICES=""), strict=True)
+    return {name: (shown[name], folders[name]) for name in commands}
 
 
 @pytest.mark.parametrize("name", ALONE | TOGETHER)

@@ -513,6 +513,8 @@ def call(name: str, arguments: tuple) -> Tensor | tuple[Tensor, ...]:
 def test_opcheck(p: float, op: str, backend: str) -> None:
     dtype = torch.bfloat16 if (op, backend) == ("linear", "triton") else torch.float32  # which it is not for
     accuracy.require(op, backend, dtype)
+    if p == 0 and op in DROPPING and accuracy.interpreted(backend):
+        pytest.skip("no dropout means no seed, which what every kernel is registered by treats alike: see the CPU's")
     (name, arguments), *backward = leaf_calls(op, backend, p, dtype)
 
     def trainable(value: object) -> object:

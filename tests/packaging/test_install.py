@@ -16,27 +16,39 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = re.search(r'"(.+)"', (ROOT / "fastbert" / "_version.py").read_text().split("__version__")[1])[1]
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
-# An op through the public function, on the backend named, against PyTorch's own.
-LAYERNORM = """
-import torch, fastbert
+# Where the package lies, and an op through the public function against PyTorch's own, on the backends named: how far
+# it is off, or why it cannot run.
+TRY = """
+import torch, fastbert, fastbert.bench
 from fastbert import ops
 x, weight, bias = torch.randn(5, 40), torch.randn(40), torch.randn(40)
-y = ops.layernorm(x, weight, bias, eps=1e-12, backend={backend!r})
-result = (y - torch.nn.functional.layer_norm(x, (40,), weight, bias, 1e-12)).abs().max().item()
+result = [fastbert.__file__, fastbert.bench.__file__, fastbert.__version__]
+for backend in {backends!r}:
+    try:
+        y = ops.layernorm(x, weight, bias, eps=1e-12, backend=backend)
+    except RuntimeError as error:
+        result.append(str(error))
+    else:
+        result.append((y - torch.nn.functional.layer_norm(x, (40,), weight, bias, 1e-12)).abs().max().item())
 """
-WHERE = "import fastbert, fastbert.bench; result = [fastbert.__file__, fastbert.bench.__file__, fastbert.__version__]"
 
 
-def assert_works(environment: Any, package: Path, bench: Path, backend: str, **env: str) -> str:
-    """What is imported is what was installed, an op runs on ``backend``; returns what ``fastbert info`` prints."""
-    where, bench_where, version = environment.evaluate(WHERE)
+def assert_works(environment: Any, package: Path, bench: Path, backend: str) -> tuple[str, Any]:
+    """What is imported is what was installed, an op runs on ``backend``, and on one that is chosen.
+
+    Returns what ``fastbert info`` prints, and what became of the op on the backend ``cpu``.
+    """
+    where, bench_where, version, error, chosen, on_cpu = environment.evaluate(
+        TRY.format(backends=[backend, None, "cpu"])
+    )
     assert Path(where).parent == package
     assert Path(bench_where).parent == bench
     assert version == VERSION
-    assert environment.evaluate(LAYERNORM.format(backend=backend), **env) < 1e-5
-    info = environment.run("info", program="fastbert", **env).stdout
+    assert error < 1e-5
+    assert chosen < 1e-5
+    info = environment.run("info", program="fastbert").stdout
     assert VERSION in info
-    return info
+    return info, on_cpu
 
 
 @needs_compiler
@@ -67,7 +79,7 @@ def test_wheel(environment: Any, source_tree: Any, tmp_path: Path) -> None:
     metadata = environment.evaluate("import importlib.metadata as m; result = m.requires('fastbert')")
     assert "torch>=2.11" in metadata
     (transformers,) = (requirement for requirement in metadata if requirement.startswith("transformers"))
-    assert {">=5.17", "<5.24"} == set(transformers.removeprefix("transformers").split(","))
+    assert {">=5.17", "<6"} == set(transformers.removeprefix("transformers").split(","))
 
 
 @needs_compiler
@@ -85,7 +97,7 @@ def test_sdist(environment: Any, source_tree: Any, tmp_path: Path) -> None:
     quick = {"FASTBERT_BUILD_ISAS": "baseline", "CXXFLAGS": "-O0", "FASTBERT_BUILD_CUDA": "0"}
     environment.install(str(archive), FASTBERT_BUILD_EXTENSION="1", **quick)
     package = environment.site / "fastbert"
-    info = assert_works(environment, package, package / "bench", "cpu")
+    info, _ = assert_works(environment, package, package / "bench", "cpu")
     assert "baseline" in info
 
 
@@ -96,13 +108,9 @@ def test_without_a_compiler(environment: Any, source_tree: Any) -> None:
     assert reason in said.stdout + said.stderr
     package = environment.site / "fastbert"
     assert not list(package.glob("_C*"))
-    info = assert_works(environment, package, package / "bench", "reference")
+    info, forced = assert_works(environment, package, package / "bench", "reference")
     assert reason in info, "fastbert info says why there are no kernels"
-    backend = "import fastbert; from fastbert import ops; " + LAYERNORM.format(backend=None)
-    assert environment.evaluate(backend) < 1e-5
-    forced = environment.run("-c", LAYERNORM.format(backend="cpu"), check=False)
-    assert forced.returncode != 0
-    assert reason in forced.stderr
+    assert reason in forced
 
 
 def test_a_compile_error_fails_the_installation(environment: Any, source_tree: Any) -> None:
