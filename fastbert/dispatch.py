@@ -349,7 +349,7 @@ def describe(
         strict = forced is not None and (alone or _candidates(op)[forced].part is None)
         chosen: list[Implementation] = []
         rejected: dict[str, str] = {}
-        for implementation in _ordered(op, device_type):
+        for implementation in sorted(_ordered(op, device_type), key=lambda found: found.name != forced):
             name = implementation.name
             reason = implementation.supports(device_type, dtype, requires)
             if reason is not None:

@@ -215,6 +215,7 @@ def test_linear_is_described_with_the_part_that_triton_is_for(monkeypatch: pytes
     assert described["backend"] is None
     assert "16-bit numbers only" in described["rejected"]["triton"]
     monkeypatch.setenv("FASTBERT_BACKEND", "triton")
+    assert dispatch.describe(device, torch.bfloat16)["linear"]["backend"] == "triton"  # before cpu, which has it, too
     assert dispatch.describe(device, torch.float32)["linear"]["backend"] in ("cpu", "vendor", "reference")
 
 
