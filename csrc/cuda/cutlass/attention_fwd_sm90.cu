@@ -267,11 +267,13 @@ __device__ __forceinline__ void multiply_tiles(const AttentionForward<T>& a, con
       OnlineSoftmax finished = softmax;
       if (last) softmax = OnlineSoftmax();
       weigh(next, next_tile);
-      wait_for_products<0>();
-      end_result();
-      if (last) {
+      if (last) {  // the wait is behind the jump, or the assembler moves it up, before the softmax
+        wait_for_products<0>();
+        end_result();
         write(item, finished);
       } else {
+        wait_for_products<0>();
+        end_result();
         multiply_rows(result, shrink);
       }
       item = next, tile = next_tile;
