@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_bwd_kernel(Attenti
   constexpr int kColumns = kColumnsOf<D, BIAS>, N = kColumns / 8;
   const AttentionShape& shape = a.shape;
   const int head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp * 16;
-  const Work work = find_work(shape.cu_seqlens, shape.batch, blockIdx.x, kRows);
+  const Work work = find_work(shape, blockIdx.x, kRows);
   if (work.none()) return;
   const int64_t dout_stride = static_cast<int64_t>(shape.heads) * D, stride = 3 * dout_stride;
   const T* const query = a.qkv + work.start * stride + head * D;

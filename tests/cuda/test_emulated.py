@@ -230,6 +230,31 @@ def test_attention_does_not_depend_on_the_order_of_threads(emulated: Any, length
     assert all(torch.equal(gradients[name], gradients_other[name]) for name in gradients)
 
 
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize(("longest", "promised"), [(30, 20), (150, 140)], ids=["short", "long"])
+def test_attention_cuts_what_is_longer_than_promised(
+    emulated: Any, longest: int, promised: int, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would look past a row of the bias, and past its end, and write past the gradients of the scores."""
+    monkeypatch.setenv("FASTBERT_EMULATOR_CAPABILITY", capability)
+    qkv = attention_cases.tensors_for((longest, 5), 1, 32, None, torch.bfloat16)["qkv"]
+    kept = torch.arange(longest + 5) % longest < promised
+    behind = torch.full((2 * promised + longest, promised), torch.nan)
+    behind[: 2 * promised] = torch.randn(2 * promised, promised, generator=accuracy.generator(1))
+    bias = behind[: 2 * promised].view(2, 1, promised, promised)
+
+    def results(qkv: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+        leaves, offsets = [qkv.requires_grad_(), bias.requires_grad_()], attention_cases.cumulative(lengths)
+        y = run_attention(emulated.leaves["attention"], qkv, offsets, promised, 0.2, 0.0, bias, None, False)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    y, dqkv, dbias = results(qkv.clone(), (longest, 5))
+    expected = results(qkv[kept], (promised, 5))
+    assert torch.equal(y[kept], expected[0])
+    assert torch.equal(dqkv[kept], expected[1])
+    assert torch.equal(dbias, expected[2])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -79,7 +79,7 @@ __host__ __device__ inline int count_items(const AttentionShape& shape) {
 __device__ __forceinline__ Item next_item(const AttentionShape& shape, int index) {
   const int items = count_items(shape);
   for (; index < items; index += gridDim.x) {
-    const Work work = find_work(shape.cu_seqlens, shape.batch, index / shape.heads, kRows);
+    const Work work = find_work(shape, index / shape.heads, kRows);
     if (!work.none()) return {index, index % shape.heads, work};
   }
   return {-1, 0, {0, 0, 0, 0}};
