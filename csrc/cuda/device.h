@@ -163,6 +163,17 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
+// The sum over a block's parts, each of `width` threads, in their order, in the threads of the first part. Takes a float
+// of the dynamic shared memory for each thread.
+__device__ __forceinline__ float sum_parts(float value, int width) {
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < width)
+    for (int other = threadIdx.x + width; other < static_cast<int>(blockDim.x); other += width) value += shared[other];
+  return value;
+}
+
 // Dropout with the seed that lies in device memory, so that a captured graph draws anew when the seed is.
 struct DropoutMask {
   uint64_t seed;

@@ -238,22 +238,19 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_bwd_kernel(Backwa
   }
 }
 
-constexpr int kSumLanes = 8;
+constexpr int kParts = 8;
 
 // Adds up the sets of column sums: a warp takes 32 columns of every eighth set.
-__global__ void __launch_bounds__(kSumLanes* kWarp)
+__global__ void __launch_bounds__(kParts* kWarp)
     layernorm_sums_kernel(int sets, int columns, int count, const float* sums, Format format, void* dweight, void* dbias,
                           float* dx_bias) {
-  float* const shared = reinterpret_cast<float*>(shared_memory());  // [kSumLanes, kWarp]
   const int column = static_cast<int>(blockIdx.x) * kWarp + static_cast<int>(threadIdx.x) % kWarp;  // of `count`
   const int part = static_cast<int>(threadIdx.x) / kWarp;
   float total = 0.0f;
   if (column < count)
-    for (int set = part; set < sets; set += kSumLanes) total += sums[static_cast<int64_t>(set) * 3 * columns + column];
-  shared[threadIdx.x] = total;
-  __syncthreads();
+    for (int set = part; set < sets; set += kParts) total += sums[static_cast<int64_t>(set) * 3 * columns + column];
+  total = sum_parts(total, kWarp);
   if (part > 0 || column >= count) return;
-  for (int p = 1; p < kSumLanes; ++p) total += shared[p * kWarp + threadIdx.x];
   const int which = column / columns, at = column % columns;
   if (which == 2) {
     dx_bias[at] = total;
@@ -384,7 +381,7 @@ void layernorm_bwd(const Queue& queue, const LayerNormShape& shape, Format forma
   }
   const int count = (dx_bias == nullptr ? 2 : 3) * shape.columns;
   launch(queue, "layernorm_bwd_cuda", layernorm_sums_kernel, dim3(static_cast<unsigned>(ceil_div(count, kWarp))),
-         kSumLanes * kWarp, kSumLanes * kWarp * 4, layernorm_bwd_sets(queue, shape), shape.columns, count,
+         kParts * kWarp, kParts * kWarp * 4, layernorm_bwd_sets(queue, shape), shape.columns, count,
          static_cast<const float*>(workspace), weight.format, dweight, dbias, dx_bias);
 }
 
