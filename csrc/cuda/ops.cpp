@@ -93,13 +93,8 @@ struct Call {
     return {t.const_data_ptr(), found};
   }
   Dropout dropout(double p, const OptionalTensor& seed) const {
-    if (!(p >= 0.0 && p <= 1.0)) fail(op, ": dropout_p is ", p, "; it must be between 0 and 1");
-    if (p > 0.0 && !seed.has_value()) fail(op, ": dropout_p is ", p, " but seed is missing");
-    if (seed.has_value()) {
-      check_layout("seed", *seed);
-      if (seed->scalar_type() != ScalarType::Long || seed->numel() != 1)
-        fail(op, ": seed must be one int64, not ", dtype_text(seed->scalar_type()), " of shape ", shape_text(*seed));
-    }
+    check_dropout(op, p, seed);
+    if (seed.has_value()) check_layout("seed", *seed);
     const bool active = p > 0.0;
     return {active ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, dropout_threshold(p),
             dropout_scale(p), active};
