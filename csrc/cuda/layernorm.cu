@@ -1,6 +1,7 @@
 // LayerNorm(dropout(x + x_bias) + residual), forward and backward. A row stays in registers between its one read and its
 // one write. Short rows (up to 1024 columns) take a warp each, four of them a block, which never wait for each other;
 // longer ones take a block each. Eight columns are one access; where a row's length or place forbids that, one is.
+#include <string>
 #include <type_traits>
 
 #include "cuda/launch.h"
@@ -272,8 +273,10 @@ bool in_eights(int columns, Pointers... pointers) {
 
 int warps_for(bool eights, int columns) {
   const int n = eights ? 8 : 1;
-  if (columns > max_columns(n)) throw std::runtime_error(
-      "layernorm: more than 4096 columns must be a multiple of 8, in tensors that lie on multiples of 16 bytes");
+  if (columns > max_columns(n))
+    throw std::runtime_error("layernorm: rows of " + std::to_string(columns) + " columns; at most " +
+                             std::to_string(max_columns(n)) + " are allowed" +
+                             (eights ? "" : " where these or the tensors' places are not multiples of 8 and 16 bytes"));
   return ceil_div(columns, kWarp * elements(n));
 }
 int threads_for(int warps) { return (warps == 1 ? kRowsPerBlock : warps) * kWarp; }

@@ -101,9 +101,11 @@ struct Call {
   }
   LayerNormShape rows(const char* name, const Tensor& t, double dropout_p, const OptionalTensor& seed) const {
     check(name, t, t.scalar_type(), {-1, -1});
-    if (t.size(1) < 1 || t.size(1) > kLayerNormColumns)
-      fail(op, ": ", name, " has shape ", shape_text(t), "; its last dimension must be 1 to ", kLayerNormColumns);
-    return {t.size(0), static_cast<int>(t.size(1)), dropout(dropout_p, seed)};
+    const int64_t columns = t.size(1);
+    if (columns < 1 || columns > (columns % 8 == 0 ? kLayerNormColumns : kLayerNormOddColumns))
+      fail(op, ": ", name, " has shape ", shape_text(t), "; its last dimension must be 1 to ", kLayerNormColumns,
+           " if it is a multiple of 8, else 1 to ", kLayerNormOddColumns);
+    return {t.size(0), static_cast<int>(columns), dropout(dropout_p, seed)};
   }
   Tensor make(const std::vector<int64_t>& shape, ScalarType type) const { return new_tensor(shape, type, device); }
 };

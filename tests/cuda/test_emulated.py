@@ -108,7 +108,8 @@ def test_layernorm_dropout_one_keeps_the_residual(emulated: Any) -> None:
         ({"x": torch.randn(4, 16, dtype=torch.float64)}, ["x is", "float32, bfloat16 and float16"]),
         ({"weight": torch.randn(15)}, ["weight", "[15]", "[16]"]),
         ({"residual": torch.randn(3, 16)}, ["residual", "[3, 16]", "[4, 16]"]),
-        ({"x": torch.randn(2, 8200)}, ["[2, 8200]", "1 to 8192"]),
+        ({"x": torch.randn(2, 8200)}, ["x has", "[2, 8200]", "1 to 8192"]),
+        ({"x": torch.randn(2, 4097)}, ["x has", "[2, 4097]", "multiple of 8, else 1 to 4096"]),
         ({"x": torch.randn(4, 16).bfloat16(), "residual": torch.randn(4, 16).half()}, ["bfloat16", "float16"]),
     ],
 )
