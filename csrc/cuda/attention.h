@@ -7,8 +7,6 @@
 
 namespace fastbert::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 // One head of one sequence, and the first of the rows that a block has of it.
 struct Work {
   int sequence, start, length, first;

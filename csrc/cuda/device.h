@@ -17,6 +17,7 @@
 namespace fastbert::cuda {
 
 constexpr int kWarp = 32;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // The 16-bit formats as they lie in memory. Arithmetic is fp32.
 struct bf16 {
@@ -131,6 +132,26 @@ __device__ __forceinline__ void load(const Parameter& from, int first, float (&t
   } else {
     load<N>(static_cast<const fp16*>(from.data) + first, to);
   }
+}
+
+// In one instruction each, to a float's last two bits.
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
 }
 
 // Hides from the compiler where `value` comes from: what depends on it is computed where it is used, and takes no
