@@ -122,15 +122,15 @@ __device__ __forceinline__ void store(T* to, const float (&from)[N]) {
   }
 }
 
-// The same for a parameter, whose format is known when the kernel runs.
-template <int N>
-__device__ __forceinline__ void load(const Parameter& from, int first, float (&to)[N]) {
+// Calls read(data) with the elements of a parameter, whose format is known when the kernel runs.
+template <class F>
+__device__ __forceinline__ void with_format(const Parameter& from, const F& read) {
   if (from.format == Format::kFloat32) {
-    load<N>(static_cast<const float*>(from.data) + first, to);
+    read(static_cast<const float*>(from.data));
   } else if (from.format == Format::kBFloat16) {
-    load<N>(static_cast<const bf16*>(from.data) + first, to);
+    read(static_cast<const bf16*>(from.data));
   } else {
-    load<N>(static_cast<const fp16*>(from.data) + first, to);
+    read(static_cast<const fp16*>(from.data));
   }
 }
 
