@@ -86,14 +86,18 @@ inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type,
 // Stands for an output that was not asked for.
 inline Tensor none(ScalarType type) { return new_tensor({0}, type); }
 
-inline double checked_dropout(const char* op, double p, const OptionalTensor& seed) {
+// A probability and a seed, wherever that lies.
+inline void check_dropout(const char* op, double p, const OptionalTensor& seed) {
   if (!(p >= 0.0 && p <= 1.0)) fail(op, ": dropout_p is ", p, "; it must be between 0 and 1");
   if (p > 0.0 && !seed.has_value()) fail(op, ": dropout_p is ", p, " but seed is missing");
-  if (seed.has_value()) {
-    check_layout(op, "seed", *seed);
-    if (seed->scalar_type() != ScalarType::Long || seed->numel() != 1)
-      fail(op, ": seed must be one int64, not ", dtype_text(seed->scalar_type()), " of shape ", shape_text(*seed));
-  }
+  if (seed.has_value() && (seed->scalar_type() != ScalarType::Long || seed->numel() != 1))
+    fail(op, ": seed must be one int64, not ", dtype_text(seed->scalar_type()), " of shape ", shape_text(*seed));
+}
+
+// A seed on the CPU.
+inline double checked_dropout(const char* op, double p, const OptionalTensor& seed) {
+  check_dropout(op, p, seed);
+  if (seed.has_value()) check_layout(op, "seed", *seed);
   return p;
 }
 

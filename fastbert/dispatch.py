@@ -12,6 +12,7 @@ and so does one that has it for a part of its calls (`Implementation.part`), in 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -134,7 +135,7 @@ def cuda_reason(missing: str | None, device_type: str, dtypes: tuple[torch.dtype
     if device_type != "cuda":
         where = f"needs a tensor on cuda, this one is on {device_type}"
         return where if torch.cuda.is_available() else "no CUDA device"
-    return _nvidia_reason() or _float_reason(dtypes)
+    return _nvidia_reason() or _driver_reason(*_cuda_versions()) or _float_reason(dtypes)
 
 
 def triton_reason(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -162,6 +163,20 @@ def triton_rows_reason(device_type: str, dtypes: tuple[torch.dtype, ...], column
 def _nvidia_reason() -> str | None:
     if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
         return "needs an NVIDIA GPU of compute capability 8.0 or more"
+    return None
+
+
+@functools.cache
+def _cuda_versions() -> tuple[int, int]:
+    """Of CUDA, 13000 for 13.0: what the driver offers (0 without one), and what is linked into the kernels' library."""
+    library = ctypes.CDLL(str(next(Path(__file__).parent.glob("_C_cuda.*"))))
+    return library.fastbert_cuda_of_driver(), library.fastbert_cuda_of_library()
+
+
+def _driver_reason(driver: int, needed: int) -> str | None:
+    """Against the CUDA kernels: PyTorch's own CUDA may be older. A driver serves every release of its major version."""
+    if driver // 1000 < needed // 1000:
+        return f"was built for CUDA {needed // 1000}, the driver offers {driver // 1000}.{driver % 1000 // 10}"
     return None
 
 

@@ -7,8 +7,6 @@
 
 namespace fastbert::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 // One head of one sequence, and the first of the rows that a block has of it.
 struct Work {
   int sequence, start, length, first;
@@ -16,21 +14,27 @@ struct Work {
   __device__ __forceinline__ bool none() const { return first >= length; }
 };
 
+// A sequence that is longer than was promised is cut, so that no memory but its own is touched.
+__device__ __forceinline__ int length_of(const AttentionShape& shape, int sequence) {
+  const int length = shape.cu_seqlens[sequence + 1] - shape.cu_seqlens[sequence];
+  return length < shape.max_seqlen ? length : shape.max_seqlen;
+}
+
 // Tiles of `rows` rows of all sequences, without knowing the lengths when the grid is made: tile v belongs to the last
 // sequence whose number start / rows + sequence is not above v. A sequence gets a tile more than it needs at most, which
 // none() tells. Each warp searches for itself, 32 sequences at a time.
-__device__ __forceinline__ Work find_work(const int32_t* cu_seqlens, int batch, int tile, int rows) {
+__device__ __forceinline__ Work find_work(const AttentionShape& shape, int tile, int rows) {
   const int lane = threadIdx.x % kWarp;
-  int low = 0, count = batch;
+  int low = 0, count = shape.batch;
   while (count > 1) {
     const int step = (count + kWarp - 1) / kWarp, at = low + lane * step;
-    const bool before = lane * step < count && cu_seqlens[at] / rows + at <= tile;
+    const bool before = lane * step < count && shape.cu_seqlens[at] / rows + at <= tile;
     const int last = __popc(__ballot_sync(0xffffffffu, before)) - 1;
     low += last * step;
     count = count - last * step < step ? count - last * step : step;
   }
-  const int start = cu_seqlens[low];
-  return {low, start, cu_seqlens[low + 1] - start, (tile - start / rows - low) * rows};
+  const int start = shape.cu_seqlens[low];
+  return {low, start, length_of(shape, low), (tile - start / rows - low) * rows};
 }
 
 __host__ __device__ inline int count_tiles(int64_t total, int batch, int rows) { return static_cast<int>(total / rows) + batch; }
@@ -164,10 +168,10 @@ inline int short_warps(const Queue& queue, int max_seqlen, int shared, int most)
   return needed < most ? needed : most;
 }
 
-// The work of such a block. A longer sequence than was promised is cut, so that no memory but its own is touched.
+// The work of such a block.
 __device__ __forceinline__ Work short_work(const AttentionShape& shape) {
-  const int sequence = blockIdx.x, start = shape.cu_seqlens[sequence], length = shape.cu_seqlens[sequence + 1] - start;
-  return {sequence, start, length < shape.max_seqlen ? length : shape.max_seqlen, 0};
+  const int sequence = blockIdx.x;
+  return {sequence, shape.cu_seqlens[sequence], length_of(shape, sequence), 0};
 }
 
 // A query's log-sum-exp in units of log2, plus infinity where nothing may come of it.

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_bwd_kernel(Attenti
   constexpr int kColumns = kColumnsOf<D, BIAS>, N = kColumns / 8;
   const AttentionShape& shape = a.shape;
   const int head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp * 16;
-  const Work work = find_work(shape.cu_seqlens, shape.batch, blockIdx.x, kRows);
+  const Work work = find_work(shape, blockIdx.x, kRows);
   if (work.none()) return;
   const int64_t dout_stride = static_cast<int64_t>(shape.heads) * D, stride = 3 * dout_stride;
   const T* const query = a.qkv + work.start * stride + head * D;
@@ -168,27 +168,42 @@ __global__ void __launch_bounds__(kDeltaThreads)
   if (vector < count && vector % kLanes == 0) delta[place % heads * total + place / heads] = sum;
 }
 
-constexpr int kBiasThreads = 128;
+// What a bias is broadcast over is summed in parts, and these in a fixed order.
+constexpr int kBiasThreads = 256, kBiasParts = 8;
 
-// Adds up dscores over what bias is broadcast over, in a fixed order. A thread has one element of dbias.
+// Over the queries, for a bias without them: dscores [size, size] of each sequence and head becomes its first row. A block
+// has 32 columns of one.
+__global__ void __launch_bounds__(kBiasThreads) attention_dscores_kernel(AttentionShape shape, float* dscores) {
+  const int64_t size = shape.max_seqlen;
+  const int blocks = (shape.max_seqlen + kWarp - 1) / kWarp, matrix = blockIdx.x / blocks;
+  const int part = threadIdx.x / kWarp, column = blockIdx.x % blocks * kWarp + threadIdx.x % kWarp;
+  const int length = length_of(shape, matrix / shape.heads);
+  float* const place = dscores + matrix * size * size + column;
+  float sum = 0.0f;
+  if (column < length)
+    for (int query = part; query < length; query += kBiasParts) sum += place[query * size];
+  sum = sum_parts(sum, kWarp);
+  if (part == 0 && column < length) *place = sum;
+}
+
+// Over sequences and heads. A part of the block has one element of dbias to a thread, [sequences, heads, rows, columns].
 __global__ void __launch_bounds__(kBiasThreads)
     attention_dbias_kernel(AttentionShape shape, int64_t sequences, int64_t heads, int64_t rows, int64_t columns,
-                           const float* dscores, float* dbias) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kBiasThreads + threadIdx.x;
-  if (at >= sequences * heads * rows * columns) return;
+                           int parts, const float* dscores, float* dbias) {
+  const int width = kBiasThreads / parts, part = threadIdx.x / width;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * width + threadIdx.x % width;
   const int64_t column = at % columns, row = at / columns % rows, head = at / columns / rows % heads;
   const int64_t sequence = at / columns / rows / heads, size = shape.max_seqlen;
+  const int over_heads = heads == 1 ? shape.heads : 1, count = over_heads * (sequences == 1 ? shape.batch : 1);
+  const bool inside = at < sequences * heads * rows * columns;
   float sum = 0.0f;
-  for (int64_t b = sequences == 1 ? 0 : sequence; b < (sequences == 1 ? shape.batch : sequence + 1); ++b) {
-    const int64_t length = shape.cu_seqlens[b + 1] - shape.cu_seqlens[b];
-    if (column >= length) continue;
-    for (int64_t h = heads == 1 ? 0 : head; h < (heads == 1 ? shape.heads : head + 1); ++h) {
-      const float* const from = dscores + (b * shape.heads + h) * size * size + column;
-      const int64_t last = rows == 1 ? length : row + 1;
-      for (int64_t q = rows == 1 ? 0 : row; q < last && q < length; ++q) sum += from[q * size];
-    }
+  for (int i = part; inside && i < count; i += parts) {
+    const int b = static_cast<int>(sequence) + i / over_heads, length = length_of(shape, b);
+    const int64_t matrix = static_cast<int64_t>(b) * shape.heads + head + i % over_heads;
+    if (column < length && row < length) sum += dscores[(matrix * size + row) * size + column];
   }
-  dbias[at] = sum;
+  sum = sum_parts(sum, width);
+  if (part == 0 && inside) dbias[at] = sum;
 }
 
 }  // namespace
@@ -227,9 +242,17 @@ void attention_bwd(const Queue& queue, const AttentionShape& shape, Format forma
     });
   }
   if (dbias != nullptr) {
+    constexpr int kShared = kBiasThreads * 4;
+    if (bias_shape[2] == 1) {
+      const int64_t matrices = static_cast<int64_t>(shape.batch) * shape.heads;
+      launch(queue, name, attention_dscores_kernel, blocks(matrices * ((shape.max_seqlen + kWarp - 1) / kWarp), 1),
+             kBiasThreads, kShared, shape, dscores);
+    }
     const int64_t elements = bias_shape[0] * bias_shape[1] * bias_shape[2] * bias_shape[3];
-    launch(queue, name, attention_dbias_kernel, blocks(elements, kBiasThreads), kBiasThreads, 0, shape, bias_shape[0],
-           bias_shape[1], bias_shape[2], bias_shape[3], static_cast<const float*>(dscores), dbias);
+    const int64_t to_one = (bias_shape[0] == 1 ? shape.batch : 1) * (bias_shape[1] == 1 ? shape.heads : 1);
+    const int parts = to_one < kBiasParts ? 1 : kBiasParts;
+    launch(queue, name, attention_dbias_kernel, blocks(elements, kBiasThreads / parts), kBiasThreads, kShared, shape,
+           bias_shape[0], bias_shape[1], bias_shape[2], bias_shape[3], parts, static_cast<const float*>(dscores), dbias);
   }
 }
 

@@ -12,7 +12,7 @@ template <class T, int D, bool BIAS>
 __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_fwd_kernel(AttentionForward<T> a) {
   const AttentionShape& shape = a.shape;
   const int head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp * 16;
-  const Work work = find_work(shape.cu_seqlens, shape.batch, blockIdx.x, kRows);
+  const Work work = find_work(shape, blockIdx.x, kRows);
   if (work.none()) return;
   const int64_t stride = 3 * static_cast<int64_t>(shape.heads) * D;
   const T* const query = a.qkv + work.start * stride + head * D;

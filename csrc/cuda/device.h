@@ -17,6 +17,7 @@
 namespace fastbert::cuda {
 
 constexpr int kWarp = 32;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // The 16-bit formats as they lie in memory. Arithmetic is fp32.
 struct bf16 {
@@ -121,16 +122,36 @@ __device__ __forceinline__ void store(T* to, const float (&from)[N]) {
   }
 }
 
-// The same for a parameter, whose format is known when the kernel runs.
-template <int N>
-__device__ __forceinline__ void load(const Parameter& from, int first, float (&to)[N]) {
+// Calls read(data) with the elements of a parameter, whose format is known when the kernel runs.
+template <class F>
+__device__ __forceinline__ void with_format(const Parameter& from, const F& read) {
   if (from.format == Format::kFloat32) {
-    load<N>(static_cast<const float*>(from.data) + first, to);
+    read(static_cast<const float*>(from.data));
   } else if (from.format == Format::kBFloat16) {
-    load<N>(static_cast<const bf16*>(from.data) + first, to);
+    read(static_cast<const bf16*>(from.data));
   } else {
-    load<N>(static_cast<const fp16*>(from.data) + first, to);
+    read(static_cast<const fp16*>(from.data));
   }
+}
+
+// In one instruction each, to a float's last two bits.
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
 }
 
 // Hides from the compiler where `value` comes from: what depends on it is computed where it is used, and takes no
@@ -160,6 +181,17 @@ __device__ __forceinline__ char* shared_memory() {
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+// The sum over a block's parts, each of `width` threads, in their order, in the threads of the first part. Takes a float
+// of the dynamic shared memory for each thread.
+__device__ __forceinline__ float sum_parts(float value, int width) {
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < width)
+    for (int other = threadIdx.x + width; other < static_cast<int>(blockDim.x); other += width) value += shared[other];
   return value;
 }
 

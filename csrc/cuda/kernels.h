@@ -33,7 +33,8 @@ struct LayerNormShape {
   Dropout dropout;
 };
 
-// The longest rows: in general, and where they cannot be read eight columns at a time.
+// The longest rows: in general, and where they cannot be read eight columns at a time, because they are no multiple of
+// eight columns or a tensor does not lie on a multiple of 16 bytes.
 constexpr int kLayerNormColumns = 8192, kLayerNormOddColumns = 4096;
 
 // y = LayerNorm(dropout(x + x_bias) + residual). x, residual (or null), y, z (or null): [rows, columns]; y and z in the

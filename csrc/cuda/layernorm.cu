@@ -1,6 +1,7 @@
 // LayerNorm(dropout(x + x_bias) + residual), forward and backward. A row stays in registers between its one read and its
 // one write. Short rows (up to 1024 columns) take a warp each, four of them a block, which never wait for each other;
 // longer ones take a block each. Eight columns are one access; where a row's length or place forbids that, one is.
+#include <string>
 #include <type_traits>
 
 #include "cuda/launch.h"
@@ -10,12 +11,22 @@ namespace {
 
 constexpr int kRowsPerBlock = 4;  // where a row takes one warp
 constexpr int kMaxWarps = 32;     // to a row
+constexpr int kSlots = 4 * kMaxWarps;  // floats, through which the warps of a row exchange sums
 
 // Elements of a row in one thread's registers, for N columns to an access.
 constexpr int elements(int n) { return n == 8 ? 32 : 4; }
 constexpr int max_columns(int n) { return n == 8 ? kLayerNormColumns : kLayerNormOddColumns; }
 constexpr int max_threads(int n) { return max_columns(n) / elements(n); }
 static_assert(max_threads(1) == kMaxWarps * kWarp);
+
+// N neighbouring elements as they lie in memory, in words that `load` takes.
+template <int N, class T>
+struct Elements {
+  using Word = std::conditional_t<N == 1, T, std::conditional_t<sizeof(T) == 4, float4, uint4>>;
+  Word words[N * sizeof(T) / sizeof(Word)];
+
+  __device__ __forceinline__ void to_floats(float (&to)[N]) const { load<N>(reinterpret_cast<const T*>(words), to); }
+};
 
 // Which columns a thread has: `N` neighbouring ones, CHUNKS times, `stride` apart.
 template <int N, int CHUNKS>
@@ -25,6 +36,25 @@ struct Columns {
 
   __device__ __forceinline__ int operator[](int chunk) const { return (chunk * stride + lane) * N; }
   __device__ __forceinline__ bool has(int chunk) const { return (*this)[chunk] < count; }
+
+  // All of a thread's part of a row, without a branch between the loads, so that all are under way at once. Chunks that
+  // the row does not have come from its end, and count for nothing.
+  template <class T>
+  __device__ __forceinline__ void fetch(const T* row, Elements<N, T> (&to)[CHUNKS]) const {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i)
+      to[i] = *reinterpret_cast<const Elements<N, T>*>(row + (has(i) ? (*this)[i] : count - N));
+  }
+  template <class T>
+  __device__ __forceinline__ void read(const T* row, float (&to)[CHUNKS][N]) const {
+    Elements<N, T> elements[CHUNKS];
+    fetch(row, elements);
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) elements[i].to_floats(to[i]);
+  }
+  __device__ __forceinline__ void read(const Parameter& from, float (&to)[CHUNKS][N]) const {
+    with_format(from, [&](auto data) { read(data, to); });
+  }
 };
 
 // How a block shares out its rows: `warps` threads' warps to a row.
@@ -74,27 +104,20 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_fwd_kernel(Forwar
   const Columns<N, CHUNKS> columns{team.lane(), team.stride(), a.columns};
   const int64_t place = row * a.columns;
 
-  float values[CHUNKS][N];
+  const DropoutMask dropout(a.dropout);
+  Elements<N, X> x[CHUNKS];
+  Elements<N, R> residual[CHUNKS];
+  columns.fetch(a.x + place, x);
+  if (a.residual != nullptr) columns.fetch(a.residual + place, residual);
+  float values[CHUNKS][N] = {};
+  if (a.x_bias.data != nullptr) columns.read(a.x_bias, values);
 #pragma unroll
   for (int i = 0; i < CHUNKS; ++i) {
-    if (columns.has(i)) {
-      load<N>(a.x + place + columns[i], values[i]);
-    } else {
+    float add[N];
+    x[i].to_floats(add);
 #pragma unroll
-      for (int j = 0; j < N; ++j) values[i][j] = 0.0f;
-    }
+    for (int j = 0; j < N; ++j) values[i][j] += add[j];
   }
-  if (a.x_bias.data != nullptr) {
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      if (!columns.has(i)) continue;
-      float add[N];
-      load<N>(a.x_bias, columns[i], add);
-#pragma unroll
-      for (int j = 0; j < N; ++j) values[i][j] += add[j];
-    }
-  }
-  const DropoutMask dropout(a.dropout);
   if (dropout.active) {
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i)
@@ -103,9 +126,8 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_fwd_kernel(Forwar
   if (a.residual != nullptr) {
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
-      if (!columns.has(i)) continue;
       float add[N];
-      load<N>(a.residual + place + columns[i], add);
+      residual[i].to_floats(add);
 #pragma unroll
       for (int j = 0; j < N; ++j) values[i][j] += add[j];
     }
@@ -114,7 +136,8 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_fwd_kernel(Forwar
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < CHUNKS; ++i) {
-    if (a.z != nullptr && columns.has(i)) store<N>(a.z + place + columns[i], values[i]);
+    if (!columns.has(i)) continue;
+    if (a.z != nullptr) store<N>(a.z + place + columns[i], values[i]);
 #pragma unroll
     for (int j = 0; j < N; ++j) total += values[i][j];
   }
@@ -128,15 +151,19 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_fwd_kernel(Forwar
   }
   const float rstd = 1.0f / sqrtf(team.sum(squares, slots + kMaxWarps) / static_cast<float>(a.columns) + a.eps);
   if (a.mean != nullptr && columns.lane == 0) a.mean[row] = mean, a.rstd[row] = rstd;
+  float parameter[CHUNKS][N];
+  columns.read(a.weight, parameter);
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i)
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[i][j] = (values[i][j] - mean) * rstd * parameter[i][j];
+  columns.read(a.bias, parameter);
 #pragma unroll
   for (int i = 0; i < CHUNKS; ++i) {
     if (!columns.has(i)) continue;
-    float weight[N], bias[N];
-    load<N>(a.weight, columns[i], weight);
-    load<N>(a.bias, columns[i], bias);
 #pragma unroll
-    for (int j = 0; j < N; ++j) bias[j] += (values[i][j] - mean) * rstd * weight[j];
-    store<N>(a.y + place + columns[i], bias);
+    for (int j = 0; j < N; ++j) parameter[i][j] += values[i][j];
+    store<N>(a.y + place + columns[i], parameter[i]);
   }
 }
 
@@ -152,33 +179,48 @@ struct Backward {
   float* sums;              // [blocks, 3, columns]: of dy xhat, dy and dx
 };
 
-// A block takes every gridDim-th row, or four of them, and keeps its column sums in registers.
+// Threads of the backward that a multiprocessor holds: they keep to its 65536 registers, as if they were one block.
+constexpr int resident_threads(int n, int chunks) {
+  constexpr int kInEights[] = {768, 512, 384, 256};
+  return n == 1 ? 1024 : kInEights[chunks - 1];
+}
+
+// A block takes every gridDim-th row, or four of them, and keeps its column sums in registers, the weight in shared
+// memory: in its own format it would be a branch to each of its loads.
 template <class T, int N, int CHUNKS>
-__global__ void __launch_bounds__(max_threads(N), 1) layernorm_bwd_kernel(Backward<T> a) {
-  float* const shared = reinterpret_cast<float*>(shared_memory());
+__global__ void __launch_bounds__(resident_threads(N, CHUNKS), 1) layernorm_bwd_kernel(Backward<T> a) {
   const Team team{a.warps};
-  const Columns<N, CHUNKS> columns{team.lane(), team.stride(), a.columns};
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  float* const weight = team.warps == 1 ? shared : shared + kSlots;
+  for (int column = threadIdx.x * N; column < a.columns; column += blockDim.x * N) {
+    float values[N];
+    with_format(a.weight, [&](auto data) { load<N>(data + column, values); });
+    store<N>(weight + column, values);
+  }
+  __syncthreads();
+  Columns<N, CHUNKS> columns{team.lane(), team.stride(), a.columns};
   const DropoutMask dropout(a.dropout);
   float sums[3][CHUNKS][N] = {};
   float* slots = shared;  // two sets: when one is written again, a barrier lies after its last reading
   for (int64_t row = team.first_row(); row < a.rows; row += team.row_step()) {
     const int64_t place = row * a.columns;
+    recompute(columns.lane);  // or the addresses of all chunks stay in registers
     const float mean = a.mean[row], rstd = a.rstd[row];
     float gradient[CHUNKS][N], normal[CHUNKS][N];
+    columns.read(a.dy + place, gradient);
+    columns.read(a.z + place, normal);
     float total = 0.0f, total_normal = 0.0f;
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
       if (!columns.has(i)) continue;
-      float weight[N];
-      load<N>(a.dy + place + columns[i], gradient[i]);
-      load<N>(a.z + place + columns[i], normal[i]);
-      load<N>(a.weight, columns[i], weight);
+      float factor[N];
+      load<N>(weight + columns[i], factor);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         normal[i][j] = (normal[i][j] - mean) * rstd;
         sums[0][i][j] += gradient[i][j] * normal[i][j];
         sums[1][i][j] += gradient[i][j];
-        gradient[i][j] *= weight[j];
+        gradient[i][j] *= factor[j];
         total += gradient[i][j];
         total_normal += gradient[i][j] * normal[i][j];
       }
@@ -217,6 +259,7 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_bwd_kernel(Backwa
     return;
   }
   // The warps of the block one after another, in their order; a column always belongs to the same lane.
+  __syncthreads();  // the weight is not read any more
   for (int w = 0; w < kRowsPerBlock; ++w) {
     if (static_cast<int>(threadIdx.x) / kWarp == w) {
 #pragma unroll
@@ -238,22 +281,19 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_bwd_kernel(Backwa
   }
 }
 
-constexpr int kSumLanes = 8;
+constexpr int kParts = 8;
 
 // Adds up the sets of column sums: a warp takes 32 columns of every eighth set.
-__global__ void __launch_bounds__(kSumLanes* kWarp)
+__global__ void __launch_bounds__(kParts* kWarp)
     layernorm_sums_kernel(int sets, int columns, int count, const float* sums, Format format, void* dweight, void* dbias,
                           float* dx_bias) {
-  float* const shared = reinterpret_cast<float*>(shared_memory());  // [kSumLanes, kWarp]
   const int column = static_cast<int>(blockIdx.x) * kWarp + static_cast<int>(threadIdx.x) % kWarp;  // of `count`
   const int part = static_cast<int>(threadIdx.x) / kWarp;
   float total = 0.0f;
   if (column < count)
-    for (int set = part; set < sets; set += kSumLanes) total += sums[static_cast<int64_t>(set) * 3 * columns + column];
-  shared[threadIdx.x] = total;
-  __syncthreads();
+    for (int set = part; set < sets; set += kParts) total += sums[static_cast<int64_t>(set) * 3 * columns + column];
+  total = sum_parts(total, kWarp);
   if (part > 0 || column >= count) return;
-  for (int p = 1; p < kSumLanes; ++p) total += shared[p * kWarp + threadIdx.x];
   const int which = column / columns, at = column % columns;
   if (which == 2) {
     dx_bias[at] = total;
@@ -275,8 +315,10 @@ bool in_eights(int columns, Pointers... pointers) {
 
 int warps_for(bool eights, int columns) {
   const int n = eights ? 8 : 1;
-  if (columns > max_columns(n)) throw std::runtime_error(
-      "layernorm: more than 4096 columns must be a multiple of 8, in tensors that lie on multiples of 16 bytes");
+  if (columns > max_columns(n))
+    throw std::runtime_error("layernorm: rows of " + std::to_string(columns) + " columns; at most " +
+                             std::to_string(max_columns(n)) + " are allowed" +
+                             (eights ? "" : " where these or the tensors' places are not multiples of 8 and 16 bytes"));
   return ceil_div(columns, kWarp * elements(n));
 }
 int threads_for(int warps) { return (warps == 1 ? kRowsPerBlock : warps) * kWarp; }
@@ -339,7 +381,7 @@ void backward(const Queue& queue, const LayerNormShape& shape, const void* dy, c
                       static_cast<T*>(dz),
                       static_cast<T*>(dx),
                       workspace};
-  const int shared = warps == 1 ? 3 * shape.columns * 4 : 4 * kMaxWarps * 4;
+  const int shared = warps == 1 ? 3 * shape.columns * 4 : (kSlots + shape.columns) * 4;
   with_chunks(eights, shape.columns, [&](auto n, auto chunks) {
     launch(queue, "layernorm_bwd_cuda", layernorm_bwd_kernel<T, decltype(n)::value, decltype(chunks)::value>,
            dim3(static_cast<unsigned>(layernorm_bwd_sets(queue, shape))), threads_for(warps), shared, a);
@@ -368,9 +410,14 @@ void layernorm_fwd(const Queue& queue, const LayerNormShape& shape, float eps, P
 }
 
 int layernorm_bwd_sets(const Queue& queue, const LayerNormShape& shape) {
-  // As many blocks as run at once: a thread needs up to 210 registers.
-  const int64_t most = static_cast<int64_t>(multiprocessors(queue)) * (shape.columns <= 1024 ? 2 : 4);
-  const int64_t needed = (shape.rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  // As many blocks as run at once where the tensors' places allow eights: a question of the columns alone.
+  const bool eights = in_eights(shape.columns);
+  const int warps = warps_for(eights, shape.columns);
+  int64_t most = multiprocessors(queue);
+  with_chunks(eights, shape.columns, [&](auto n, auto chunks) {
+    most *= resident_threads(decltype(n)::value, decltype(chunks)::value) / threads_for(warps);
+  });
+  const int64_t needed = warps == 1 ? (shape.rows + kRowsPerBlock - 1) / kRowsPerBlock : shape.rows;
   return static_cast<int>(needed < most ? needed : most);
 }
 
@@ -384,7 +431,7 @@ void layernorm_bwd(const Queue& queue, const LayerNormShape& shape, Format forma
   }
   const int count = (dx_bias == nullptr ? 2 : 3) * shape.columns;
   launch(queue, "layernorm_bwd_cuda", layernorm_sums_kernel, dim3(static_cast<unsigned>(ceil_div(count, kWarp))),
-         kSumLanes * kWarp, kSumLanes * kWarp * 4, layernorm_bwd_sets(queue, shape), shape.columns, count,
+         kParts * kWarp, kParts * kWarp * 4, layernorm_bwd_sets(queue, shape), shape.columns, count,
          static_cast<const float*>(workspace), weight.format, dweight, dbias, dx_bias);
 }
 

@@ -93,22 +93,19 @@ struct Call {
     return {t.const_data_ptr(), found};
   }
   Dropout dropout(double p, const OptionalTensor& seed) const {
-    if (!(p >= 0.0 && p <= 1.0)) fail(op, ": dropout_p is ", p, "; it must be between 0 and 1");
-    if (p > 0.0 && !seed.has_value()) fail(op, ": dropout_p is ", p, " but seed is missing");
-    if (seed.has_value()) {
-      check_layout("seed", *seed);
-      if (seed->scalar_type() != ScalarType::Long || seed->numel() != 1)
-        fail(op, ": seed must be one int64, not ", dtype_text(seed->scalar_type()), " of shape ", shape_text(*seed));
-    }
+    check_dropout(op, p, seed);
+    if (seed.has_value()) check_layout("seed", *seed);
     const bool active = p > 0.0;
     return {active ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, dropout_threshold(p),
             dropout_scale(p), active};
   }
   LayerNormShape rows(const char* name, const Tensor& t, double dropout_p, const OptionalTensor& seed) const {
     check(name, t, t.scalar_type(), {-1, -1});
-    if (t.size(1) < 1 || t.size(1) > kLayerNormColumns)
-      fail(op, ": ", name, " has shape ", shape_text(t), "; its last dimension must be 1 to ", kLayerNormColumns);
-    return {t.size(0), static_cast<int>(t.size(1)), dropout(dropout_p, seed)};
+    const int64_t columns = t.size(1);
+    if (columns < 1 || columns > (columns % 8 == 0 ? kLayerNormColumns : kLayerNormOddColumns))
+      fail(op, ": ", name, " has shape ", shape_text(t), "; its last dimension must be 1 to ", kLayerNormColumns,
+           " if it is a multiple of 8, else 1 to ", kLayerNormOddColumns);
+    return {t.size(0), static_cast<int>(columns), dropout(dropout_p, seed)};
   }
   Tensor make(const std::vector<int64_t>& shape, ScalarType type) const { return new_tensor(shape, type, device); }
 };

@@ -85,16 +85,6 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
 #endif
 }
 
-__device__ __forceinline__ float exp2_approx(float x) {
-#ifdef __CUDACC__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
-}
-
 // A tile [rows, D] in shared memory, on a multiple of 256 bytes. The 16-byte chunks of a row are exchanged so that the
 // same chunk of eight neighbouring rows lies in eight different groups of banks: by an exclusive or, so that a pair of
 // chunks further on is an exclusive or of the address, and eight rows further on an addition.

@@ -108,7 +108,8 @@ def test_layernorm_dropout_one_keeps_the_residual(emulated: Any) -> None:
         ({"x": torch.randn(4, 16, dtype=torch.float64)}, ["x is", "float32, bfloat16 and float16"]),
         ({"weight": torch.randn(15)}, ["weight", "[15]", "[16]"]),
         ({"residual": torch.randn(3, 16)}, ["residual", "[3, 16]", "[4, 16]"]),
-        ({"x": torch.randn(2, 8200)}, ["[2, 8200]", "1 to 8192"]),
+        ({"x": torch.randn(2, 8200)}, ["x has", "[2, 8200]", "1 to 8192"]),
+        ({"x": torch.randn(2, 4097)}, ["x has", "[2, 4097]", "multiple of 8, else 1 to 4096"]),
         ({"x": torch.randn(4, 16).bfloat16(), "residual": torch.randn(4, 16).half()}, ["bfloat16", "float16"]),
     ],
 )
@@ -142,6 +143,9 @@ ATTENTION_CASES = [
     ((96, 40), 1, 64, "B1SS"),
     ((128,), 1, 128, None),
     ((1, 113), 2, 32, "11SS"),
+    ((5, 0, 17, 9), 3, 64, "11SS"),
+    ((5, 0, 17, 9), 3, 32, "111S"),
+    ((140, 9), 1, 32, "B11S"),
     ((3, 129, 0, 64), 2, 64, None),
     ((130,), 1, 128, None),
 ]
@@ -222,12 +226,41 @@ def attention_in_order(
 
 
 @ORDERS
-@pytest.mark.parametrize("lengths", [(17, 40), (128, 70), (130, 3)], ids=["short", "full", "long"])
-def test_attention_does_not_depend_on_the_order_of_threads(emulated: Any, lengths: tuple[int, ...], order: str) -> None:
-    y, gradients = attention_in_order(emulated, lengths, 64, "11SS", "forward")
-    y_other, gradients_other = attention_in_order(emulated, lengths, 64, "11SS", order)
+@pytest.mark.parametrize(
+    ("lengths", "bias"), [((17, 40), "111S"), ((128, 70), "11SS"), ((130, 3), "11SS")], ids=["short", "full", "long"]
+)
+def test_attention_does_not_depend_on_the_order_of_threads(
+    emulated: Any, lengths: tuple[int, ...], bias: str, order: str
+) -> None:
+    y, gradients = attention_in_order(emulated, lengths, 64, bias, "forward")
+    y_other, gradients_other = attention_in_order(emulated, lengths, 64, bias, order)
     assert torch.equal(y, y_other)
     assert all(torch.equal(gradients[name], gradients_other[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize(("longest", "promised"), [(30, 20), (150, 140)], ids=["short", "long"])
+def test_attention_cuts_what_is_longer_than_promised(
+    emulated: Any, longest: int, promised: int, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would look past a row of the bias, and past its end, and write past the gradients of the scores."""
+    monkeypatch.setenv("FASTBERT_EMULATOR_CAPABILITY", capability)
+    qkv = attention_cases.tensors_for((longest, 5), 1, 32, None, torch.bfloat16)["qkv"]
+    kept = torch.arange(longest + 5) % longest < promised
+    behind = torch.full((2 * promised + longest, promised), torch.nan)
+    behind[: 2 * promised] = torch.randn(2 * promised, promised, generator=accuracy.generator(1))
+    bias = behind[: 2 * promised].view(2, 1, promised, promised)
+
+    def results(qkv: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+        leaves, offsets = [qkv.requires_grad_(), bias.requires_grad_()], attention_cases.cumulative(lengths)
+        y = run_attention(emulated.leaves["attention"], qkv, offsets, promised, 0.2, 0.0, bias, None, False)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    y, dqkv, dbias = results(qkv.clone(), (longest, 5))
+    expected = results(qkv[kept], (promised, 5))
+    assert torch.equal(y[kept], expected[0])
+    assert torch.equal(dqkv[kept], expected[1])
+    assert torch.equal(dbias, expected[2])
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,23 @@ def test_says_why_an_op_was_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert dispatch.missing_leaf("ffn_fwd_nowhere_cuda") == "not built (no headers)"
 
 
+def test_says_when_the_driver_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch runs on it, if it was built for an older CUDA than the kernels."""
+    monkeypatch.setattr(dispatch, "_nvidia_reason", lambda: None)
+    for driver, needed, words in [(12080, 13000, ["CUDA 13", "12.8"]), (13000, 13010, None), (13000, 12080, None)]:
+        monkeypatch.setattr(dispatch, "_cuda_versions", lambda versions=(driver, needed): versions)
+        reason = dispatch.cuda_reason(None, "cuda", (torch.bfloat16,))
+        assert reason is None if words is None else all(word in reason for word in words), reason
+
+
+@built
+def test_knows_its_cuda_and_the_drivers() -> None:
+    driver, needed = dispatch._cuda_versions()
+    note = json.loads(Path(dispatch.__file__).with_name("_build.json").read_text(encoding="utf-8"))
+    assert needed // 1000 == int(note["nvcc"].split(".")[0])
+    assert driver == 0 or driver >= 11000
+
+
 @pytest.mark.parametrize(
     ("dtype", "in_eights", "words"),
     [(torch.float32, True, "16-bit"), (torch.bfloat16, False, "multiple of 8"), (torch.bfloat16, True, None)],

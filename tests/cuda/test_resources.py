@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from fastbert.bench import cuda_resources, kernels
@@ -57,6 +58,19 @@ def test_attention_for_sm_90_is_made_of_wgmma_and_tma(direction: str, opcodes: s
             first = {opcode.split(".")[0] for opcode in found}
             assert first >= opcodes, name
             assert not first & {"HMMA", "LDL", "STL"}, name
+
+
+def test_the_softmax_runs_under_the_product_with_the_values() -> None:
+    """The wait for the product comes behind the exponentials, where the assembler has not moved it up."""
+    pytest.importorskip("triton", reason="its package has cuobjdump")
+    for binary in sorted((cuda_resources.ROOT / "build").glob("ext-*/cuda/attention_fwd_sm90.o")):
+        code = kernels.dump("--dump-sass", binary, kernels.triton_tools())
+        names_and_bodies = re.split(r"Function : (\S+)", code)[1:]
+        assert names_and_bodies
+        for name, body in zip(names_and_bodies[::2], names_and_bodies[1::2], strict=True):
+            found = re.findall(r"MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]", body)
+            behind_scores = found[found.index("WARPGROUP.DEPBAR.LE gsb0, 0x1") + 1 :]
+            assert behind_scores.index("WARPGROUP.DEPBAR.LE gsb0, 0x0") >= 60, name
 
 
 def could_have(note: dict, name: str) -> bool:

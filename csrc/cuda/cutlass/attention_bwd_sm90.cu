@@ -368,7 +368,7 @@ template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_bwd_sm90_kernel(const __grid_constant__ AttentionBackwardBoxed<T> boxed) {
   const AttentionShape& shape = boxed.a.shape;
-  const Work work = find_work(shape.cu_seqlens, shape.batch, blockIdx.x, kKeys);
+  const Work work = find_work(shape, blockIdx.x, kKeys);
   if (work.none()) return;
   const Memory<D> memory;
   auto& barriers = memory.barriers();

@@ -79,7 +79,7 @@ __host__ __device__ inline int count_items(const AttentionShape& shape) {
 __device__ __forceinline__ Item next_item(const AttentionShape& shape, int index) {
   const int items = count_items(shape);
   for (; index < items; index += gridDim.x) {
-    const Work work = find_work(shape.cu_seqlens, shape.batch, index / shape.heads, kRows);
+    const Work work = find_work(shape, index / shape.heads, kRows);
     if (!work.none()) return {index, index % shape.heads, work};
   }
   return {-1, 0, {0, 0, 0, 0}};
@@ -267,11 +267,13 @@ __device__ __forceinline__ void multiply_tiles(const AttentionForward<T>& a, con
       OnlineSoftmax finished = softmax;
       if (last) softmax = OnlineSoftmax();
       weigh(next, next_tile);
-      wait_for_products<0>();
-      end_result();
-      if (last) {
+      if (last) {  // the wait is behind the jump, or the assembler moves it up, before the softmax
+        wait_for_products<0>();
+        end_result();
         write(item, finished);
       } else {
+        wait_for_products<0>();
+        end_result();
         multiply_rows(result, shrink);
       }
       item = next, tile = next_tile;

@@ -12,15 +12,12 @@ constexpr int kParts = 8;
 template <class T>
 __global__ void __launch_bounds__(kParts* kWarp)
     ffn_sums_kernel(int tiles, int columns, int stride, const float* sums, T* out) {
-  float* const shared = reinterpret_cast<float*>(shared_memory());  // [kParts, kWarp]
   const int part = threadIdx.x / kWarp, column = blockIdx.x * kWarp + threadIdx.x % kWarp;
   float total = 0.0f;
   if (column < columns)
     for (int tile = part; tile < tiles; tile += kParts) total += sums[static_cast<int64_t>(tile) * stride + column];
-  shared[threadIdx.x] = total;
-  __syncthreads();
+  total = sum_parts(total, kWarp);
   if (part > 0 || column >= columns) return;
-  for (int p = 1; p < kParts; ++p) total += shared[p * kWarp + threadIdx.x];
   out[column] = from_float<T>(total);
 }
 

@@ -22,7 +22,6 @@ namespace collective = cutlass::epilogue::collective;
 using cute::_0;
 using cute::_1;
 using cute::Int;
-using cute::seq;
 using RowMajor = cutlass::layout::RowMajor;
 using Tile = cute::Shape<Int<kFfnRows>, Int<kFfnColumns>, Int<64>>;
 using Cluster = cute::Shape<_1, _1, _1>;
@@ -33,26 +32,13 @@ constexpr int kVector = 8;
 template <class T>
 using Element = std::conditional_t<T::is_bf16, cutlass::bfloat16_t, cutlass::half_t>;
 
-// The arithmetic, on V = cutlass::Array<float, N>.
+// On V = cutlass::Array<float, N>.
 template <class V>
 struct Gelu {
   CUTLASS_DEVICE V operator()(const V& v) const {
     V y;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < V::kElements; ++i) y[i] = gelu(v[i]);
-    return y;
-  }
-};
-template <class V>
-struct TimesGeluDerivative {
-  CUTLASS_DEVICE V operator()(const V& product, const V& v) const {
-    V y;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < V::kElements; ++i) {
-      float derivative;
-      gelu(v[i], &derivative);
-      y[i] = product[i] * derivative;
-    }
     return y;
   }
 };
@@ -185,12 +171,43 @@ struct ColumnSums {
   }
 };
 
-// 0: the product, 1: pre, 2: gelu(pre), 3: store it, 4: product gelu'(pre), 5: its column sums, and what is written.
+// pre -> product gelu'(pre), and stores gelu(pre): one node, so that what both have in common is computed once.
 template <class T>
-using BackwardEpilogue = fusion::Sm90TopologicalVisitor<
-    float, cute::tuple<seq<>, seq<>, seq<1>, seq<2>, seq<0, 1>, seq<4>, seq<5>>, fusion::Sm90AccFetch,
-    fusion::Sm90SrcFetch<Element<T>>, Compute<Gelu, Element<T>>, typename Store<T, Element<T>>::Node,
-    Compute<TimesGeluDerivative, float>, ColumnSums, Compute<cutlass::epilogue::thread::Identity, Element<T>>>;
+struct GeluBackward : Store<T, Element<T>>::Node {
+  using Base = typename Store<T, Element<T>>::Node;
+  using Base::Base;
+
+  template <class STORE>
+  struct Callbacks : STORE {
+    CUTLASS_DEVICE explicit Callbacks(STORE&& store) : STORE(cute::move(store)) {}
+
+    template <int N>
+    CUTLASS_DEVICE auto visit(const cutlass::Array<float, N>& product, int vector, int subtile_row, int subtile_column,
+                              const cutlass::Array<Element<T>, N>& pre) {
+      cutlass::Array<float, N> act, dpre;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < N; ++i) {
+        float derivative;
+        act[i] = gelu(static_cast<float>(pre[i]), &derivative);
+        dpre[i] = product[i] * derivative;
+      }
+      STORE::visit(product, vector, subtile_row, subtile_column, act);
+      return dpre;
+    }
+  };
+
+  template <bool REFERENCE_SOURCE, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(const fusion::ConsumerStoreArgs<Args...>& args) {
+    auto store = Base::template get_consumer_store_callbacks<REFERENCE_SOURCE>(args);
+    return Callbacks<decltype(store)>(cute::move(store));
+  }
+};
+
+// dpre = column sums of (GeluBackward(pre)), which is written as it passes
+template <class T>
+using BackwardEpilogue = fusion::Sm90EVT<
+    Compute<cutlass::epilogue::thread::Identity, Element<T>>,
+    fusion::Sm90EVT<ColumnSums, fusion::Sm90EVT<GeluBackward<T>, fusion::Sm90SrcFetch<Element<T>>>>>;
 
 // [rows, depth] times [depth, inner], of which LAYOUT tells how it lies.
 template <class T, class LAYOUT, class SOURCE, class EPILOGUE>
@@ -268,7 +285,7 @@ void ffn_sm90(const Queue& queue, const FfnShape& shape, Format format, const Ff
     using E = Element<T>;
     const int64_t sums_stride = ffn_tiles(shape.inner, kFfnColumns) * kFfnColumns;
     typename BackwardEpilogue<T>::Arguments epilogue{
-        {}, {}, {}, {static_cast<E*>(a.act), row_major(shape.inner)}, {}, {a.columns, sums_stride}, {}};
+        {{{}, {static_cast<E*>(a.act), row_major(shape.inner)}}, {a.columns, sums_stride}}, {}};
     start<BackwardProduct<T>, E>(queue, "ffn_bwd_cuda", ffn_bwd_sm90_kernel<T>, shape, a.dy, a.w2,
                                  cute::make_stride(_1{}, static_cast<int64_t>(shape.inner), static_cast<int64_t>(0)),
                                  epilogue, a.pre, a.dpre);
