@@ -103,7 +103,7 @@ def _embedding_bwd_kernel(
     w = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in range(program, tl.cdiv(num_tokens, BLOCK_M), programs):
+    for block in tl.range(program, tl.cdiv(num_tokens, BLOCK_M), programs, num_stages=rows.STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)
         offset = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         inside = (row < num_tokens)[:, None] & (column < HIDDEN)[None, :]
@@ -138,7 +138,7 @@ def _embedding_bwd_table_kernel(
     end = tl.load(first + row + 1).to(tl.int32)
     end = tl.where(row == padding_idx, begin, end)
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for start in range(begin, end, BLOCK_T):
+    for start in tl.range(begin, end, BLOCK_T, num_stages=rows.STAGES):
         place = start + tl.arange(0, BLOCK_T)
         source = tl.load(token + place, mask=place < end, other=0)
         inside = (place < end)[:, None] & (column < HIDDEN)[None, :]
@@ -307,10 +307,11 @@ def cases(arch: int) -> Iterator[configs.Case]:
     def case(
         label: str, kernel: triton.JITFunction, constants: dict[str, object], launch: dict[str, int]
     ) -> configs.Case:
-        launch = {name: value for name, value in launch.items() if name != "PROGRAMS_PER_PROCESSOR"}
+        launch = dict(launch)
+        together = launch.pop("PROGRAMS_PER_PROCESSOR", 1)
         options = {"num_warps": launch.pop("num_warps")}
         types = {name: signature[name] for name in kernel.arg_names if name in signature}
-        return configs.Case(label, kernel, types, constants | launch, options, False)
+        return configs.Case(label, kernel, types, constants | launch, options, False, together)
 
     for hidden in (128, 312, 384, 768, 1024, 2048, 4096, 8192):
         sizes = {"HIDDEN": hidden, "BLOCK_N": rows.block_columns(hidden)}

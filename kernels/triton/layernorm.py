@@ -84,7 +84,7 @@ def _layernorm_bwd_kernel(
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dx_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in range(program, tl.cdiv(num_rows, BLOCK_M), programs):
+    for block in tl.range(program, tl.cdiv(num_rows, BLOCK_M), programs, num_stages=rows.STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)
         offset = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         inside = (row < num_rows)[:, None] & (column < HIDDEN)[None, :]
@@ -92,7 +92,7 @@ def _layernorm_bwd_kernel(
         v = tl.load(z + offset, mask=inside, other=0.0).to(tl.float32)
         average = tl.load(mean + row, mask=row < num_rows, other=0.0)
         inverse = tl.load(rstd + row, mask=row < num_rows, other=0.0)[:, None]
-        xhat = (v - average[:, None]) * inverse
+        xhat = v * inverse - average[:, None] * inverse
         dbias += g
         dweight += g * xhat
         g *= w  # zero outside, whatever xhat is there
@@ -223,8 +223,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
             yield configs.Case(f"{kind}-{hidden}", _layernorm_fwd_kernel, forward, sizes | off | config, options, False)
             config = dict(table["layernorm_bwd"][shape_class(hidden)])
             options = {"num_warps": config.pop("num_warps")}
-            del config["PROGRAMS_PER_PROCESSOR"]
+            together = config.pop("PROGRAMS_PER_PROCESSOR")
             off = off | {"X_BIAS": True} | ({"dx": None} if kind == "plain" else {})
-            yield configs.Case(
-                f"{kind}-{hidden}", _layernorm_bwd_kernel, backward, sizes | off | config, options, False
-            )
+            launch = sizes | off | config
+            yield configs.Case(f"{kind}-{hidden}", _layernorm_bwd_kernel, backward, launch, options, False, together)

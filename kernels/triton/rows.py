@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastbert.kernels import configs
 
+STAGES = tl.constexpr(3)  # of loops over rows: two turns' loads are under way, as much as fills the memory's latency
 _SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
 _INTERPRETER_PROCESSORS = 2
 
@@ -41,9 +42,9 @@ def standardize_bwd(g, xhat, inverse, HIDDEN: tl.constexpr):
 
     inverse: [BLOCK_M, 1].
     """
-    mean_g = tl.sum(g, 1) / HIDDEN
-    mean_gx = tl.sum(g * xhat, 1) / HIDDEN
-    return (g - mean_g[:, None] - xhat * mean_gx[:, None]) * inverse
+    mean_g = tl.sum(g, 1)[:, None] * (inverse / HIDDEN)
+    mean_gx = tl.sum(g * xhat, 1)[:, None] * (inverse / HIDDEN)
+    return g * inverse - (xhat * mean_gx + mean_g)
 
 
 @triton.jit(do_not_specialize=("programs",))
