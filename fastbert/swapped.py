@@ -141,12 +141,12 @@ class FastLayer(Fast):
 
     def resolve(self) -> ResolvedLayer:
         """The layer's parts, looked up anew only if something changed."""
-        state = self._fastbert
         if torch.compiler.is_compiling():
             return ResolvedLayer(self, self.family.names, self.stock.__module__)
-        if state.resolved is None or not state.resolved.current(self):
-            state.resolved = ResolvedLayer(self, self.family.names, self.stock.__module__)
-        return state.resolved
+        resolved = self._fastbert.resolved  # read once: other threads share it
+        if resolved is None or not resolved.current(self):
+            resolved = self._fastbert.resolved = ResolvedLayer(self, self.family.names, self.stock.__module__)
+        return resolved
 
 
 class FastEncoder(Fast):
@@ -279,20 +279,18 @@ def replay(
 
 
 def encode_at_once(
-    module: Any, hidden_states: Tensor, batch: PackedBatch, weights: tuple[Tensor, ...] | None = None
+    module: Any, hidden_states: Tensor, batch: PackedBatch, stack: ResolvedStack | None = None
 ) -> Tensor | None:
     """All layers of an encoder in one op, or None if they have to be called one by one.
 
-    weights: `settled`, if that has been asked.
+    stack: `settled`, if that has been asked.
     """
-    state = module._fastbert
-    weights = settled(module) if weights is None else weights
-    if weights is None:
-        state.resolved = stack_of(module.layer, hidden_states, batch)
-        if state.resolved is None:
+    stack = settled(module) if stack is None else stack
+    if stack is None:
+        stack = module._fastbert.resolved = stack_of(module.layer, hidden_states, batch)
+        if stack is None:
             return None
-        weights = state.resolved.parameters
-    y = encoder.layers_at_once(batch.rows(hidden_states), batch, weights, state.resolved.settings)
+    y = encoder.layers_at_once(batch.rows(hidden_states), batch, stack.parameters, stack.settings)
     if y is None:
         return None
     for layer in module.layer:
@@ -300,10 +298,10 @@ def encode_at_once(
     return batch.unpack(y)
 
 
-def settled(module: Any) -> tuple[Tensor, ...] | None:
-    """The weights of an encoder whose layers ran as one before, if nothing about them has changed since."""
-    resolved = module._fastbert.resolved
-    return None if resolved is None else resolved.weights(module.layer)
+def settled(module: Any) -> ResolvedStack | None:
+    """The layers of an encoder that ran as one before, if nothing about them has changed since."""
+    stack = module._fastbert.resolved
+    return None if stack is None or stack.weights(module.layer) is None else stack
 
 
 def stack_of(layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -> ResolvedStack | None:
@@ -377,12 +375,12 @@ class FastEmbeddings(Fast):
 
     def resolve(self) -> ResolvedEmbeddings:
         """The module's parts, looked up anew only if something changed."""
-        state = self._fastbert
         if torch.compiler.is_compiling():
             return ResolvedEmbeddings(self)
-        if state.resolved is None or not state.resolved.current(self):
-            state.resolved = ResolvedEmbeddings(self)
-        return state.resolved
+        resolved = self._fastbert.resolved
+        if resolved is None or not resolved.current(self):
+            resolved = self._fastbert.resolved = ResolvedEmbeddings(self)
+        return resolved
 
     def ready_parts(self) -> tuple[str | None, tuple[Tensor, ...] | None]:
         """(why the module's parts speak against the fast path, or None; the weights)."""
@@ -407,9 +405,9 @@ def encode_ids(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
         return None
     embeddings, stack = model.embeddings, model.encoder
     held = stack._fastbert.graphs
-    weights = None if torch.is_grad_enabled() else settled(stack)
+    layers = None if torch.is_grad_enabled() else settled(stack)
     later = held is not None and held.settled  # graphs look at the layers themselves
-    if weights is None and not later and not packable(stack):
+    if layers is None and not later and not packable(stack):
         return None
     input_ids, mask, position_ids = map(kwargs.get, ("input_ids", "attention_mask", "position_ids"))
     batch = batch_of_ids(input_ids, mask, kwargs)
@@ -419,11 +417,11 @@ def encode_ids(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
         y = replay(stack.layer, held, ids, batch, embeddings)
         if y is not None:
             return y
-        if weights is None and later and not packable(stack):
+        if layers is None and later and not packable(stack):
             return None
     x = batch.rows(embeddings.embed(ids))
-    if weights is not None:
-        y = encode_at_once(stack, x, batch, weights)
+    if layers is not None:
+        y = encode_at_once(stack, x, batch, layers)
         if y is not None:
             return y
     rest = {"encoder_attention_mask": None, "past_key_values": None, "position_ids": position_ids}
