@@ -15,6 +15,7 @@ from transformers.activations import GELUActivation
 from transformers.utils.output_capturing import _active_collector
 
 from fastbert import encoder
+from fastbert.packing import unreadable
 
 IMPLEMENTATION = "fastbert"
 PACKABLE = (IMPLEMENTATION, "sdpa")  # attention implementations under which the packed path may stand in
@@ -38,6 +39,24 @@ def foreign_hook(module: nn.Module) -> str | None:
             if not harmless and not getattr(hook, "__name__", "").startswith(_REQUIRE_GRADS):
                 return getattr(hook, "__qualname__", type(hook).__qualname__)
     return None
+
+
+def captures_only(module: nn.Module) -> bool:
+    """Whether a module has no hook but transformers' capture of outputs, which stays when nothing is captured."""
+    hooks = chain.from_iterable(getattr(module, name).values() for name in HOOKS)
+    return all(getattr(hook, "__module__", None) == _HARMLESS_HOOKS[0] for hook in hooks)
+
+
+def replaced_method(cls: type, name: str = "forward") -> str | None:
+    """The reason that lies in a method of a stock class, if somebody has put another one in its place.
+
+    The class's own come from its Python module or, as decorators do, from transformers.
+    """
+    method = getattr(cls, name, None)
+    home = getattr(method, "__globals__", {}).get("__name__", "")  # functools.wraps leaves it, unlike __module__
+    if method is None or home == cls.__module__ or home.startswith("transformers."):
+        return None
+    return f"{cls.__qualname__}.{name} is replaced"
 
 
 class Resolved:
@@ -312,15 +331,46 @@ class ResolvedEmbeddings(Resolved):
             self.requires_grad = any(getattr(hook, "__name__", "").startswith(_REQUIRE_GRADS) for hook in hooks)
 
 
-def captured(what: str) -> bool:
-    """Whether transformers is recording "hidden_states" or "attentions" in the call that runs now."""
+def plain_buffers(module: Any) -> bool:
+    """Whether embeddings' buffers, which stock takes for ids that nobody gives, hold positions 0, 1, ... and type 0.
+
+    Looks at their numbers once, and again when they are others or were written to.
+    """
+    positions, types = map(module._buffers.get, ("position_ids", "token_type_ids"))
+    if positions is None or types is None or torch.compiler.is_compiling():
+        return False
+    known = module._fastbert.buffers
+    if known is not None and positions is known[0] and types is known[1]:
+        unchanged = version(positions) == known[2] and version(types) == known[3]
+        if unchanged:
+            return True
+    if unreadable(positions) or unreadable(types):
+        return False
+    found = positions, types, version(positions), version(types)
+    counted = torch.arange(positions.shape[-1], device=positions.device)
+    if not torch.equal(positions[0], counted) or types.any():
+        return False
+    module._fastbert.buffers = found
+    return True
+
+
+def version(tensor: Tensor) -> int | None:
+    """The number of writes to a tensor, or None for one of inference mode, whose writes are not counted."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
+
+
+def captured(what: str | None = None) -> bool:
+    """Whether transformers is recording "hidden_states", "attentions" or anything in the call that runs now."""
     collected = _active_collector.get()
     return collected is not None and what in collected
 
 
 def recording(config: Any) -> bool:
     """Whether outputs of single modules are recorded in the call that begins now, or by somebody around it."""
-    return config.output_hidden_states or config.output_attentions or _active_collector.get() is not None
+    return config.output_hidden_states or config.output_attentions or captured()
 
 
 def call_reason(config: Any, kwargs: dict[str, Any]) -> str | None:

@@ -22,7 +22,9 @@ from fastbert.guards import (
     ResolvedStack,
     call_reason,
     captured,
+    captures_only,
     foreign_hook,
+    plain_buffers,
     recording,
     sharded,
     wrong_weights,
@@ -41,12 +43,13 @@ calls = {"fast": 0, "stock": 0}  # layer calls in this process, without those tr
 class State:
     """What fastbert keeps on a swapped module. Copies and pickles start afresh, apart from what was asked for."""
 
-    __slots__ = ("config", "fast", "graphs", "implementation", "reason", "resolved", "stock")
+    __slots__ = ("buffers", "config", "fast", "graphs", "implementation", "reason", "resolved", "stock")
 
     def __init__(self, config: Any = None, implementation: str | None = None, graphs_held: int = 0) -> None:
         self.config = config
         self.implementation = implementation  # of the configuration before optimize; on an encoder
         self.resolved: Any = None  # the parts as last found: a guards.Resolved
+        self.buffers: Any = None  # of embeddings, with their versions: see guards.plain_buffers
         self.graphs = graphs.EncoderGraphs(graphs_held) if graphs_held else None  # of an encoder
         self.fast = 0
         self.stock = 0
@@ -245,7 +248,7 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
         if y is not None:
             return y
     recorded = captured("hidden_states")
-    if not recorded and hidden_states.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if hidden_states.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not captured():
         y = encode_at_once(module, hidden_states, batch)
         if y is not None:
             return y
@@ -310,7 +313,7 @@ def stack_of(layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -
     for layer in layers:
         if not takes_packed(layer, batch) or "stock" not in vars(type(layer)):
             return None
-        if any(getattr(layer, name) for name in HOOKS):
+        if not captures_only(layer):
             return None
         reason, _, settings = layer.ready_parts(hidden_states)
         if reason is not None or settings.dropout or (shared is not None and settings != shared):
@@ -364,7 +367,9 @@ class FastEmbeddings(Fast):
             self._fastbert.reason = reason
         if reason is not None:
             return super().forward(*arguments)
-        return self.embed(encoder.token_ids(self, input_ids, token_type_ids, position_ids, past_key_values_length))
+        plain = plain_buffers(self)
+        ids = input_ids, token_type_ids, position_ids, past_key_values_length
+        return self.embed(encoder.token_ids(self, *ids, plain_buffers=plain))
 
     def embed(self, ids: encoder.TokenIds) -> Tensor:
         """The fast path: `encoder.embed` of this module."""
@@ -411,7 +416,9 @@ def encode_ids(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
         return None
     input_ids, mask, position_ids = map(kwargs.get, ("input_ids", "attention_mask", "position_ids"))
     batch = batch_of_ids(input_ids, mask, kwargs)
-    ids = encoder.token_ids(embeddings, input_ids, kwargs.get("token_type_ids"), position_ids, batch=batch)
+    plain = plain_buffers(embeddings)
+    types = kwargs.get("token_type_ids")
+    ids = encoder.token_ids(embeddings, input_ids, types, position_ids, batch=batch, plain_buffers=plain)
     embeddings._fastbert.reason = None
     if held is not None:
         y = replay(stack.layer, held, ids, batch, embeddings)
