@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 from transformers.activations import GELUActivation
@@ -385,9 +386,11 @@ def call_reason(config: Any, kwargs: dict[str, Any]) -> str | None:
     if kwargs.get("is_causal"):
         return "causal attention was asked for"
     if torch.compiler.is_compiling():
-        return None
+        return "the model is being exported to ONNX" if torch.onnx.is_in_onnx_export() else None
     if torch.jit.is_tracing():
         return "torch.jit.trace is running"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is running"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is running"
     return None
