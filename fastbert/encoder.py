@@ -33,6 +33,7 @@ class LayerNames(NamedTuple):
     down: str
     down_dropout: str
     norm: str
+    feed_forward: str  # a method
 
 
 BERT = LayerNames(
@@ -48,6 +49,7 @@ BERT = LayerNames(
     down="output.dense",
     down_dropout="output.dropout",
     norm="output.LayerNorm",
+    feed_forward="feed_forward_chunk",
 )
 DISTILBERT = LayerNames(
     query="attention.q_lin",
@@ -62,6 +64,7 @@ DISTILBERT = LayerNames(
     down="ffn.lin2",
     down_dropout="ffn.dropout",
     norm="output_layer_norm",
+    feed_forward="ffn.ff_chunk",
 )
 
 # The modules with weights, in the order in which `layer` takes them.

@@ -13,7 +13,7 @@ import inspect
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -168,10 +168,15 @@ class ResolvedMlm(guards.Resolved):
                 reason = "the head changes the hidden size"
             return reason
 
+        self.activation = names.activation
         super().__init__(module, (*paths, *optional), check)
         if self.reason is None:
             self.weights = guards.Weights.of([self.parts[path] for path in paths])
             self.eps = self.parts[names.norm].eps
+
+    def attributes(self, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        if self.activation is not None and self.activation in self.parts:
+            yield self.parts[self.activation], "approximate"
 
 
 class FastMaskedLM(FastModel):
@@ -440,17 +445,18 @@ def mixin(role: str, family: families.Family) -> type[FastModel]:
 
 def forward_of(stock: type[nn.Module]) -> Callable[..., Any]:
     """A forward with the stock class's signature that calls `forward_by_name` with all arguments by name."""
-    stock_forward = stock.forward
-    names = list(inspect.signature(stock_forward).parameters)[1:]
+    parameters = list(inspect.signature(stock.forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
-    @functools.wraps(stock_forward)
+    @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = names[: len(args)]
         # Wrong arguments go to the stock forward for the usual TypeError; so does a model that was restored while
-        # somebody (accelerate) still holds this forward.
-        if len(args) > len(names) or any(name in kwargs for name in given) or not isinstance(self, FastModel):
-            return stock_forward(self, *args, **kwargs)
-        return self.forward_by_name(stock_forward, dict(zip(given, args, strict=True)) | kwargs)
+        # somebody (accelerate) still holds this forward, and any call while another forward is in its place.
+        wrong = len(args) > len(names) or any(name in kwargs for name in given)
+        if wrong or not isinstance(self, FastModel) or guards.replaced_method(stock) is not None:
+            return stock.forward(self, *args, **kwargs)
+        return self.forward_by_name(stock.forward, dict(zip(given, args, strict=True)) | kwargs)
 
     return forward
 

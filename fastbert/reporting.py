@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert import dispatch, families, swapped
+from fastbert import dispatch, families, guards, swapped
 
 
 class Report:
@@ -81,9 +81,11 @@ def report(model: nn.Module) -> Report:
         if role == "encoder" and isinstance(module, swapped.Fast) and module._fastbert.graphs is not None:
             cuda_graphs.append({"name": name, **module._fastbert.graphs.as_dict()})
         if role not in ("layer", "embeddings"):
+            reason = guards.replaced_method(module.stock) if isinstance(module, swapped.Fast) else None
+            others += [{"name": name or "model", "path": "stock", "reason": reason}] if reason else []
             continue
         if not isinstance(module, swapped.Fast):
-            reason: str | None = "fastbert.optimize has not been called"
+            reason = "fastbert.optimize has not been called"
         else:
             state = module._fastbert
             reason = module.static_reason() or state.reason

@@ -26,6 +26,7 @@ from fastbert.guards import (
     foreign_hook,
     plain_buffers,
     recording,
+    replaced_method,
     sharded,
     wrong_weights,
 )
@@ -203,7 +204,7 @@ def encoder_batch(
 ) -> PackedBatch | None:
     """The packed batch of an encoder's call, or None if the stock forward has to run it."""
     keep_padding = kwargs.pop(KEEP_PADDING, False)
-    reason = call_reason(module._fastbert.config, kwargs | crossing)
+    reason = call_reason(module._fastbert.config, kwargs | crossing) or replaced_method(module.stock)
     if reason is not None:
         if module._fastbert.graphs is not None:
             module._fastbert.graphs.reason = reason
@@ -374,7 +375,7 @@ class FastEmbeddings(Fast):
     def embed(self, ids: encoder.TokenIds) -> Tensor:
         """The fast path: `encoder.embed` of this module."""
         y = encoder.embed(self, ids)
-        if self.resolve().requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+        if torch.is_grad_enabled() and not y.requires_grad and self.resolve().requires_grad:
             y.requires_grad_()
         return y
 
@@ -450,6 +451,9 @@ def packs_first(model: Any, kwargs: dict[str, Any]) -> bool:
         and not config.is_decoder
         and getattr(config, "is_causal", None) is None
         and call_reason(config, {}) is None
+        and "_create_attention_masks" not in vars(model)
+        and replaced_method(model.stock, "_create_attention_masks") is None
+        and replaced_method(stack.stock) is None
         and untouched(embeddings, FastEmbeddings)
         and untouched(stack, FastEncoder)
         and "embeddings_project" not in parts  # ELECTRA's, where embeddings are narrower than the layers
