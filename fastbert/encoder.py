@@ -33,6 +33,7 @@ class LayerNames(NamedTuple):
     down: str
     down_dropout: str
     norm: str
+    feed_forward: str  # a method
 
 
 BERT = LayerNames(
@@ -48,6 +49,7 @@ BERT = LayerNames(
     down="output.dense",
     down_dropout="output.dropout",
     norm="output.LayerNorm",
+    feed_forward="feed_forward_chunk",
 )
 DISTILBERT = LayerNames(
     query="attention.q_lin",
@@ -62,6 +64,7 @@ DISTILBERT = LayerNames(
     down="ffn.lin2",
     down_dropout="ffn.dropout",
     norm="output_layer_norm",
+    feed_forward="ffn.ff_chunk",
 )
 
 # The modules with weights, in the order in which `layer` takes them.
@@ -160,23 +163,31 @@ class TokenIds(NamedTuple):
 
 
 def token_ids(
-    module: nn.Module,
+    module: Any,
     input_ids: Tensor,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     past_key_values_length: int = 0,
     batch: PackedBatch | None = None,
+    *,
+    plain_buffers: bool,
 ) -> TokenIds:
-    """The ids of a call [B, S], with the positions that BERT or RoBERTa counts; of the tokens of a batch that packs."""
+    """The ids of a call [B, S], with the positions that BERT or RoBERTa counts; of the tokens of a batch that packs.
+
+    plain_buffers: whether the module's buffers hold nothing but positions 0, 1, ... and type 0; else they are read.
+    """
     position = module.position_embeddings
     if position_ids is None:
         if position.padding_idx is not None:  # RoBERTa: positions start after the padding index, which pads keep
             position_ids = module.create_position_ids_from_input_ids(
                 input_ids, module.padding_idx, past_key_values_length
             )
-        elif past_key_values_length:
+        elif past_key_values_length or not plain_buffers:
             start = past_key_values_length
-            position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+            position_ids = module.position_ids[:, start : start + input_ids.shape[1]]
+    if token_type_ids is None and not plain_buffers and hasattr(module, "token_type_ids"):
+        types = module.token_type_ids.expand(position_ids.shape[0], -1)
+        token_type_ids = torch.gather(types, 1, position_ids)
     if batch is not None and batch.indices is not None:
         if position_ids is None:
             position_ids = torch.arange(batch.seqlen, device=input_ids.device)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from itertools import chain, repeat
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from transformers.activations import GELUActivation
 
 from fastbert import encoder, internals
 from fastbert.internals import active_collector, func_transform
+from fastbert.packing import unreadable
 
 IMPLEMENTATION = "fastbert"
 PACKABLE = (IMPLEMENTATION, "sdpa")  # attention implementations under which the packed path may stand in
@@ -57,14 +58,33 @@ def bypass_reason(module: nn.Module, name: str) -> str | None:
     return f"the forward of {name} is replaced" if "forward" in vars(module) else None
 
 
+def replaced_method(cls: type, name: str = "forward") -> str | None:
+    """The reason that lies in a method of a stock class, if somebody has put another one in its place.
+
+    The class's own come from its Python module or, as decorators do, from transformers.
+    """
+    method = getattr(cls, name, None)
+    home = getattr(method, "__globals__", {}).get("__name__", "")  # functools.wraps leaves it, unlike __module__
+    if method is None or home == cls.__module__ or home.startswith("transformers."):
+        return None
+    return f"{cls.__qualname__}.{name} is replaced"
+
+
 class Resolved:
     """The parts of one module as they were last found, with the reason against the fast path that lies in them.
 
-    paths: of the parts, below the module. check: gives that reason, from the parts by path. `current` tells in a few
-    microseconds whether they still are what they were.
+    paths: of the parts, below the module. check: gives that reason, from the parts by path. methods: what the fast path
+    stands in for besides the parts' forwards: the path of a part, "" for the module itself, and the name of its method.
+    `current` tells in a few microseconds whether everything still is what it was.
     """
 
-    def __init__(self, module: nn.Module, paths: tuple[str, ...], check: Callable[[dict[str, nn.Module]], str | None]):
+    def __init__(
+        self,
+        module: nn.Module,
+        paths: tuple[str, ...],
+        check: Callable[[dict[str, nn.Module]], str | None],
+        methods: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         every = dict.fromkeys(chain.from_iterable(_prefixes(path) for path in paths))
         parts: dict[str, nn.Module] = {"": module}
         self.missing: str | None = None
@@ -79,25 +99,39 @@ class Resolved:
         parents = [parts[path.rpartition(".")[0]] if "." in path else module for path in found]
         self.root = module._modules
         self.parts = parts
-        self.dicts = [parent._modules for parent in parents]
-        self.names = [path.rpartition(".")[2] for path in found]
         self.modules = tuple(parts.values())
         self.types = tuple(map(type, self.modules))
-        self.instances = [vars(part) for part in self.modules]
         self.hooks = [*_GLOBAL_HOOKS, *(getattr(part, name) for part in self.modules for name in HOOKS)]
         self.hook_ids = tuple(chain.from_iterable(self.hooks))
-        self.replaced = tuple(map(operator.contains, self.instances, repeat("forward")))
+        owned = [(part, "forward") for part in self.modules]
+        owned += [(parts[path] if path else module, name) for path, name in methods if not path or path in parts]
+        self.instances = [vars(part) for part, _ in owned]
+        self.methods = [name for _, name in owned]
+        self.replaced = tuple(map(operator.contains, self.instances, self.methods))
+        functions = [(module.stock if part is module else type(part), name) for part, name in owned]
+        self.functions = dict.fromkeys(its for its in ((module.stock, "forward"), *functions) if hasattr(*its))
         self.reason = self.missing or self._common() or check(parts)
+        self.reason = self.reason or next(filter(None, starmap(replaced_method, self.functions)), None)
+        if torch.compiler.is_compiling():  # then nobody asks whether it is current
+            return
+        self.watched = [(its._modules, path.rpartition(".")[2]) for its, path in zip(parents, found, strict=True)]
+        self.watched += [(vars(its), name) for its, name in self.attributes(module) if name in vars(its)]
+        self.dicts, self.names = zip(*self.watched, *_definitions(self.functions), strict=True)
+        self.values = tuple(map(operator.getitem, self.dicts, self.names))
+
+    def attributes(self, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """The attributes on which the reason depends, each with a module that may have it."""
+        yield from ()
 
     def current(self, module: nn.Module) -> bool:
         """Whether the parts of `module` are still these. Also False for a replica that shares them."""
         try:
             return (
                 module._modules is self.root
-                and tuple(map(operator.getitem, self.dicts, self.names)) == self.modules
+                and tuple(map(operator.getitem, self.dicts, self.names)) == self.values
                 and tuple(map(type, self.modules)) == self.types
                 and (tuple(chain.from_iterable(self.hooks)) == self.hook_ids if any(self.hooks) else not self.hook_ids)
-                and tuple(map(operator.contains, self.instances, repeat("forward"))) == self.replaced
+                and tuple(map(operator.contains, self.instances, self.methods)) == self.replaced
             )
         except KeyError:
             return False
@@ -112,7 +146,14 @@ class Resolved:
                 return f"a hook ({hook}) sits on {path}"
             if "forward" in vars(part):
                 return f"the forward of {path} is replaced"
-        return None
+        replaced = [name for name, found in zip(self.methods, self.replaced, strict=True) if found]
+        return f"{replaced[0]} is replaced" if replaced else None
+
+
+def _definitions(functions: Iterable[tuple[type, str]]) -> Iterator[tuple[Any, str]]:
+    """Where methods are defined: the namespace of a class, and the name."""
+    for cls, name in functions:
+        yield next(vars(base) for base in cls.__mro__ if name in vars(base)), name
 
 
 def _prefixes(path: str) -> Iterator[str]:
@@ -193,21 +234,23 @@ class ResolvedLayer(Resolved):
         paths |= {names.attention_dropout: nn.Dropout, names.down_dropout: nn.Dropout}
         if names.attention_out_dropout is not None:
             paths[names.attention_out_dropout] = nn.Dropout
-        owner, _, activation_name = names.activation.rpartition(".")
-        optional = (names.activation,) if activation_name in module.get_submodule(owner)._modules else ()
+        activation_owner, _, activation_name = names.activation.rpartition(".")
+        optional = (names.activation,) if activation_name in module.get_submodule(activation_owner)._modules else ()
 
         def check(parts: dict[str, nn.Module]) -> str | None:
             plain = {path: part for path, part in parts.items() if path != names.activation}
             return wrong_type(plain, paths, home) or self._check(module, names, parts)
 
-        super().__init__(module, (*paths, *optional), check)
+        self.layer_names = names
+        owner, _, method = names.feed_forward.rpartition(".")
+        super().__init__(module, (*paths, *optional), check, ((owner, method),))
         if self.reason is not None:
             return
         parts = self.parts
         self.weights = Weights.of([parts[getattr(names, name)] for name in encoder.WEIGHTED])
         self.norms = parts[names.attention_norm], parts[names.norm]
         self.attention = parts[names.query.rpartition(".")[0]]
-        self.chunked = parts.get("ffn", module)
+        self.chunked = parts[owner] if owner else module
         self.attention_dropout = parts[names.attention_dropout]
         self.hidden_dropout = None if names.attention_out_dropout is None else parts[names.attention_out_dropout]
         self.ffn_dropout = parts[names.down_dropout]
@@ -229,6 +272,18 @@ class ResolvedLayer(Resolved):
         if len(widths) > 1 or self.heads * head_dim not in widths:
             return f"query, key and value have widths {sorted(widths)}, not {head_dim} times the number of heads"
         return None
+
+    def attributes(self, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        yield from ((module, name) for name in ("is_decoder", "add_cross_attention"))
+        names = self.layer_names
+        activation_owner, _, activation_name = names.activation.rpartition(".")
+        looked_at = {
+            names.query.rpartition(".")[0]: ("is_causal", "attention_head_size"),
+            activation_owner: (activation_name,),
+            names.activation: ("approximate",),
+        }
+        for path, attributes in looked_at.items():
+            yield from ((self.parts[path], name) for name in attributes if path in self.parts)
 
     def settings_from(self) -> Iterator[tuple[nn.Module, str]]:
         """The attributes on which `settings` depends."""
@@ -271,12 +326,13 @@ class ResolvedStack:
         self.roots = tuple(layer._modules for layer in layers)
         self.modules = (*layers, *(part for its in resolved for part in its.modules))
         self.types = tuple(map(type, self.modules))
-        self.instances = [vars(module) for module in self.modules]
+        self.instances = [*map(vars, layers), *(instance for its in resolved for instance in its.instances)]
+        self.methods = ["forward"] * len(layers) + [name for its in resolved for name in its.methods]
         self.hooks = [*_GLOBAL_HOOKS, *(getattr(module, name) for module in self.modules for name in HOOKS)]
         self.hook_ids = tuple(chain.from_iterable(self.hooks))
-        watched: list[tuple[dict[str, Any], str]] = []
+        watched = list(_definitions(dict.fromkeys(function for its in resolved for function in its.functions)))
         for its in resolved:
-            watched += zip(its.dicts, its.names, strict=True)
+            watched += its.watched
             watched += ((vars(module), name) for module, name in its.settings_from())
         self.dicts, self.names = zip(*watched, strict=True)
         self.values = tuple(map(operator.getitem, self.dicts, self.names))
@@ -293,7 +349,7 @@ class ResolvedStack:
                 and tuple(map(operator.getitem, self.dicts, self.names)) == self.values
                 and tuple(map(type, self.modules)) == self.types
                 and (tuple(chain.from_iterable(self.hooks)) == self.hook_ids if any(self.hooks) else not self.hook_ids)
-                and not any(map(operator.contains, self.instances, repeat("forward")))
+                and not any(map(operator.contains, self.instances, self.methods))
             ):
                 found: tuple[Any, ...] = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
                 return found if all(map(operator.is_, found, self.parameters)) else None
@@ -302,19 +358,21 @@ class ResolvedStack:
         return None
 
 
+_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+
+
 class ResolvedEmbeddings(Resolved):
     """The parts of an embeddings module."""
 
     def __init__(self, module: nn.Module) -> None:
-        tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-        paths: dict[str, type] = dict.fromkeys(tables, nn.Embedding)
+        paths: dict[str, type] = dict.fromkeys(_TABLES, nn.Embedding)
         paths |= {"LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
 
         def check(parts: dict[str, nn.Module]) -> str | None:
             reason = wrong_type(parts, paths, "")
             if reason is not None:
                 return reason
-            for path in tables:
+            for path in _TABLES:
                 table = parts[path]
                 if table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
                     return f"{path} uses max_norm, sparse or scale_grad_by_freq"
@@ -322,22 +380,57 @@ class ResolvedEmbeddings(Resolved):
 
         super().__init__(module, tuple(paths), check)
         if self.reason is None:
-            modules = [self.parts[path]._parameters for path in tables]
+            modules = [self.parts[path]._parameters for path in _TABLES]
             norm = self.parts["LayerNorm"]._parameters
             self.weights = Weights((*modules, norm, norm), ("weight",) * 4 + ("bias",))
             hooks = self.parts["word_embeddings"]._forward_hooks.values()
             self.requires_grad = any(getattr(hook, "__name__", "").startswith(_REQUIRE_GRADS) for hook in hooks)
 
+    def attributes(self, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        tables = [self.parts[path] for path in _TABLES if path in self.parts]
+        yield from ((table, name) for table in tables for name in ("max_norm", "sparse", "scale_grad_by_freq"))
 
-def captured(what: str) -> bool:
-    """Whether transformers is recording "hidden_states" or "attentions" in the call that runs now."""
+
+def plain_buffers(module: Any) -> bool:
+    """Whether embeddings' buffers, which stock takes for ids that nobody gives, hold positions 0, 1, ... and type 0.
+
+    Looks at their numbers once, and again when they are others or were written to.
+    """
+    positions, types = map(module._buffers.get, ("position_ids", "token_type_ids"))
+    if positions is None or types is None or torch.compiler.is_compiling():
+        return False
+    known = module._fastbert.buffers
+    if known is not None and positions is known[0] and types is known[1]:
+        unchanged = version(positions) == known[2] and version(types) == known[3]
+        if unchanged:
+            return True
+    if unreadable(positions) or unreadable(types):
+        return False
+    found = positions, types, version(positions), version(types)
+    counted = torch.arange(positions.shape[-1], device=positions.device)
+    if not torch.equal(positions[0], counted) or types.any():
+        return False
+    module._fastbert.buffers = found
+    return True
+
+
+def version(tensor: Tensor) -> int | None:
+    """The number of writes to a tensor, or None for one of inference mode, whose writes are not counted."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
+
+
+def captured(what: str | None = None) -> bool:
+    """Whether transformers is recording "hidden_states", "attentions" or anything in the call that runs now."""
     collected = active_collector.get()
-    return collected is not None and what in collected
+    return collected is not None and (what is None or what in collected)
 
 
 def recording(config: Any) -> bool:
     """Whether outputs of single modules are recorded in the call that begins now, or by somebody around it."""
-    return config.output_hidden_states or config.output_attentions or active_collector.get() is not None
+    return config.output_hidden_states or config.output_attentions or captured()
 
 
 def call_reason(config: Any, kwargs: dict[str, Any]) -> str | None:
@@ -352,9 +445,11 @@ def call_reason(config: Any, kwargs: dict[str, Any]) -> str | None:
     if kwargs.get("is_causal"):
         return "causal attention was asked for"
     if torch.compiler.is_compiling():
-        return None
+        return "the model is being exported to ONNX" if torch.onnx.is_in_onnx_export() else None
     if torch.jit.is_tracing():
         return "torch.jit.trace is running"
+    if internals.forward_mode():
+        return "forward-mode differentiation is running"
     if func_transform() is not None:
         return "a torch.func transform is running"
     return None

@@ -12,6 +12,8 @@ import importlib.metadata
 import operator
 from typing import Any
 
+from torch.autograd import forward_ad
+
 # The releases that the tests have run with.
 TESTED = {"torch": "2.11 to 2.13", "transformers": "5.17 to 5.23"}
 
@@ -33,6 +35,11 @@ _PLACES = {
     # What the call that runs now records of its modules' outputs (guards.py).
     "active_collector": ("transformers.utils.output_capturing", "_active_collector"),
 }
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is running (torch.autograd.forward_ad, guards.py)."""
+    return forward_ad._current_level >= 0
 
 
 def __getattr__(name: str) -> Any:

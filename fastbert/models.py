@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
@@ -27,7 +27,7 @@ from transformers.modeling_outputs import (
 from transformers.models.bert import modeling_bert
 from transformers.utils import ModelOutput
 
-from fastbert import families, guards, ops, patch, swapped
+from fastbert import families, guards, ops, packing, patch, swapped
 from fastbert.weights import load_safetensors
 
 
@@ -74,13 +74,17 @@ class FastHead(FastModel):
     def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
-        return rescaled(stock(self, **kwargs), kwargs.get("labels"), num_items)
+        return rescaled(stock(self, **with_padding(self, kwargs)), kwargs.get("labels"), num_items)
 
 
 class FastUnscaledHead(FastModel):
     """A head whose loss is no mean over labels that a trainer could count: it must divide the loss itself."""
 
     accepts_loss_kwargs = False
+
+    def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward, all arguments by name. stock: the stock class's own."""
+        return stock(self, **with_padding(self, kwargs))
 
 
 class FastQuestionAnswering(FastModel):
@@ -89,6 +93,20 @@ class FastQuestionAnswering(FastModel):
     def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
         return stock(self, **kwargs | {swapped.KEEP_PADDING: True})
+
+
+def with_padding(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a head with tokens' labels, by which the encoder keeps masked places if one of them has a label.
+
+    Stock's loss counts them. Only on the CPU: elsewhere the host would have to wait for the labels.
+    """
+    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or labels.shape != mask.shape:
+        return kwargs
+    readable = mask.is_cpu and labels.is_cpu and not packing.unreadable(mask) and not packing.unreadable(labels)
+    if readable and guards.call_reason(model.config, {}) is None and ((labels != -100) & (mask == 0)).any():
+        return kwargs | {swapped.KEEP_PADDING: True}
+    return kwargs
 
 
 def rescaled(outputs: Any, labels: Tensor | None, num_items: Any) -> Any:
@@ -107,28 +125,23 @@ def rescaled(outputs: Any, labels: Tensor | None, num_items: Any) -> Any:
 
 
 class MlmNames(NamedTuple):
-    """Where a family keeps the parts of its masked language model head, and the modules that make the logits."""
+    """Where a family keeps the parts of its masked language model head."""
 
     dense: str
     activation: str | None
     norm: str
     decoder: str
-    logits: tuple[str, ...]
 
 
 _BERT = "cls.predictions.transform"
-_BERT_MLM = MlmNames(
-    f"{_BERT}.dense", f"{_BERT}.transform_act_fn", f"{_BERT}.LayerNorm", "cls.predictions.decoder", ("cls",)
-)
-_ROBERTA_MLM = MlmNames("lm_head.dense", None, "lm_head.layer_norm", "lm_head.decoder", ("lm_head",))
+_BERT_MLM = MlmNames(f"{_BERT}.dense", f"{_BERT}.transform_act_fn", f"{_BERT}.LayerNorm", "cls.predictions.decoder")
+_ROBERTA_MLM = MlmNames("lm_head.dense", None, "lm_head.layer_norm", "lm_head.decoder")
 _ELECTRA_MLM = MlmNames(
     "generator_predictions.dense",
     "generator_predictions.activation",
     "generator_predictions.LayerNorm",
     "generator_lm_head",
-    ("generator_predictions", "generator_lm_head"),
 )
-_DISTILBERT = ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector")
 MLM_HEADS = {
     "bert": _BERT_MLM,
     "ernie": _BERT_MLM,
@@ -137,7 +150,7 @@ MLM_HEADS = {
     "camembert": _ROBERTA_MLM,
     "data2vec_text": _ROBERTA_MLM,
     "electra": _ELECTRA_MLM,
-    "distilbert": MlmNames(*_DISTILBERT, _DISTILBERT),
+    "distilbert": MlmNames("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
 }
 
 
@@ -157,10 +170,15 @@ class ResolvedMlm(guards.Resolved):
                 reason = "the head changes the hidden size"
             return reason
 
+        self.activation = names.activation
         super().__init__(module, (*paths, *optional), check)
         if self.reason is None:
             self.weights = guards.Weights.of([self.parts[path] for path in paths])
             self.eps = self.parts[names.norm].eps
+
+    def attributes(self, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        if self.activation is not None and self.activation in self.parts:
+            yield self.parts[self.activation], "approximate"
 
 
 class FastMaskedLM(FastModel):
@@ -178,6 +196,7 @@ class FastMaskedLM(FastModel):
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
         skip_logits = kwargs.pop("skip_logits", False)
+        kwargs = with_padding(self, kwargs)
         labels = kwargs.get("labels")
         return_dict = kwargs.get("return_dict")
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -186,19 +205,25 @@ class FastMaskedLM(FastModel):
         weights, eps = self._head_weights()
         if weights is None:
             return rescaled(stock(self, **kwargs), labels, num_items)
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "return_dict")}
-        outputs = self.base_model(**kwargs, return_dict=True)
+        outputs = self._encode(kwargs, "labels", "return_dict")
         loss, _ = self._mlm_loss(outputs[0], labels, weights, eps, num_items)
         if skip_logits:
             return self.output(loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         return lazy_output(
             self.output,
             self.logits_field,
-            self._logits(outputs[0], weights),
+            logits_later(self.logits_field, outputs[0], weights, eps),
             loss,
             outputs.hidden_states,
             outputs.attentions,
         )
+
+    def _encode(self, kwargs: dict[str, Any], *dropped: str) -> Any:
+        """What the base model gives, called as the stock head calls it: hooks see the ids where it hands them over."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
+        if self.family.name == "distilbert":
+            return self.base_model(**kwargs, return_dict=True)
+        return self.base_model(kwargs.pop("input_ids", None), **kwargs, return_dict=True)
 
     def _mlm_loss(
         self, hidden: Tensor, labels: Tensor, weights: tuple[Tensor, ...], eps: float, num_items: Any
@@ -206,9 +231,11 @@ class FastMaskedLM(FastModel):
         dense, dense_bias, norm, norm_bias, decoder, decoder_bias = weights
         if labels.numel() == hidden.shape[:-1].numel():
             labels = labels.view(hidden.shape[:-1])
-        return ops.mlm_loss(
+        loss, count = ops.mlm_loss(
             hidden, labels, decoder, decoder_bias, dense, dense_bias, norm, norm_bias, eps=eps, num_items=num_items
         )
+        # Stock's cross-entropy has the dtype of the logits, but for autocast.
+        return (loss if torch.is_autocast_enabled(hidden.device.type) else loss.to(hidden.dtype)), count
 
     def _head_weights(self) -> tuple[tuple[Tensor, ...] | None, float]:
         """The weights for ops.mlm_loss, or None if something speaks against it."""
@@ -226,31 +253,6 @@ class FastMaskedLM(FastModel):
             return None, 0.0
         return weights, resolved.eps
 
-    def _logits(self, hidden: Tensor, weights: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-        """What computes the logits later, as they would have been computed now."""
-        grad = torch.is_grad_enabled()
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device)
-        versions = [weight._version for weight in weights] if not torch.is_inference_mode_enabled() else None
-
-        def compute() -> Tensor:
-            if versions is not None and versions != [weight._version for weight in weights]:
-                warnings.warn(
-                    f"{self.logits_field} are computed when first read, and the weights have changed since the "
-                    "forward; read them before optimizer.step()",
-                    stacklevel=3,
-                )
-            with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast):
-                return self._make_logits(hidden)
-
-        return compute
-
-    def _make_logits(self, hidden: Tensor) -> Tensor:
-        for path in MLM_HEADS[self.family.name].logits:
-            hidden = self.get_submodule(path)(hidden)
-        return hidden
-
 
 class FastPreTraining(FastMaskedLM):
     """Masked language model and next sentence prediction."""
@@ -261,6 +263,7 @@ class FastPreTraining(FastMaskedLM):
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
         skip_logits = kwargs.pop("skip_logits", False)
+        kwargs = with_padding(self, kwargs)
         labels, next_sentence_label = kwargs.get("labels"), kwargs.get("next_sentence_label")
         return_dict = kwargs.get("return_dict")
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -271,9 +274,7 @@ class FastPreTraining(FastMaskedLM):
             weights, eps = self._head_weights()
         if weights is None:
             return rescaled(stock(self, **kwargs), labels, num_items)
-        dropped = ("labels", "next_sentence_label", "return_dict")
-        kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
-        outputs = self.base_model(**kwargs, return_dict=True)
+        outputs = self._encode(kwargs, "labels", "next_sentence_label", "return_dict")
         loss, count = self._mlm_loss(outputs[0], labels, weights, eps, num_items)
         scores = self.cls.seq_relationship(outputs[1])
         nsp = nn.functional.cross_entropy(scores.view(-1, 2), next_sentence_label.view(-1))
@@ -289,7 +290,7 @@ class FastPreTraining(FastMaskedLM):
         return lazy_output(
             self.output,
             self.logits_field,
-            self._logits(outputs[0], weights),
+            logits_later(self.logits_field, outputs[0], weights, eps),
             loss + nsp,
             scores,
             outputs.hidden_states,
@@ -300,11 +301,49 @@ class FastPreTraining(FastMaskedLM):
     def output(self) -> type[ModelOutput]:  # type: ignore[override]
         return getattr(sys.modules[self.stock.__module__], f"{self.stock.__name__}Output")
 
-    def _make_logits(self, hidden: Tensor) -> Tensor:
-        return self.cls.predictions(hidden)
-
 
 # --- logits on demand ------------------------------------------------------------------------------------
+
+
+def logits_later(field: str, hidden: Tensor, weights: tuple[Tensor, ...], eps: float) -> Callable[[], Tensor]:
+    """What computes the logits of hidden states [B, S, H] later, as they would have been computed now.
+
+    field: their name. weights: those of `ops.mlm_loss`, as the modules hold them now. They are kept as views, which go
+    on to show the same memory after `parameter.data = ...` or `model.to(...)`, and lead to the parameters' gradients.
+    What is returned raises RuntimeError if the numbers that it needs have been overwritten since.
+    """
+    grad = torch.is_grad_enabled()
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device)
+    views = [weight.view_as(weight) for weight in weights]
+
+    def state() -> list[tuple[int | None, int]]:
+        return [(guards.version(tensor), tensor.untyped_storage().nbytes()) for tensor in (hidden, *views)]
+
+    before = state()
+    # Nothing counts what optimizers and moving averages write through `.data`, but it would show in any row.
+    dense_row, decoder_row = (views[i].detach()[:1].clone() for i in (0, 4))
+
+    def compute() -> Tensor:
+        if state() != before or not (_same(dense_row, views[0]) and _same(decoder_row, views[4])):
+            raise RuntimeError(
+                f"{field} are computed when first read, and the weights or the hidden states have been overwritten "
+                "since the forward; read them before optimizer.step()"
+            )
+        dense, dense_bias, norm, norm_bias, decoder, decoder_bias = views
+        with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast):
+            x = F.gelu(F.linear(hidden, dense, dense_bias))
+            return F.linear(F.layer_norm(x, norm.shape, norm, norm_bias, eps), decoder, decoder_bias)
+
+    return compute
+
+
+def _same(row: Tensor, weight: Tensor) -> bool:
+    """Whether the first row of a weight still is this one, bit by bit, where its numbers can be read."""
+    return packing.unreadable(row) or torch.equal(
+        row.contiguous().view(torch.uint8), weight.detach()[:1].contiguous().view(torch.uint8)
+    )
 
 
 class Deferred(NamedTuple):
@@ -429,17 +468,18 @@ def mixin(role: str, family: families.Family) -> type[FastModel]:
 
 def forward_of(stock: type[nn.Module]) -> Callable[..., Any]:
     """A forward with the stock class's signature that calls `forward_by_name` with all arguments by name."""
-    stock_forward = stock.forward
-    names = list(inspect.signature(stock_forward).parameters)[1:]
+    parameters = list(inspect.signature(stock.forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
-    @functools.wraps(stock_forward)
+    @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = names[: len(args)]
         # Wrong arguments go to the stock forward for the usual TypeError; so does a model that was restored while
-        # somebody (accelerate) still holds this forward.
-        if len(args) > len(names) or any(name in kwargs for name in given) or not isinstance(self, FastModel):
-            return stock_forward(self, *args, **kwargs)
-        return self.forward_by_name(stock_forward, dict(zip(given, args, strict=True)) | kwargs)
+        # somebody (accelerate) still holds this forward, and any call while another forward is in its place.
+        wrong = len(args) > len(names) or any(name in kwargs for name in given)
+        if wrong or not isinstance(self, FastModel) or guards.replaced_method(stock) is not None:
+            return stock.forward(self, *args, **kwargs)
+        return self.forward_by_name(stock.forward, dict(zip(given, args, strict=True)) | kwargs)
 
     return forward
 

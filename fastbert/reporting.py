@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert import dispatch, families, swapped
+from fastbert import dispatch, families, guards, swapped
 
 
 class Report:
@@ -16,6 +16,7 @@ class Report:
 
     layers: [{"name", "path": "fast" | "stock", "reason"}], one entry a transformer layer; reason is None if fast.
     embeddings: the same, one entry an embeddings module.
+    others: the same, one entry any other module (encoder, base model, head) that is stock because of a replaced method.
     ops: {op: {"backend", "rejected": {backend: reason}}}, for the device and dtype of the model's weights.
     calls: {"fast", "stock"}, the layer calls since `optimize`, without those inside torch.compile.
     cuda_graphs: [{"name", "reason", "held", "limit", "captured", "replayed", "dropped"}], one entry an encoder that was
@@ -27,12 +28,14 @@ class Report:
         layers: list[dict[str, Any]],
         ops: dict[str, Any],
         embeddings: list[dict[str, Any]],
+        others: list[dict[str, Any]],
         cuda_graphs: list[dict[str, Any]],
         calls: dict[str, int],
     ):
         self.layers = layers
         self.ops = ops
         self.embeddings = embeddings
+        self.others = others
         self.cuda_graphs = cuda_graphs
         self.calls = calls
 
@@ -45,7 +48,7 @@ class Report:
         fast = sum(layer["path"] == "fast" for layer in self.layers)
         lines = [f"{fast} of {len(self.layers)} layers fast; calls so far: {self.calls['fast']} fast"]
         lines[0] += f", {self.calls['stock']} stock"
-        for entry in (*self.layers, *self.embeddings):
+        for entry in (*self.layers, *self.embeddings, *self.others):
             lines.append(f"  {entry['name']}: {entry['path']}" + (f", {entry['reason']}" if entry["reason"] else ""))
         for graphs in self.cuda_graphs:
             lines.append(
@@ -72,6 +75,7 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__qualname__}")
     layers: list[dict[str, Any]] = []
     embeddings: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     cuda_graphs: list[dict[str, Any]] = []
     calls = {"fast": 0, "stock": 0}
     head_dim, like = None, None
@@ -82,9 +86,11 @@ def report(model: nn.Module) -> Report:
         if role == "encoder" and isinstance(module, swapped.Fast) and module._fastbert.graphs is not None:
             cuda_graphs.append({"name": name, **module._fastbert.graphs.as_dict()})
         if role not in ("layer", "embeddings"):
+            reason = guards.replaced_method(module.stock) if isinstance(module, swapped.Fast) else None
+            others += [{"name": name or "model", "path": "stock", "reason": reason}] if reason else []
             continue
         if not isinstance(module, swapped.Fast):
-            reason: str | None = "fastbert.optimize has not been called"
+            reason = "fastbert.optimize has not been called"
         else:
             state = module._fastbert
             reason = module.static_reason() or state.reason
@@ -99,4 +105,4 @@ def report(model: nn.Module) -> Report:
             head_dim = head_dim or getattr(module.resolve(), "head_dim", None)
     like = like if like is not None else next(model.parameters(), None)
     device, dtype = ("cpu", torch.float32) if like is None else (like.device, like.dtype)
-    return Report(layers, dispatch.describe(device, dtype, head_dim=head_dim), embeddings, cuda_graphs, calls)
+    return Report(layers, dispatch.describe(device, dtype, head_dim=head_dim), embeddings, others, cuda_graphs, calls)

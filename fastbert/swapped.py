@@ -23,7 +23,9 @@ from fastbert.guards import (
     call_reason,
     captured,
     foreign_hook,
+    plain_buffers,
     recording,
+    replaced_method,
     sharded,
     wrong_weights,
 )
@@ -41,12 +43,13 @@ calls = {"fast": 0, "stock": 0}  # layer calls in this process, without those tr
 class State:
     """What fastbert keeps on a swapped module. Copies and pickles start afresh, apart from what was asked for."""
 
-    __slots__ = ("config", "fast", "graphs", "implementation", "reason", "resolved", "stock")
+    __slots__ = ("buffers", "config", "fast", "graphs", "implementation", "reason", "resolved", "stock")
 
     def __init__(self, config: Any = None, implementation: str | None = None, graphs_held: int = 0) -> None:
         self.config = config
         self.implementation = implementation  # of the configuration before optimize; on an encoder
         self.resolved: Any = None  # the parts as last found: a guards.Resolved
+        self.buffers: Any = None  # of embeddings, with their versions: see guards.plain_buffers
         self.graphs = graphs.EncoderGraphs(graphs_held) if graphs_held else None  # of an encoder
         self.fast = 0
         self.stock = 0
@@ -141,12 +144,12 @@ class FastLayer(Fast):
 
     def resolve(self) -> ResolvedLayer:
         """The layer's parts, looked up anew only if something changed."""
-        state = self._fastbert
         if torch.compiler.is_compiling():
             return ResolvedLayer(self, self.family.names, self.stock.__module__)
-        if state.resolved is None or not state.resolved.current(self):
-            state.resolved = ResolvedLayer(self, self.family.names, self.stock.__module__)
-        return state.resolved
+        resolved = self._fastbert.resolved  # read once: other threads share it
+        if resolved is None or not resolved.current(self):
+            resolved = self._fastbert.resolved = ResolvedLayer(self, self.family.names, self.stock.__module__)
+        return resolved
 
 
 class FastEncoder(Fast):
@@ -200,7 +203,7 @@ def encoder_batch(
 ) -> PackedBatch | None:
     """The packed batch of an encoder's call, or None if the stock forward has to run it."""
     keep_padding = kwargs.pop(KEEP_PADDING, False)
-    reason = call_reason(module._fastbert.config, kwargs | crossing)
+    reason = call_reason(module._fastbert.config, kwargs | crossing) or replaced_method(module.stock)
     if reason is not None:
         if module._fastbert.graphs is not None:
             module._fastbert.graphs.reason = reason
@@ -245,7 +248,7 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
         if y is not None:
             return y
     recorded = captured("hidden_states")
-    if not recorded and hidden_states.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if hidden_states.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not captured():
         y = encode_at_once(module, hidden_states, batch)
         if y is not None:
             return y
@@ -279,20 +282,18 @@ def replay(
 
 
 def encode_at_once(
-    module: Any, hidden_states: Tensor, batch: PackedBatch, weights: tuple[Tensor, ...] | None = None
+    module: Any, hidden_states: Tensor, batch: PackedBatch, stack: ResolvedStack | None = None
 ) -> Tensor | None:
     """All layers of an encoder in one op, or None if they have to be called one by one.
 
-    weights: `settled`, if that has been asked.
+    stack: `settled`, if that has been asked.
     """
-    state = module._fastbert
-    weights = settled(module) if weights is None else weights
-    if weights is None:
-        state.resolved = stack_of(module.layer, hidden_states, batch)
-        if state.resolved is None:
+    stack = settled(module) if stack is None else stack
+    if stack is None:
+        stack = module._fastbert.resolved = stack_of(module.layer, hidden_states, batch)
+        if stack is None:
             return None
-        weights = state.resolved.parameters
-    y = encoder.layers_at_once(batch.rows(hidden_states), batch, weights, state.resolved.settings)
+    y = encoder.layers_at_once(batch.rows(hidden_states), batch, stack.parameters, stack.settings)
     if y is None:
         return None
     for layer in module.layer:
@@ -300,10 +301,10 @@ def encode_at_once(
     return batch.unpack(y)
 
 
-def settled(module: Any) -> tuple[Tensor, ...] | None:
-    """The weights of an encoder whose layers ran as one before, if nothing about them has changed since."""
-    resolved = module._fastbert.resolved
-    return None if resolved is None else resolved.weights(module.layer)
+def settled(module: Any) -> ResolvedStack | None:
+    """The layers of an encoder that ran as one before, if nothing about them has changed since."""
+    stack = module._fastbert.resolved
+    return None if stack is None or stack.weights(module.layer) is None else stack
 
 
 def stack_of(layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -> ResolvedStack | None:
@@ -364,23 +365,25 @@ class FastEmbeddings(Fast):
             self._fastbert.reason = reason
         if reason is not None:
             return super().forward(*arguments)
-        return self.embed(encoder.token_ids(self, input_ids, token_type_ids, position_ids, past_key_values_length))
+        plain = plain_buffers(self)
+        ids = input_ids, token_type_ids, position_ids, past_key_values_length
+        return self.embed(encoder.token_ids(self, *ids, plain_buffers=plain))
 
     def embed(self, ids: encoder.TokenIds) -> Tensor:
         """The fast path: `encoder.embed` of this module."""
         y = encoder.embed(self, ids)
-        if self.resolve().requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+        if torch.is_grad_enabled() and not y.requires_grad and self.resolve().requires_grad:
             y.requires_grad_()
         return y
 
     def resolve(self) -> ResolvedEmbeddings:
         """The module's parts, looked up anew only if something changed."""
-        state = self._fastbert
         if torch.compiler.is_compiling():
             return ResolvedEmbeddings(self)
-        if state.resolved is None or not state.resolved.current(self):
-            state.resolved = ResolvedEmbeddings(self)
-        return state.resolved
+        resolved = self._fastbert.resolved
+        if resolved is None or not resolved.current(self):
+            resolved = self._fastbert.resolved = ResolvedEmbeddings(self)
+        return resolved
 
     def ready_parts(self) -> tuple[str | None, tuple[Tensor, ...] | None]:
         """(why the module's parts speak against the fast path, or None; the weights)."""
@@ -405,23 +408,25 @@ def encode_ids(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
         return None
     embeddings, stack = model.embeddings, model.encoder
     held = stack._fastbert.graphs
-    weights = None if torch.is_grad_enabled() else settled(stack)
+    layers = None if torch.is_grad_enabled() else settled(stack)
     later = held is not None and held.settled  # graphs look at the layers themselves
-    if weights is None and not later and not packable(stack):
+    if layers is None and not later and not packable(stack):
         return None
     input_ids, mask, position_ids = map(kwargs.get, ("input_ids", "attention_mask", "position_ids"))
     batch = batch_of_ids(input_ids, mask, kwargs)
-    ids = encoder.token_ids(embeddings, input_ids, kwargs.get("token_type_ids"), position_ids, batch=batch)
+    plain = plain_buffers(embeddings)
+    types = kwargs.get("token_type_ids")
+    ids = encoder.token_ids(embeddings, input_ids, types, position_ids, batch=batch, plain_buffers=plain)
     embeddings._fastbert.reason = None
     if held is not None:
         y = replay(stack.layer, held, ids, batch, embeddings)
         if y is not None:
             return y
-        if weights is None and later and not packable(stack):
+        if layers is None and later and not packable(stack):
             return None
     x = batch.rows(embeddings.embed(ids))
-    if weights is not None:
-        y = encode_at_once(stack, x, batch, weights)
+    if layers is not None:
+        y = encode_at_once(stack, x, batch, layers)
         if y is not None:
             return y
     rest = {"encoder_attention_mask": None, "past_key_values": None, "position_ids": position_ids}
@@ -443,6 +448,9 @@ def packs_first(model: Any, kwargs: dict[str, Any]) -> bool:
         and not config.is_decoder
         and getattr(config, "is_causal", None) is None
         and call_reason(config, {}) is None
+        and "_create_attention_masks" not in vars(model)
+        and replaced_method(model.stock, "_create_attention_masks") is None
+        and replaced_method(stack.stock) is None
         and isinstance(embeddings, FastEmbeddings)
         and bypass_reason(embeddings, "embeddings") is None
         and isinstance(stack, FastEncoder)

@@ -195,3 +195,10 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     with pytest.raises(OSError, match=str(tmp_path.name)):
         fastbert.BertModel.from_pretrained(tmp_path, local_files_only=True)
+
+
+@pytest.mark.parametrize(("head", "most"), [("Model", 9), ("ForMaskedLM", 8), ("ForSequenceClassification", 6)])
+def test_one_positional_argument_too_many(head: str, most: int) -> None:
+    ids = torch.ones(2, 5, dtype=torch.long)
+    with pytest.raises(TypeError):
+        fast(head=head)(ids, torch.ones_like(ids), *[None] * (most - 2), True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from comparison import build, inputs, real
+from transformers.models.bert import modeling_bert
 
 import fastbert
 
@@ -133,3 +135,39 @@ def test_compiled_without_logits(head: str) -> None:
         for name, gradient in gradients.items():
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=2e-6, rtol=1e-4, msg=name)
     assert largest[0] >= logits > largest[1]
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_compile_with_a_replaced_method(patched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = fastbert.optimize(build(num_hidden_layers=1)), inputs("right")
+    if patched:
+        stock = modeling_bert.BertOutput.forward
+        monkeypatch.setattr(modeling_bert.BertOutput, "forward", lambda self, *args: 2 * stock(self, *args))
+    expected = fastbert.restore(copy.deepcopy(model))(**batch)[0]
+    ops: set[str] = set()
+
+    def look(graph: Any, example: Any) -> Any:
+        ops.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    y = torch.compile(model, fullgraph=True, backend=look)(**batch)[0]
+    torch.testing.assert_close(y[real(batch)], expected[real(batch)], atol=1e-5, rtol=1e-5)
+    assert any("attention_fwd" in op for op in ops) != patched, ops
+
+
+def test_compile_reads_the_buffers_of_the_embeddings() -> None:
+    model, batch = fastbert.optimize(build(num_hidden_layers=1)), inputs("right")
+    model.embeddings.token_type_ids.fill_(1)
+    expected = fastbert.restore(copy.deepcopy(model))(**batch)[0]
+    y = torch.compile(model, fullgraph=True, backend="eager")(**batch)[0]
+    torch.testing.assert_close(y[real(batch)], expected[real(batch)], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_to_onnx() -> None:
+    pytest.importorskip("onnxscript")
+    model = fastbert.optimize(build(head="ForSequenceClassification", num_hidden_layers=1))
+    batch = inputs("right")
+    program = torch.onnx.export(model, (batch["input_ids"], batch["attention_mask"]), dynamo=True, verbose=False)
+    assert program is not None
+    assert not any("fastbert" in (node.domain or "") for node in program.model.graph)

@@ -13,10 +13,12 @@ import pytest
 import torch
 from comparison import all_fast, build, inputs, real, reasons
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
+from transformers.models.bert import modeling_bert
 
 import fastbert
-from fastbert import guards
+from fastbert import guards, swapped
 
 
 def check_same(model: nn.Module, expected: str, *, layers: slice = slice(0, 1), **extra: Any) -> None:
@@ -443,3 +445,166 @@ def test_forward_replaced_on_a_layer() -> None:
     layer = model.encoder.layer[0]
     layer.forward = functools.partial(type(layer).forward, layer)
     check_same(fastbert.optimize(model), "its forward was replaced before")
+
+
+# --- methods and attributes that the fast path stands in for ---
+
+METHODS = [
+    ("BertSelfAttention", "forward"),
+    ("BertOutput", "forward"),
+    ("BertLayer", "feed_forward_chunk"),
+    ("BertLayer", "forward"),
+    ("BertEncoder", "forward"),
+    ("BertEmbeddings", "forward"),
+    ("BertModel", "forward"),
+    ("BertModel", "_create_attention_masks"),
+    ("Linear", "forward"),
+    ("LayerNorm", "forward"),
+]
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_method_replaced_on_a_class(name: str, method: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = getattr(modeling_bert, name, None) or getattr(nn, name)
+    stock = getattr(cls, method)
+    called: list[str] = []
+
+    @functools.wraps(stock)
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(name)
+        return stock(self, *args, **kwargs)
+
+    batch = inputs("right")
+    with torch.no_grad():
+        if when == "before":
+            monkeypatch.setattr(cls, method, patched)
+        model = fastbert.optimize(build())
+        if when == "after":
+            model(**batch)
+            model(**batch)
+            monkeypatch.setattr(cls, method, patched)
+        called.clear()
+        ours = model(**batch)[0]
+        assert called
+        if method != "_create_attention_masks":
+            assert f"{name}.{method} is replaced" in str(fastbert.report(model))
+        monkeypatch.undo()
+        torch.testing.assert_close(model(**batch)[0][real(batch)], ours[real(batch)], atol=2e-5, rtol=2e-5)
+        assert all_fast(model)
+
+
+def chunk_replaced(model: Any) -> None:
+    first(model).feed_forward_chunk = lambda attention_output: attention_output
+
+
+def masks_replaced(model: Any) -> None:
+    stock = model._create_attention_masks
+    model._create_attention_masks = lambda **kwargs: stock(**kwargs | {"attention_mask": None})
+
+
+def causal(model: Any) -> None:
+    first(model).attention.self.is_causal = True
+
+
+def smaller_heads(model: Any) -> None:
+    first(model).attention.self.attention_head_size = 8
+    first(model).attention.self.num_attention_heads = 6
+
+
+def tanh(model: Any) -> None:
+    first(model).intermediate.intermediate_act_fn.approximate = "tanh"
+
+
+def short_words(model: Any) -> None:
+    model.embeddings.word_embeddings.max_norm = 0.5
+
+
+def type_buffer(model: Any) -> None:
+    model.embeddings.token_type_ids.fill_(1)
+
+
+def position_buffer(model: Any) -> None:
+    model.embeddings.position_ids = model.embeddings.position_ids.flip(1).contiguous()
+
+
+def no_type_buffer(model: Any) -> None:
+    del model.embeddings.token_type_ids
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        chunk_replaced,
+        masks_replaced,
+        causal,
+        smaller_heads,
+        tanh,
+        short_words,
+        type_buffer,
+        position_buffer,
+        no_type_buffer,
+    ],
+)
+@pytest.mark.parametrize("calls", [0, 2])
+@pytest.mark.parametrize("grad", [False, True])
+def test_attributes_changed_at_any_time(change: Callable[[Any], None], calls: int, grad: bool) -> None:
+    stock = build()
+    for layer in stock.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.GELU()
+    ours, batch = fastbert.optimize(copy.deepcopy(stock)), inputs("right")
+    with torch.set_grad_enabled(grad):
+        for _ in range(calls):
+            ours(**batch)
+        change(ours)
+        change(stock)
+        y, expected = ours(**batch)[0], stock(**batch)[0]
+    keep = real(batch)
+    torch.testing.assert_close(y[keep], expected[keep], atol=2e-5, rtol=2e-5)
+
+
+def test_replaced_chunk_is_reported() -> None:
+    model = fastbert.optimize(build())
+    chunk_replaced(model)
+    check_same(model, "feed_forward_chunk is replaced")
+
+
+def test_all_layers_in_one_op_after_hidden_states_were_asked_for_once() -> None:
+    model, batch = fastbert.optimize(build()), inputs("right")
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states
+        y = model(**batch)[0]
+        assert model.encoder._fastbert.resolved is not None
+        model(**batch)
+        again = model(**batch, output_hidden_states=True).hidden_states
+    assert len(again) == len(states) == 3
+    torch.testing.assert_close(again[-1], y)
+
+
+def test_threads_that_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = fastbert.optimize(build()), inputs("right")
+    stock = swapped.settled
+
+    def settled(module: Any) -> Any:
+        found = stock(module)
+        module._fastbert.resolved = None  # as another thread does at this moment
+        return found
+
+    with torch.no_grad():
+        expected = model(**batch)[0]
+        model(**batch)
+        monkeypatch.setattr(swapped, "settled", settled)
+        torch.testing.assert_close(model(**batch)[0], expected)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_differentiation(grad: bool) -> None:
+    stock = build(attn_implementation="eager")
+    model = fastbert.optimize(copy.deepcopy(stock))
+    primal, tangent = torch.randn(2, 4, 5, 48)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        dual = forward_ad.make_dual(primal, tangent)
+        found, expected = (forward_ad.unpack_dual(m(inputs_embeds=dual)[0]).tangent for m in (model, stock))
+        assert found is not None
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    assert reasons(model) == ["forward-mode differentiation is running"] * 2

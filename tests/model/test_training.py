@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import transformers
 from comparison import all_fast, build, inputs, judge_gradients, real
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import fastbert
 from fastbert import ops
@@ -29,21 +30,19 @@ def mlm_batch(share: float = 0.3) -> dict[str, torch.Tensor]:
 
 
 def shapes_seen(model: nn.Module, **batch: Any) -> tuple[Any, list[torch.Size]]:
-    """The output, and the shapes that the decoder of the head was called with."""
+    """The output, and the shapes of the padded states that the decoder's weight was multiplied with."""
     seen: list[torch.Size] = []
     decoder = model.cls.predictions.decoder
-    stock = nn.Linear.forward
 
-    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        if self is decoder:
-            seen.append(x.shape)
-        return stock(self, x)
+    class Spy(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            of_decoder = function is nn.functional.linear and args[1].data_ptr() == decoder.weight.data_ptr()
+            if of_decoder and args[0].dim() == 3:
+                seen.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
 
-    nn.Linear.forward = forward  # type: ignore[method-assign]
-    try:
+    with Spy():
         return model(**batch), seen
-    finally:
-        nn.Linear.forward = stock  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])
@@ -60,6 +59,7 @@ def test_logits_only_when_asked_for(head: str) -> None:
     assert list(outputs.keys())[1] == field
     assert field in outputs
     assert seen == []
+    assert shapes_seen(model, **inputs("right"))[1] == [torch.Size([4, 21, 48])]
     assert getattr(outputs, field).shape == (4, 21, 120)
     stock = fastbert.restore(copy.deepcopy(model))(**batch)
     assert list(stock.keys()) == list(outputs.keys())
@@ -115,8 +115,124 @@ def test_logits_keep_the_state_of_the_forward() -> None:
     outputs.loss.backward()
     with torch.no_grad():
         model.cls.predictions.decoder.weight.add_(1)
-    with pytest.warns(UserWarning, match=r"read them before optimizer.step\(\)"):
+    with pytest.raises(RuntimeError, match=r"read them before optimizer.step\(\)"):
         outputs.logits  # noqa: B018
+
+
+def swapped_data(model: Any, other: Any) -> None:
+    for parameter, new in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.data = new.data
+
+
+def assigned(model: Any, other: Any) -> None:
+    model.load_state_dict(other.state_dict(), assign=True)
+
+
+def hooked(model: Any, other: Any) -> None:
+    model.cls.register_forward_hook(lambda module, args, output: output * 0)
+
+
+def converted(model: Any, other: Any) -> None:
+    model.bfloat16()
+
+
+def moved(model: Any, other: Any) -> None:
+    model.to("meta")
+
+
+@pytest.mark.parametrize("change", [swapped_data, assigned, hooked, converted, moved])
+@pytest.mark.parametrize("grad", [False, True])
+def test_logits_are_those_of_the_forward_whatever_becomes_of_the_model(
+    change: Callable[[Any, Any], None], grad: bool
+) -> None:
+    model, batch = fastbert.optimize(build(head="ForMaskedLM")), mlm_batch()
+    expected = fastbert.restore(copy.deepcopy(model))(**batch).logits
+    with torch.set_grad_enabled(grad):
+        outputs = model(**batch)
+    change(model, build(head="ForMaskedLM"))
+    torch.testing.assert_close(outputs.logits[real(batch)], expected[real(batch)], atol=2e-5, rtol=2e-5)
+
+
+def test_logits_of_a_functional_call() -> None:
+    model, other, batch = fastbert.optimize(build(head="ForMaskedLM")), build(head="ForMaskedLM"), mlm_batch()
+    with torch.no_grad():
+        ours = torch.func.functional_call(model, dict(other.named_parameters()), (), batch)
+        expected = other(**batch)
+    torch.testing.assert_close(ours.loss, expected.loss)
+    torch.testing.assert_close(ours.logits[real(batch)], expected.logits[real(batch)], atol=2e-5, rtol=2e-5)
+
+
+def through_data(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5)
+
+
+def states_in_place(model: Any) -> None:
+    model.seen.add_(1)
+
+
+@pytest.mark.parametrize("change", [through_data, states_in_place])
+def test_logits_of_overwritten_numbers_are_an_error(change: Callable[[Any], None]) -> None:
+    model = fastbert.optimize(build(head="ForMaskedLM"))
+    with torch.no_grad():
+        outputs = model(**mlm_batch(), output_hidden_states=True)
+        model.seen = outputs.hidden_states[-1]
+        change(model)
+    with pytest.raises(RuntimeError, match=r"overwritten since the forward; read them before optimizer.step\(\)"):
+        outputs.logits  # noqa: B018
+
+
+def test_model_built_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = fastbert.optimize(build(head="ForMaskedLM"))
+    batch = mlm_batch()
+    with torch.no_grad():
+        ours, expected = model(**batch), fastbert.restore(copy.deepcopy(model))(**batch)
+        torch.testing.assert_close(ours.loss, expected.loss)
+        torch.testing.assert_close(ours.logits[real(batch)], expected.logits[real(batch)], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dtype_of_the_loss(head: str, autocast: bool) -> None:
+    model, batch = fastbert.optimize(build(head=head).bfloat16()), mlm_batch()
+    if head == "ForPreTraining":
+        batch["next_sentence_label"] = torch.tensor([0, 1, 0, 1])
+    stock = fastbert.restore(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, expected = model(**batch).loss, stock(**batch).loss
+    assert ours.dtype is expected.dtype
+    torch.testing.assert_close(ours, expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining", "ForSequenceClassification"])
+def test_hook_on_the_base_model_sees_the_ids(head: str) -> None:
+    model, batch = fastbert.optimize(build(head=head)), mlm_batch()
+    if head == "ForPreTraining":
+        batch["next_sentence_label"] = torch.tensor([0, 1, 0, 1])
+    if head == "ForSequenceClassification":
+        batch["labels"] = torch.tensor([0, 1, 0, 1])
+    seen: list[torch.Tensor] = []
+    model.bert.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(**batch)
+    assert len(seen) == 1
+    assert seen[0] is batch["input_ids"]
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining", "ForTokenClassification"])
+@pytest.mark.parametrize("family", ["bert", "roc_bert"])
+def test_labels_at_masked_places_count_as_in_stock(head: str, family: str) -> None:
+    if (head, family) == ("ForPreTraining", "roc_bert"):
+        pytest.skip("it takes other labels")
+    model, batch = fastbert.optimize(build(family, head)), inputs("right")
+    batch["labels"] = batch["input_ids"] % 2
+    if head == "ForPreTraining":
+        batch["next_sentence_label"] = torch.tensor([0, 1, 0, 1])
+    ours = model(**batch)
+    assert all_fast(model)
+    expected = fastbert.restore(model)(**batch)
+    torch.testing.assert_close(ours.loss, expected.loss)
+    torch.testing.assert_close(ours[1], expected[1], atol=2e-5, rtol=2e-5)
 
 
 @pytest.fixture
