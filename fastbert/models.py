@@ -98,11 +98,16 @@ class FastQuestionAnswering(FastModel):
 def with_padding(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a head with tokens' labels, by which the encoder keeps masked places if one of them has a label.
 
-    Stock's loss counts them. Only on the CPU: elsewhere the host would have to wait for the labels.
+    Stock's loss counts them. Only on the CPU: elsewhere the host would have to wait for the labels. Compiled code
+    cannot look at them, but keeps its padding anyway, unless a `token_bound` asks for a number of rows.
     """
     labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
     if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or labels.shape != mask.shape:
         return kwargs
+    if packing.bounded():
+        return kwargs
+    if torch.compiler.is_compiling():
+        return kwargs | {swapped.KEEP_PADDING: True}
     readable = mask.is_cpu and labels.is_cpu and not packing.unreadable(mask) and not packing.unreadable(labels)
     if readable and guards.call_reason(model.config, {}) is None and ((labels != -100) & (mask == 0)).any():
         return kwargs | {swapped.KEEP_PADDING: True}

@@ -49,6 +49,11 @@ def token_bound(tokens: int) -> Iterator[None]:
         _bound = before
 
 
+def bounded() -> bool:
+    """Whether a `token_bound` is in force."""
+    return _bound is not None
+
+
 class PackedBatch:
     """One batch as the encoder sees it.
 

@@ -230,9 +230,12 @@ def test_labels_at_masked_places_count_as_in_stock(head: str, family: str) -> No
         batch["next_sentence_label"] = torch.tensor([0, 1, 0, 1])
     ours = model(**batch)
     assert all_fast(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(**batch)
     expected = fastbert.restore(model)(**batch)
-    torch.testing.assert_close(ours.loss, expected.loss)
-    torch.testing.assert_close(ours[1], expected[1], atol=2e-5, rtol=2e-5)
+    for outputs in (ours, compiled):
+        torch.testing.assert_close(outputs.loss, expected.loss)
+        torch.testing.assert_close(outputs[1], expected[1], atol=2e-5, rtol=2e-5)
 
 
 @pytest.fixture
