@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastbert import internals
 from fastbert.guards import IMPLEMENTATION, captured
 from fastbert.packing import PackedBatch, additive
 
@@ -39,7 +39,7 @@ def attention_forward(
         attention_mask = attention_mask.to(torch.bool)[:, None, None, :]
         attention_mask = attention_mask.expand(-1, 1, query.shape[2], -1)
     wanted = kwargs.get("output_attentions") or captured("attentions") or captured("cross_attentions")
-    if wanted or forward_ad._current_level >= 0:  # which SDPA has no formula for
+    if wanted or internals.forward_mode():  # which SDPA has no formula for
         return _eager(module, query, key, value, attention_mask, dropout, scaling)
     return ALL_ATTENTION_FUNCTIONS["sdpa"](
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -377,7 +377,7 @@ def test_report() -> None:
     ]
     assert told["embeddings"] == [{"name": "bert.embeddings", "path": "fast", "reason": None}]
     assert told["calls"] == {"fast": 1, "stock": 1}
-    assert set(told) == {"layers", "ops", "embeddings", "calls"}
+    assert set(told) == {"layers", "ops", "embeddings", "others", "calls"}
     assert json.loads(json.dumps(told)) == told
     assert set(told["ops"]) == {"attention", "ffn", "layernorm", "embedding", "mlm_loss", "linear"}
     for op in told["ops"].values():
