@@ -42,8 +42,11 @@ def test_killed_and_resumed_to_the_bit(
     out = tmp_path / "out"
     arguments = kit.pretrain_flags([pairs, long_pairs], base_model, out, **TWO_PHASES)
     folder = out / f"checkpoint-{step}"
-    ready = folder if step == 8 else folder / "trainer_state.json"  # which is written last
-    kit.signal_when(kit.start(arguments), ready.exists, signal.SIGKILL)
+
+    def ready() -> bool:
+        return folder.exists() and (step == 8 or checkpoint_problem(folder) is None)
+
+    kit.signal_when(kit.start(arguments), ready, signal.SIGKILL)
     assert not (out / "report.json").exists()
     assert main([*arguments, "--resume_from_checkpoint", "true"]) == 0
     assert kit.report(out)["resumed_from"] in (("checkpoint-4", "checkpoint-8") if step == 8 else ("checkpoint-12",))
