@@ -95,8 +95,20 @@ def _build_reason(key: str = "reason", unknown: str = "fastbert was installed wi
     return reason or unknown
 
 
+def _settle_vector_math() -> None:
+    """Have MKL choose its kernels of a BERT's and an optimizer's functions before two threads ask it at once.
+
+    PyTorch's oneMKL chooses each function's kernel in its first call, and while one thread chooses, another may run
+    one of low accuracy (1e-4) over its part: in about one process of a hundred, once (pytorch/pytorch#188792).
+    """
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
+    for function in (torch.tanh, torch.sqrt, torch.exp, torch.log, torch.erf):
+        function(one)
+
+
 extension_error: str | None = _load_extension()
 cuda_error: str | None = _load_cuda()
+_settle_vector_math()
 
 
 def leaf(name: str) -> torch._ops.OpOverload | None:

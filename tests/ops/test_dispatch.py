@@ -286,3 +286,28 @@ def test_without_the_extension_everything_runs_on_the_reference() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     printed = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
     assert "cannot run: " in printed
+
+
+FIRST_CALLS = """
+import os
+import sys
+import torch
+
+if sys.argv[1] == "fastbert":
+    import fastbert.dispatch
+torch.set_num_threads(1)  # a process that has threads cannot be forked
+x = torch.rand(32, 384) + 0.1
+wrong = 0
+for _ in range(200):
+    process = os.fork()
+    if not process:
+        torch.set_num_threads(2)
+        os._exit(int((torch.tanh(x) - torch.tanh(x.double())).abs().max() > 1e-6))
+    wrong += os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+print(wrong)
+"""
+
+
+def test_first_calls_of_vector_math_are_accurate() -> None:
+    """Each process that is forked makes a first call with two threads: one in a hundred is wrong without fastbert."""
+    assert subprocess.check_output([sys.executable, "-c", FIRST_CALLS, "fastbert"], text=True) == "0\n"
