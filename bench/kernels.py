@@ -3,7 +3,7 @@
 Every way in which a Triton kernel can be launched (`cases(arch)` of each file of fastbert.kernels) is compiled to
 machine code, which is read: registers, stack, local memory, shared memory, matrix instructions, and from that how many
 programs a multiprocessor holds. A kernel that spills, that asks for more shared memory than the GPU has, that leaves no
-room for the programs which are to work beside it, or that multiplies 16-bit matrices on sm_90 without wgmma (HGMMA in
+room for the programs which are to work beside it, or that multiplies matrices on sm_90 without wgmma (HGMMA in
 machine code), or elsewhere without any matrix instruction, is an error.
 """
 

@@ -252,7 +252,8 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 }
                 label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * drops
                 options = {key: config[key] for key in ("num_warps", "num_stages")}
-                yield configs.Case(label, kernel, signature, constants, options, matrix=dtype != "fp32")
+                matrix = dtype != "fp32" or (block_d <= 64 and op != "attention_bwd_dbias")
+                yield configs.Case(label, kernel, signature, constants, options, matrix)
     yield from _tile_cases(arch)
 
 

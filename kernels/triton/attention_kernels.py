@@ -13,7 +13,7 @@ Arguments that recur, T tokens in B sequences:
     bias float32 [B or 1, heads or 1, S or 1, S] or None; bias_batch, bias_head, bias_query: its strides, 0 where it
         broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
     seed int64 [1] or None; threshold, keep_scale: as in dropout.scalars
-HEAD_DIM is padded to the power of two BLOCK_D with zeros. Products of float32 matrices are exact ("ieee"), not TF32.
+HEAD_DIM is padded to the power of two BLOCK_D with zeros. Products of float32 matrices keep its accuracy (`_dot`).
 SCALED: Q K^T is multiplied by scale before anything else, as a bias, a negative scale and float32's accuracy want it;
 otherwise exp takes the scale in, in one fused operation.
 """
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from fastbert.kernels.dropout import dropped, keep_attention, keep_attention_transposed
+from fastbert.kernels.matmul import ACCURATE
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
@@ -46,6 +47,15 @@ def _find_tile(cu_seqlens, batch, BLOCK: tl.constexpr):
     start = tl.load(cu_seqlens + low)
     length = tl.load(cu_seqlens + low + 1) - start
     return low, start.to(tl.int64), length, (slot - start // BLOCK - low) * BLOCK
+
+
+@triton.jit
+def _dot(a, b, total, BLOCK_D: tl.constexpr):
+    """a b, added to `total` if that is not None.
+
+    Large heads leave no registers for the parts that float32 is cut into.
+    """
+    return tl.dot(a, b, total, input_precision=ACCURATE if BLOCK_D <= 64 else "ieee")
 
 
 @triton.jit
@@ -154,7 +164,7 @@ def _attend(
 ):  # fmt: skip
     """One step of the online softmax: the queries q (first, first + 1, ...) meet the keys n, n + 1, ..."""
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = _dot(q, tl.trans(k), None, BLOCK_D)
     if bias is not None:
         added = _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
         scores = _scale(scores, scale, added)
@@ -165,7 +175,7 @@ def _attend(
     if seed is not None:
         p = tl.where(keep_attention(seed, threshold, head, start, first, n, BLOCK_M, BLOCK_N), p, dropped(length))
     v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    acc = _dot(p.to(v.dtype), v, acc * shrink[:, None], BLOCK_D)
     return acc, top, total
 
 
@@ -237,7 +247,7 @@ def _attention_fwd_short_kernel(
     k = _load_rows(k_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     v = _load_rows(v_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
 
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = _dot(q, tl.trans(k), None, BLOCK_D)
     top = tl.full((BLOCK_S,), -INFINITY, tl.float32)
     if bias is not None:
         added = _load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True)
@@ -248,7 +258,7 @@ def _attention_fwd_short_kernel(
     row_sum = tl.sum(p, 1)
     if seed is not None:
         p = tl.where(keep_attention(seed, threshold, head, start, 0, 0, BLOCK_S, BLOCK_S), p, dropped(length))
-    acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    acc = _dot(p.to(v.dtype), v, None, BLOCK_D)
     acc *= tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)[:, None]
     out_head = out + start * heads * HEAD_DIM + head * HEAD_DIM
     _store_rows(out_head, acc, 0, length, heads * HEAD_DIM, BLOCK_S, HEAD_DIM, BLOCK_D)
@@ -285,7 +295,7 @@ def _meet_keys(
     """Keys n, n + 1, ..., and the probabilities and their gradients, both [BLOCK_M, BLOCK_N], of the queries q."""
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = _dot(q, tl.trans(k), None, BLOCK_D)
     if bias is not None:
         added = _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
         scores = _scale(scores, scale, added)
@@ -294,7 +304,7 @@ def _meet_keys(
     p = _probabilities(scores, lse[:, None], scale, SCALED)
     if MASKED:
         p = tl.where(tl.arange(0, BLOCK_N)[None, :] < length - n, p, 0.0)
-    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    dp = _dot(dout, tl.trans(v), None, BLOCK_D)
     if seed is not None:
         keep = keep_attention(seed, threshold, head, start, first, n, BLOCK_M, BLOCK_N)
         dp = tl.where(keep, dp, 0.0) * keep_scale
@@ -351,14 +361,14 @@ def _attention_bwd_dq_kernel(
             threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
             SCALED, False,
         )  # fmt: skip
-        dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision="ieee")
+        dq = _dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, BLOCK_D)
     for n in tl.range(full, length, BLOCK_N, num_stages=1):
         k, p, dp = _meet_keys(
             q, do, row_lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
             threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
             SCALED, True,
         )  # fmt: skip
-        dq = tl.dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, input_precision="ieee")
+        dq = _dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, BLOCK_D)
     _store_rows(dq_head, dq * scale, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
@@ -454,7 +464,7 @@ def _attention_bwd_dkdv_kernel(
         else:
             row_lse = tl.load(stats + 2 * m + tl.arange(0, BLOCK_M))
             row_delta = tl.load(stats + 2 * m + BLOCK_M + tl.arange(0, BLOCK_M))
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        scores = _dot(k, tl.trans(q), None, BLOCK_D)
         if bias is not None:
             added = tl.trans(_load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
             scores = _scale(scores, scale, added)
@@ -463,17 +473,17 @@ def _attention_bwd_dkdv_kernel(
         p = _probabilities(scores, row_lse[None, :], scale, SCALED)
         if dq_sum is not None:
             p = tl.where(key < length, p, 0.0)
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        dp = _dot(v, tl.trans(do), None, BLOCK_D)
         kept = p
         if seed is not None:
             keep = keep_attention_transposed(seed, threshold, head, start, m, first, BLOCK_M, BLOCK_N)
             kept = tl.where(keep, p, dropped(length))
             dp = tl.where(keep, dp, 0.0) * keep_scale
-        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
+        dv = _dot(kept.to(do.dtype), do, dv, BLOCK_D)
         ds = (p * (dp - row_delta[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        dk = _dot(ds, q, dk, BLOCK_D)
         if dq_sum is not None:
-            dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+            dq = _dot(tl.trans(ds), k, None, BLOCK_D)
             tl.atomic_add(_rows(dq_sum, m, BLOCK_D, BLOCK_M, BLOCK_D), dq, sem="relaxed")
 
     _store_rows(dk_head, dk * scale, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -514,25 +524,25 @@ def _attention_bwd_short_kernel(
     v = _load_rows(v_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     do = _load_rows(do_head, 0, length, out_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
 
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+    scores = _dot(k, tl.trans(q), None, BLOCK_D)
     if bias is not None:
         added = tl.trans(_load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True))
         scores = _scale(scores, scale, added)
     elif SCALED:
         scores = _scale(scores, scale, 0.0)
     p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], scale, SCALED), 0.0)
-    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    dp = _dot(v, tl.trans(do), None, BLOCK_D)
     kept = p
     if seed is not None:
         keep = keep_attention_transposed(seed, threshold, head, start, 0, 0, BLOCK_S, BLOCK_S)
         kept = tl.where(keep, p, dropped(length))
         dp = tl.where(keep, dp, 0.0) * keep_scale
-    dv = tl.dot(kept.to(do.dtype), do, input_precision="ieee")
+    dv = _dot(kept.to(do.dtype), do, None, BLOCK_D)
     _store_rows(dq_head + 2 * heads * HEAD_DIM, dv * keep_scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
     ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q.dtype)
-    dk = tl.dot(ds, q, input_precision="ieee")
+    dk = _dot(ds, q, None, BLOCK_D)
     _store_rows(dq_head + heads * HEAD_DIM, dk * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
-    dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+    dq = _dot(tl.trans(ds), k, None, BLOCK_D)
     _store_rows(dq_head, dq * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
 
 
@@ -582,11 +592,11 @@ def _attention_bwd_dbias_kernel(
                 )
                 row_lse = _load_lse(lse + rows, query, length, SCALED)
                 row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
-                scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+                scores = _dot(q, tl.trans(k), None, BLOCK_D)
                 added = _load_bias(bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
                 scores = _scale(scores, scale, added)
                 p = tl.where(key < length, _probabilities(scores, row_lse[:, None], scale, SCALED), 0.0)
-                dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+                dp = _dot(do, tl.trans(v), None, BLOCK_D)
                 if seed is not None:
                     keep = keep_attention(seed, threshold, head, start, m, first_key, BLOCK_M, BLOCK_N)
                     dp = tl.where(keep, dp, 0.0) * keep_scale

@@ -1,6 +1,10 @@
 """gelu(x W1^T + b1) W2^T. The first product has bias and exact GELU in its epilogue; in the backward, the product that
 gives the gradient of the activation turns it into that of the pre-activation, sums the bias's, and recomputes the
 activation. The products without an epilogue of their own belong to the vendor's library.
+
+So do those of float32 where TF32 is not allowed, which have no tensor cores: a thread of Triton's product reads columns
+of the weight that lie in the same banks of shared memory, and waits for them two thirds of its time or more. What the
+epilogues do is then one pass over the product.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ A3 = tl.constexpr(0.21260244)
 A4 = tl.constexpr(-0.14439103)
 A5 = tl.constexpr(0.3221214)
 A6 = tl.constexpr(-0.096323112)
+# The passes over what the vendor's library multiplied.
+_GELU_FWD = {"BLOCK_M": 8, "BLOCK_N": 256, "num_warps": 4}
+_GELU_BWD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8}
 SMALL_ROWS = 512  # up to here large tiles would leave processors idle
 
 
@@ -60,12 +67,20 @@ def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _ffn_fwd_epilogue(v, m, n, bias, pre, act, num_rows, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """v: float32 [BLOCK_M, BLOCK_N], the product's rows from m and columns from n. The rest as the kernel has it."""
+def _place(m, n, num_rows, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of a tile of a [num_rows, N], rows from m and columns from n: where it starts, where its elements lie from there,
+    and which of them exist."""
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    start = m.to(tl.int64) * N + n
     offset = row[:, None] * N + column[None, :]
     inside = (row < num_rows - m)[:, None] & (column < N - n)[None, :]
+    return m.to(tl.int64) * N + n, offset, inside
+
+
+@triton.jit
+def _ffn_fwd_epilogue(v, m, n, bias, pre, act, num_rows, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """v: float32 [BLOCK_M, BLOCK_N], the product's rows from m and columns from n. The rest as the kernel has it."""
+    start, offset, inside = _place(m, n, num_rows, N, BLOCK_M, BLOCK_N)
+    column = tl.arange(0, BLOCK_N)
     v += tl.load(bias + n + column, mask=column < N - n, other=0.0).to(tl.float32)[None, :]
     if pre is not None:
         tl.store(pre + start + offset, v, mask=inside)
@@ -106,16 +121,14 @@ def _ffn_bwd_epilogue(
     d, m, n, pre, dpre, act, partials, num_rows, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """As `_ffn_fwd_epilogue`; d: of the gradient of the activation."""
-    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    start = m.to(tl.int64) * N + n
-    offset = row[:, None] * N + column[None, :]
-    inside = (row < num_rows - m)[:, None] & (column < N - n)[None, :]
+    start, offset, inside = _place(m, n, num_rows, N, BLOCK_M, BLOCK_N)
     v = tl.load(pre + start + offset, mask=inside, other=0.0).to(tl.float32)
     below, power = _normal(v, act.dtype.element_ty == tl.float32)
     tl.store(act + start + offset, v * below, mask=inside)
     d *= below + v * power * INVERSE_SQRT_2PI
     tl.store(dpre + start + offset, d, mask=inside)
     sums = tl.sum(tl.where(inside, d, 0.0), 0)
+    column = tl.arange(0, BLOCK_N)
     tl.store(partials + (m // BLOCK_M).to(tl.int64) * N + n + column, sums, mask=column < N - n)
 
 
@@ -165,9 +178,52 @@ def _ffn_bwd_kernel(
     _ffn_bwd_epilogue(right, m, n + BLOCK_N // 2, pre, dpre, act, partials, num_rows, N, BLOCK_M, BLOCK_N // 2)
 
 
+@triton.jit(do_not_specialize=("num_rows",))
+def _ffn_gelu_fwd_kernel(
+    bias,  # [N]
+    pre,  # [num_rows, N] or None
+    act,  # [num_rows, N], which holds the product until it is replaced
+    num_rows,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    start, offset, inside = _place(m, n, num_rows, N, BLOCK_M, BLOCK_N)
+    v = tl.load(act + start + offset, mask=inside, other=0.0)
+    _ffn_fwd_epilogue(v, m, n, bias, pre, act, num_rows, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=("num_rows",))
+def _ffn_gelu_bwd_kernel(
+    pre,  # [num_rows, N]
+    dpre,  # [num_rows, N], which holds the gradient of the activation until it is replaced
+    act,  # [num_rows, N]
+    partials,  # float32 [tiles of rows, N], of the bias's gradient
+    num_rows,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    start, offset, inside = _place(m, n, num_rows, N, BLOCK_M, BLOCK_N)
+    d = tl.load(dpre + start + offset, mask=inside, other=0.0)
+    _ffn_bwd_epilogue(d, m, n, pre, dpre, act, partials, num_rows, N, BLOCK_M, BLOCK_N)
+
+
+def _by_vendor(x: Tensor) -> bool:
+    """Whether the vendor's library has all products: see the top of this file."""
+    return x.dtype is torch.float32 and matmul.precision(x.dtype) != "tf32"
+
+
+def _blocks(config: dict[str, int], result: Tensor) -> tuple[int, int]:
+    """The grid of a pass over a matrix."""
+    return configs.cdiv(result.size(0), config["BLOCK_M"]), configs.cdiv(result.size(1), config["BLOCK_N"])
+
+
 def _config(kernel: str, x: Tensor) -> dict[str, int]:
     if x.dtype is torch.float32:
-        shape_class = "fp32"
+        shape_class = "tf32"
     else:
         shape_class = "small" if x.size(0) <= SMALL_ROWS else "large"
     return configs.choose(kernel, shape_class, configs.architecture(x.device))
@@ -180,24 +236,28 @@ def ffn_fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[
     """
     num_rows, features = x.shape
     inner = w1.size(0)
-    act = x.new_empty(num_rows, inner)
+    by_vendor = _by_vendor(x)
+    act = torch.mm(x, w1.t()) if by_vendor else x.new_empty(num_rows, inner)
     pre = torch.empty_like(act) if save else None
     if act.numel() > 0:
-        config = _config("ffn_fwd", x)
         with torch.cuda.device_of(x):
-            _ffn_fwd_kernel[matmul.tiles(config, num_rows, inner),](
-                x,
-                w1,
-                b1,
-                pre,
-                act,
-                num_rows,
-                configs.cdiv(features, config["BLOCK_K"]),
-                K=features,
-                N=inner,
-                PRECISION=matmul.precision(x.dtype),
-                **config,
-            )
+            if by_vendor:
+                _ffn_gelu_fwd_kernel[_blocks(_GELU_FWD, act)](b1, pre, act, num_rows, N=inner, **_GELU_FWD)
+            else:
+                config = _config("ffn_fwd", x)
+                _ffn_fwd_kernel[matmul.tiles(config, num_rows, inner),](
+                    x,
+                    w1,
+                    b1,
+                    pre,
+                    act,
+                    num_rows,
+                    configs.cdiv(features, config["BLOCK_K"]),
+                    K=features,
+                    N=inner,
+                    PRECISION=matmul.precision(x.dtype),
+                    **config,
+                )
     return torch.mm(act, w2.t()), x.new_empty(0) if pre is None else pre
 
 
@@ -207,43 +267,52 @@ def ffn_bwd(dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor) -> tuple
     db1 = w1.new_empty(inner)
     if pre.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(w1), db1.zero_(), torch.zeros_like(w2)
-    dpre, act = torch.empty_like(pre), torch.empty_like(pre)
-    config = _config("ffn_bwd", x)
+    by_vendor = _by_vendor(x)
+    dpre, act = torch.mm(dy, w2) if by_vendor else torch.empty_like(pre), torch.empty_like(pre)
+    config = _GELU_BWD if by_vendor else _config("ffn_bwd", x)
     partials = pre.new_empty(1, configs.cdiv(num_rows, config["BLOCK_M"]), inner, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _ffn_bwd_kernel[matmul.tiles(config, num_rows, inner),](
-            dy,
-            w2,
-            pre,
-            dpre,
-            act,
-            partials,
-            num_rows,
-            configs.cdiv(dy.size(1), config["BLOCK_K"]),
-            K=dy.size(1),
-            N=inner,
-            PRECISION=matmul.precision(x.dtype),
-            **config,
-        )
+        if by_vendor:
+            _ffn_gelu_bwd_kernel[_blocks(config, pre)](pre, dpre, act, partials, num_rows, N=inner, **config)
+        else:
+            _ffn_bwd_kernel[matmul.tiles(config, num_rows, inner),](
+                dy,
+                w2,
+                pre,
+                dpre,
+                act,
+                partials,
+                num_rows,
+                configs.cdiv(dy.size(1), config["BLOCK_K"]),
+                K=dy.size(1),
+                N=inner,
+                PRECISION=matmul.precision(x.dtype),
+                **config,
+            )
         rows.sum_partials(partials, (db1,))
     return torch.mm(dpre, w1), torch.mm(dpre.t(), x), db1, torch.mm(dy.t(), act)
 
 
 def cases(arch: int) -> Iterator[configs.Case]:
     table = configs.table(arch)
-    forward, backward = ("x", "weight", "bias", "pre", "act"), ("dy", "weight", "pre", "dpre", "act")
-    for shape_class in table["ffn_fwd"]:
-        for kind in ("fp32", "tf32") if shape_class == "fp32" else ("fp16", "bf16"):
-            stored = "fp32" if kind == "tf32" else kind
-            for hidden, inner in ((768, 3072), (312, 1200)):
-                sizes = {"K": hidden, "N": inner, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
-                label = f"{kind}-{shape_class}-{hidden}x{inner}"
-                for name, kernel, tensors, extra in (
-                    ("ffn_fwd", _ffn_fwd_kernel, forward, {}),
-                    ("ffn_bwd", _ffn_bwd_kernel, backward, {"partials": "*fp32"}),
-                ):
-                    config = dict(table[name][shape_class])
-                    options = {option: config.pop(option) for option in ("num_warps", "num_stages")}
-                    signature = dict.fromkeys(tensors, f"*{stored}") | extra | {"num_rows": "i32", "steps": "i32"}
-                    together = 2 if shape_class == "large" else 1
-                    yield configs.Case(label, kernel, signature, sizes | config, options, kind != "fp32", together)
+    tensors = {"ffn_fwd": ("x", "weight", "bias", "pre", "act"), "ffn_bwd": ("dy", "weight", "pre", "dpre", "act")}
+    for name, kernel in (("ffn_fwd", _ffn_fwd_kernel), ("ffn_bwd", _ffn_bwd_kernel)):
+        for shape_class, config in table[name].items():
+            for kind in ("fp32",) if shape_class == "tf32" else ("fp16", "bf16"):
+                for hidden, inner in ((768, 3072), (312, 1200)):
+                    sizes = {"K": hidden, "N": inner, "PRECISION": "tf32" if kind == "fp32" else matmul.ACCURATE.value}
+                    signature = dict.fromkeys(tensors[name], f"*{kind}") | {"num_rows": "i32", "steps": "i32"}
+                    signature |= {"partials": "*fp32"} if name == "ffn_bwd" else {}
+                    options = {option: config[option] for option in ("num_warps", "num_stages")}
+                    sizes |= {key: value for key, value in config.items() if key not in options}
+                    label = f"{kind}-{shape_class}-{hidden}x{inner}"
+                    together = 1 if shape_class == "small" else 2
+                    yield configs.Case(label, kernel, signature, sizes, options, True, together)
+    for kernel, config, names in (
+        (_ffn_gelu_fwd_kernel, _GELU_FWD, ("bias", "pre", "act")),
+        (_ffn_gelu_bwd_kernel, _GELU_BWD, ("pre", "dpre", "act", "partials")),
+    ):
+        for inner in (3072, 1200):
+            signature = dict.fromkeys(names, "*fp32") | {"num_rows": "i32"}
+            sizes = {"N": inner, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}
+            yield configs.Case(f"fp32-{inner}", kernel, signature, sizes, {"num_warps": config["num_warps"]}, False)

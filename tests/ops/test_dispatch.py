@@ -298,7 +298,7 @@ if sys.argv[1] == "fastbert":
 torch.set_num_threads(1)  # a process that has threads cannot be forked
 x = torch.rand(32, 384) + 0.1
 wrong = 0
-for _ in range(200):
+for _ in range(100):
     process = os.fork()
     if not process:
         torch.set_num_threads(2)

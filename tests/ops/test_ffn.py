@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import accuracy
 import pytest
@@ -74,6 +74,23 @@ def test_ffn_fwd(backend: str, dtype: torch.dtype, case: tuple[int, ...]) -> Non
 def test_ffn_bwd(backend: str, dtype: torch.dtype, case: tuple[int, ...]) -> None:
     accuracy.require("ffn", backend, dtype, in_eights(case))
     accuracy.check_backward(ours(backend), eager, ffn_ref, tensors_for(*case, dtype, backend))
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    yield
+    settings.fp32_precision = before
+
+
+@pytest.mark.usefixtures("tf32")
+def test_ffn_where_tf32_is_allowed() -> None:
+    """Triton then has the products of float32, too, which otherwise are the vendor's."""
+    accuracy.require("ffn", "triton", torch.float32)
+    tensors = tensors_for(17, 64, 255, 63, torch.float32, "triton")
+    accuracy.check_forward(ours("triton"), eager, ffn_ref, tensors)
+    accuracy.check_backward(ours("triton"), eager, ffn_ref, tensors)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
