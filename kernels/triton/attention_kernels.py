@@ -51,11 +51,18 @@ def _find_tile(cu_seqlens, batch, BLOCK: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, total, BLOCK_D: tl.constexpr):
-    """a b, added to `total` if that is not None.
+    """a b, added to `total` if that is not None, in a forward.
 
     Large heads leave no registers for the parts that float32 is cut into.
     """
     return tl.dot(a, b, total, input_precision=ACCURATE if BLOCK_D <= 64 else "ieee")
+
+
+@triton.jit
+def _dot_bwd(a, b, total):
+    """The same in a backward, whose kernels form a product twice, with its operands exchanged, and need the same bits:
+    where all weight is on one key, P dP is equal to its sum and the gradient of the score is 0."""
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -287,6 +294,33 @@ def _probabilities(scores, lse, scale, SCALED: tl.constexpr):
 
 
 @triton.jit
+def _scores(
+    q, k, first, n, length, scale, bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Of the queries from `first` on and the keys from n on, [BLOCK_M, BLOCK_N], as `_probabilities` takes them."""
+    scores = _dot_bwd(q, tl.trans(k), None)
+    if bias is not None:
+        added = _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
+        scores = _scale(scores, scale, added)
+    elif SCALED:
+        scores = _scale(scores, scale, 0.0)
+    return scores
+
+
+@triton.jit
+def _dprobabilities(
+    dout, v, first, n, head, start, seed, threshold, keep_scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Gradients of the probabilities, [BLOCK_M, BLOCK_N]."""
+    dp = _dot_bwd(dout, tl.trans(v), None)
+    if seed is not None:
+        keep = keep_attention(seed, threshold, head, start, first, n, BLOCK_M, BLOCK_N)
+        dp = tl.where(keep, dp, 0.0) * keep_scale
+    return dp
+
+
+@triton.jit
 def _meet_keys(
     q, dout, lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed, threshold, keep_scale,
     bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -295,19 +329,11 @@ def _meet_keys(
     """Keys n, n + 1, ..., and the probabilities and their gradients, both [BLOCK_M, BLOCK_N], of the queries q."""
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-    scores = _dot(q, tl.trans(k), None, BLOCK_D)
-    if bias is not None:
-        added = _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
-        scores = _scale(scores, scale, added)
-    elif SCALED:
-        scores = _scale(scores, scale, 0.0)
+    scores = _scores(q, k, first, n, length, scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, SCALED, MASKED)
     p = _probabilities(scores, lse[:, None], scale, SCALED)
     if MASKED:
         p = tl.where(tl.arange(0, BLOCK_N)[None, :] < length - n, p, 0.0)
-    dp = _dot(dout, tl.trans(v), None, BLOCK_D)
-    if seed is not None:
-        keep = keep_attention(seed, threshold, head, start, first, n, BLOCK_M, BLOCK_N)
-        dp = tl.where(keep, dp, 0.0) * keep_scale
+    dp = _dprobabilities(dout, v, first, n, head, start, seed, threshold, keep_scale, BLOCK_M, BLOCK_N)
     return k, p, dp
 
 
@@ -318,7 +344,8 @@ def _attention_bwd_dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of BLOCK_M queries, and in float32 their delta, sum(P * dP). Grid: (tile slots, heads)."""
+    """dQ of a tile of BLOCK_M queries. In float32 it forms and writes their delta, sum(P * dP), and their lse, as that
+    of the forward is of scores with other roundings. Grid: (tile slots, heads)."""
     sequence, start, length, first = _find_tile(cu_seqlens, batch, BLOCK_M)
     if first >= length:
         return
@@ -335,24 +362,34 @@ def _attention_bwd_dq_kernel(
     query = first + tl.arange(0, BLOCK_M)
     rows = tl.cast(head, tl.int64) * total + start
     do = _load_rows(dout + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    row_lse = _load_lse(lse + rows, query, length, SCALED)
     q = _load_rows(q_head, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     if qkv.dtype.element_ty == tl.float32:  # where one key has nearly all the weight, only this sum is exact enough
+        top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
         mass = tl.zeros((BLOCK_M,), tl.float32)
         weighted = tl.zeros((BLOCK_M,), tl.float32)
         for n in tl.range(0, length, BLOCK_N, num_stages=1):
-            _, p, dp = _meet_keys(
-                q, do, row_lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
-                threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
-                SCALED, True,
-            )  # fmt: skip
-            mass += tl.sum(p, 1)
-            weighted += tl.sum(p * dp, 1)
-        row_delta = tl.where(mass > 0.0, weighted / mass, 0.0)
+            k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            scores = _scores(
+                q, k, first, n, length, scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, SCALED, True
+            )
+            scores = tl.where(tl.arange(0, BLOCK_N)[None, :] < length - n, scores, -INFINITY)
+            dp = _dprobabilities(do, v, first, n, head, start, seed, threshold, keep_scale, BLOCK_M, BLOCK_N)
+            higher = tl.maximum(top, tl.max(scores, 1))
+            base = tl.where(higher == -INFINITY, 0.0, higher)
+            p = tl.exp2((scores - base[:, None]) * LOG2E)
+            shrink = tl.exp2((top - base) * LOG2E)
+            mass = mass * shrink + tl.sum(p, 1)
+            weighted = weighted * shrink + tl.sum(p * dp, 1)
+            top = higher
+        row_lse = tl.where(mass == 0.0, INFINITY, top + tl.log(mass))
+        row_delta = tl.where(mass == 0.0, 0.0, weighted / mass)
+        tl.store(lse + rows + query, row_lse, mask=query < length)
         tl.store(delta + rows + query, row_delta, mask=query < length)
     else:
+        row_lse = _load_lse(lse + rows, query, length, SCALED)
         row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
     full = length // BLOCK_N * BLOCK_N
     for n in tl.range(0, full, BLOCK_N):
@@ -361,14 +398,14 @@ def _attention_bwd_dq_kernel(
             threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
             SCALED, False,
         )  # fmt: skip
-        dq = _dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, BLOCK_D)
+        dq = _dot_bwd((p * (dp - row_delta[:, None])).to(k.dtype), k, dq)
     for n in tl.range(full, length, BLOCK_N, num_stages=1):
         k, p, dp = _meet_keys(
             q, do, row_lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
             threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
             SCALED, True,
         )  # fmt: skip
-        dq = _dot((p * (dp - row_delta[:, None])).to(k.dtype), k, dq, BLOCK_D)
+        dq = _dot_bwd((p * (dp - row_delta[:, None])).to(k.dtype), k, dq)
     _store_rows(dq_head, dq * scale, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
@@ -464,7 +501,7 @@ def _attention_bwd_dkdv_kernel(
         else:
             row_lse = tl.load(stats + 2 * m + tl.arange(0, BLOCK_M))
             row_delta = tl.load(stats + 2 * m + BLOCK_M + tl.arange(0, BLOCK_M))
-        scores = _dot(k, tl.trans(q), None, BLOCK_D)
+        scores = _dot_bwd(k, tl.trans(q), None)
         if bias is not None:
             added = tl.trans(_load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
             scores = _scale(scores, scale, added)
@@ -473,17 +510,17 @@ def _attention_bwd_dkdv_kernel(
         p = _probabilities(scores, row_lse[None, :], scale, SCALED)
         if dq_sum is not None:
             p = tl.where(key < length, p, 0.0)
-        dp = _dot(v, tl.trans(do), None, BLOCK_D)
+        dp = _dot_bwd(v, tl.trans(do), None)
         kept = p
         if seed is not None:
             keep = keep_attention_transposed(seed, threshold, head, start, m, first, BLOCK_M, BLOCK_N)
             kept = tl.where(keep, p, dropped(length))
             dp = tl.where(keep, dp, 0.0) * keep_scale
-        dv = _dot(kept.to(do.dtype), do, dv, BLOCK_D)
+        dv = _dot_bwd(kept.to(do.dtype), do, dv)
         ds = (p * (dp - row_delta[None, :])).to(q.dtype)
-        dk = _dot(ds, q, dk, BLOCK_D)
+        dk = _dot_bwd(ds, q, dk)
         if dq_sum is not None:
-            dq = _dot(tl.trans(ds), k, None, BLOCK_D)
+            dq = _dot_bwd(tl.trans(ds), k, None)
             tl.atomic_add(_rows(dq_sum, m, BLOCK_D, BLOCK_M, BLOCK_D), dq, sem="relaxed")
 
     _store_rows(dk_head, dk * scale, first, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -524,25 +561,25 @@ def _attention_bwd_short_kernel(
     v = _load_rows(v_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     do = _load_rows(do_head, 0, length, out_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
 
-    scores = _dot(k, tl.trans(q), None, BLOCK_D)
+    scores = _dot_bwd(k, tl.trans(q), None)
     if bias is not None:
         added = tl.trans(_load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True))
         scores = _scale(scores, scale, added)
     elif SCALED:
         scores = _scale(scores, scale, 0.0)
     p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], scale, SCALED), 0.0)
-    dp = _dot(v, tl.trans(do), None, BLOCK_D)
+    dp = _dot_bwd(v, tl.trans(do), None)
     kept = p
     if seed is not None:
         keep = keep_attention_transposed(seed, threshold, head, start, 0, 0, BLOCK_S, BLOCK_S)
         kept = tl.where(keep, p, dropped(length))
         dp = tl.where(keep, dp, 0.0) * keep_scale
-    dv = _dot(kept.to(do.dtype), do, None, BLOCK_D)
+    dv = _dot_bwd(kept.to(do.dtype), do, None)
     _store_rows(dq_head + 2 * heads * HEAD_DIM, dv * keep_scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
     ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q.dtype)
-    dk = _dot(ds, q, None, BLOCK_D)
+    dk = _dot_bwd(ds, q, None)
     _store_rows(dq_head + heads * HEAD_DIM, dk * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
-    dq = _dot(tl.trans(ds), k, None, BLOCK_D)
+    dq = _dot_bwd(tl.trans(ds), k, None)
     _store_rows(dq_head, dq * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
 
 
@@ -592,11 +629,11 @@ def _attention_bwd_dbias_kernel(
                 )
                 row_lse = _load_lse(lse + rows, query, length, SCALED)
                 row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
-                scores = _dot(q, tl.trans(k), None, BLOCK_D)
+                scores = _dot_bwd(q, tl.trans(k), None)
                 added = _load_bias(bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
                 scores = _scale(scores, scale, added)
                 p = tl.where(key < length, _probabilities(scores, row_lse[:, None], scale, SCALED), 0.0)
-                dp = _dot(do, tl.trans(v), None, BLOCK_D)
+                dp = _dot_bwd(do, tl.trans(v), None)
                 if seed is not None:
                     keep = keep_attention(seed, threshold, head, start, m, first_key, BLOCK_M, BLOCK_N)
                     dp = tl.where(keep, dp, 0.0) * keep_scale
