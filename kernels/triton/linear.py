@@ -110,6 +110,6 @@ def cases(arch: int) -> Iterator[configs.Case]:
     for kind in ("fp16", "bf16"):
         for features, size, count in ((768, 768, 3), (312, 312, 3), (768, 768, 2), (768, 768, 4)):
             signature = dict.fromkeys(tensors, f"*{kind}") | {"num_rows": "i32", "steps": "i32"}
-            sizes = {"K": features, "N": size, "COUNT": count, "PRECISION": matmul.ACCURATE.value}
+            sizes = {"K": features, "N": size, "COUNT": count, "PRECISION": "ieee"}
             label = f"{kind}-{count}x{features}x{size}"
             yield configs.Case(label, _linear_fwd_kernel, signature, sizes | config, options, True)

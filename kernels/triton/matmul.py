@@ -8,16 +8,10 @@ import triton.language as tl
 
 from fastbert.kernels import configs
 
-# What keeps float32's accuracy on tensor cores: three products in TF32 of its upper and lower parts, summed up outside
-# (Ootomo and Yokota, 2022, https://doi.org/10.1177/10943420221090256). Without tensor cores Triton's code waits for
-# shared memory, where the elements of a column are all in one bank. For 16-bit numbers it changes nothing.
-ACCURATE = tl.constexpr("tf32x3")
-
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: in TF32 if PyTorch's own products may be, or else accurately."""
-    allowed = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else ACCURATE.value
+    """How float32 is multiplied: as PyTorch's own products are, in TF32 only if that is allowed."""
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def tiles(config: dict[str, int], rows: int, columns: int) -> int:

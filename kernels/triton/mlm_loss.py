@@ -455,12 +455,11 @@ def cases(arch: int) -> Iterator[configs.Case]:
         for shape_class, config in table[f"mlm_loss_{part}"].items():
             for kind in ("fp32", "tf32") if shape_class == "fp32" else ("fp16", "bf16"):
                 for hidden in (768, 312):
-                    precision = "tf32" if kind == "tf32" else matmul.ACCURATE.value
-                    launch = {"HIDDEN": hidden, "PRECISION": precision} | config
+                    launch = {"HIDDEN": hidden, "PRECISION": "tf32" if kind == "tf32" else "ieee"} | config
                     if part == "dweight":
                         launch["WIDTH"] = 30592
                     stored = "fp32" if kind == "tf32" else kind
-                    yield case(f"{kind}-{hidden}", kernel, stored, launch, True)
+                    yield case(f"{kind}-{hidden}", kernel, stored, launch, kind != "fp32")
         if part == "fwd":
-            launch = {"HIDDEN": 768, "PRECISION": matmul.ACCURATE.value, "logits": None} | table["mlm_loss_fwd"]["half"]
+            launch = {"HIDDEN": 768, "PRECISION": "ieee", "logits": None} | table["mlm_loss_fwd"]["half"]
             yield case("bf16-768-inference", kernel, "bf16", launch, True)
