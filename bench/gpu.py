@@ -1,4 +1,4 @@
-"""``fastbert bench gpu``: the GPU table. Models and single operations in bfloat16, next to what the card can do.
+"""``fastbert bench gpu``: the GPU table. Models and single operations, next to what the card can do.
 
 Everything happens in another process (`gpu_worker`), which is started again when something spoils it, so that one
 failure costs one figure. Figures come in the order of importance until the time is used up, and a later run can go on.
@@ -44,7 +44,7 @@ OURS = ("triton", "cuda")
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fastbert bench gpu",
-        description="Models and single operations on an NVIDIA GPU in bfloat16, against Hugging Face, torch.compile "
+        description="Models and single operations on an NVIDIA GPU, against Hugging Face, torch.compile "
         "and unpadded stacks, and against what the card can do, measured in the same run.",
     )
     top.add_argument("--list", action="store_true", help="list rows and contestants, measure nothing")
@@ -195,7 +195,8 @@ class Run:
     def begin(self, name: str) -> dict[str, Any]:
         """The record of a row in which nobody has been measured yet."""
         workload = gpu_rows.rows()[name]()
-        ceiling, how = ("copy", report.COPY) if workload.unit == "GB/s" else ("matmul", report.MATMUL)
+        dtype = workload.facts["dtype"]
+        ceiling, how = ("copy", report.COPY) if workload.unit == "GB/s" else (dtype, report.MATMUL[dtype])
         table = gpu_rows.entries(workload)
         return {
             "row": name,
@@ -314,7 +315,8 @@ class Run:
         item["share_of_peak"] = item["rate"] / peak if peak else None
         if record["kind"] != "op":
             item["tokens_per_s"] = record["facts"]["tokens"] / item["median_s"]
-            sheet = BF16_PEAK.get(self.content["machine"]["device"])
+            is_bf16 = record["facts"]["dtype"] == "bfloat16"
+            sheet = BF16_PEAK.get(self.content["machine"]["device"]) if is_bf16 else None
             item["mfu"] = item["rate"] / (sheet * 1e3) if sheet else None
 
 

@@ -1,4 +1,6 @@
-"""The rows of the GPU table: models and single operations in bfloat16, who takes part in each, and in which order.
+"""The rows of the GPU table: models and single operations, who takes part in each, and in which order.
+
+In bfloat16, but for two models in float32, which is what transformers gives who asks for nothing.
 
 A row is a `Workload` like those of the CPU table. `plan` has the order of measuring, which is that of importance.
 """
@@ -60,6 +62,8 @@ ATTENTION = {
     "varlen": Entry(".gpu_ops:Varlen"),
     "flash-attn": Entry(".gpu_ops:FlashAttention", ("flash_attn",)),
 }
+HALF = ("fastbert-cuda", SDPA["flash"], SDPA["cudnn"], "fa2", "varlen", "flash-attn")
+"""Models whose attention takes 16-bit types alone."""
 FFN = {**OPS, "bare-gemm": Entry(".gpu_ops:BareGemm")}
 """bare-gemm is the measure of the others, not one of them: the two matrix products and nothing else."""
 
@@ -78,7 +82,9 @@ def entries(workload: Workload) -> dict[str, Entry]:
         table = {"attention": ATTENTION, "ffn": FFN}.get(op, OPS)
         masked = len(set(workload.facts["shape"]["lengths"])) > 1
     left_out = set() if op in CUDA else {"cuda"}
-    if workload.name not in EVERY_SDPA:  # the others show those that may be the fastest; flash takes no mask
+    if workload.facts["dtype"] == "float32":
+        left_out |= {*HALF, SDPA["math"]}
+    elif workload.name not in EVERY_SDPA:  # the others show those that may be the fastest; flash takes no mask
         left_out |= {name for backend in ("math", "flash" if masked else "efficient") for name in _sdpa(backend)}
     return {name: item for name, item in table.items() if name not in left_out}
 
@@ -127,7 +133,8 @@ def model_row(
         inputs["labels"] = inputs["input_ids"].masked_fill(~labelled, -100)
         facts |= {"dropout": ops.DROPOUT, "optimizer": "torch.optim.AdamW(fused=True)"}
     what = "training, dropout 0.1, MLM loss" if training else "inference"
-    title = f"BERT-{size}, {batch} x {width}, {'half full' if ragged else 'full'}, {what}"
+    dtype = "" if facts["dtype"] == FACTS["dtype"] else f", {facts['dtype']}"
+    title = f"BERT-{size}, {batch} x {width}, {'half full' if ragged else 'full'}, {what}{dtype}"
     return model_workload(name, title, {"config": config}, config, inputs, training, facts)
 
 
@@ -187,6 +194,10 @@ def _rows() -> Iterator[tuple[str, Callable[[], Workload]]]:
     yield from _other_rows()
     yield from _model_rows("base", 128)
     yield from _model_rows("large", 128)
+    for kind in ("inference", "training"):
+        name, batch = f"{kind}[base-128-ragged-float32]", TOKENS // 128
+        more = {"ragged": True, "training": kind == "training", "dtype": "float32"}
+        yield name, partial(model_row, name, "base", batch, 128, **more)
 
 
 def _model_rows(size: str, width: int) -> Iterator[tuple[str, Callable[[], Workload]]]:

@@ -58,19 +58,20 @@ class Gpu:
         """Truth, on the CPU, and what is allowed, of rows that come again."""
 
     def ceilings(self) -> dict[str, Any]:
-        """What the card can do: GB/s of a large copy, read and written, and GFLOP/s of large bf16 products."""
+        """What the card can do: GB/s of a large copy, read and written, and GFLOP/s of large products by their dtype."""
         shapes = ((8192, 8192, 8192), (gpu_rows.TOKENS, 1024, 4096), (gpu_rows.TOKENS, 4096, 1024))
-        rates = {"x".join(map(str, shape)): self._matmul(*shape) for shape in shapes}
-        return {"copy": self._copy(1 << 30), "matmul": max(rates.values()), "matmuls": rates}
+        rates = {"x".join(map(str, shape)): self._matmul(*shape, torch.bfloat16) for shape in shapes}
+        single = self._matmul(4096, 4096, 4096, torch.float32)
+        return {"copy": self._copy(1 << 30), "bfloat16": max(rates.values()), "float32": single, "matmuls": rates}
 
     def _copy(self, size: int) -> float:
         source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * size / self.median(lambda: target.copy_(source)) / 1e9
 
-    def _matmul(self, rows: int, inner: int, columns: int) -> float:
-        x = torch.randn(rows, inner, dtype=torch.bfloat16, device=self.device)
-        weight = torch.randn(columns, inner, dtype=torch.bfloat16, device=self.device)
+    def _matmul(self, rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+        x = torch.randn(rows, inner, dtype=dtype, device=self.device)
+        weight = torch.randn(columns, inner, dtype=dtype, device=self.device)
         return 2 * rows * inner * columns / self.median(lambda: x @ weight.t()) / 1e9
 
     def alive(self) -> dict[str, Any]:

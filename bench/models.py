@@ -39,8 +39,10 @@ class HuggingFace:
     ``training.Training`` over it makes it a training step, as it does with those below.
     """
 
-    exact = (torch.float64, "eager")
-    """The dtype and the attention of the truth, which has the same weights as the others."""
+    @property
+    def exact(self) -> tuple[torch.dtype, str]:
+        """The dtype and the attention of the truth, which has the same weights as the others."""
+        return torch.float64, "eager"
 
     def __init__(self, name: str, workload: Workload) -> None:
         self.workload = workload

@@ -22,7 +22,7 @@ BUSY = 0.05
 
 
 COPY = "copy of a GiB"
-MATMUL = "largest of three bf16 matrix products"
+MATMUL = {"bfloat16": "largest of three bf16 matrix products", "float32": "a float32 matrix product"}
 """What GPU rows are held to."""
 
 

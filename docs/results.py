@@ -274,7 +274,7 @@ def gpu_op_table(rows: list[dict[str, Any]]) -> str:
 
 def gpu_source(content: dict[str, Any]) -> str:
     rates = content.get("ceilings")
-    rates = f", copy {rates['copy']:.0f} GB/s, bf16 product {rates['matmul'] / 1e3:.0f} TFLOP/s" if rates else ""
+    rates = f", copy {rates['copy']:.0f} GB/s, bf16 product {rates['bfloat16'] / 1e3:.0f} TFLOP/s" if rates else ""
     return f"{content['machine']['device']}{rates}, {code(content)}."
 
 

@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sysconfig
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,10 @@ _environment: Any = getattr(os.environ, "_data", os.environ)
 _VARIABLE: Any = os.environ.encodekey("FASTBERT_BACKEND") if hasattr(os.environ, "_data") else "FASTBERT_BACKEND"
 
 
+CUDA_LIBRARY = Path(__file__).with_name(f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
+"""The CUDA kernels that this Python has built: a folder of sources may hold those of others too."""
+
+
 def _load_extension() -> str | None:
     """Import `fastbert._C`, which registers the C++ ops. Gives the reason if that fails."""
     try:
@@ -75,11 +80,10 @@ def _load_extension() -> str | None:
 
 def _load_cuda() -> str | None:
     """Load the library of the CUDA ops, which is apart from `fastbert._C`: no CPU op is lost if it fails."""
-    found = sorted(Path(__file__).parent.glob("_C_cuda.*"))
-    if not found:
+    if not CUDA_LIBRARY.exists():
         return f"not built ({_build_reason('cuda_reason')})"
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(CUDA_LIBRARY)
     except OSError as error:
         return f"the library of the CUDA kernels does not load: {error}"
     return None
@@ -181,7 +185,7 @@ def _nvidia_reason() -> str | None:
 @functools.cache
 def _cuda_versions() -> tuple[int, int]:
     """Of CUDA, 13000 for 13.0: what the driver offers (0 without one), and what is linked into the kernels' library."""
-    library = ctypes.CDLL(str(next(Path(__file__).parent.glob("_C_cuda.*"))))
+    library = ctypes.CDLL(str(CUDA_LIBRARY))
     return library.fastbert_cuda_of_driver(), library.fastbert_cuda_of_library()
 
 

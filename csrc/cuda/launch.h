@@ -11,6 +11,7 @@ namespace fastbert::cuda {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch, a good one, would report this error
   std::ostringstream text;
   text << what << ": " << cudaGetErrorName(status) << ", " << cudaGetErrorString(status);
   throw std::runtime_error(text.str());
@@ -44,8 +45,9 @@ void launch(const Queue& queue, const char* name, void (*kernel)(Parameters...),
             const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0) return;
   check(cudaSetDevice(queue.device), name);  // the runtime in this library is not the one that PyTorch has told already
-  if (shared > 48 * 1024)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+  if (shared > 48 * 1024)  // all there may be, as another thread may be about to launch the same kernel with more
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               shared_memory_per_block(queue)),
           name);
   kernel<<<grid, threads, shared, static_cast<cudaStream_t>(queue.stream)>>>(arguments...);
   check(cudaGetLastError(), name);

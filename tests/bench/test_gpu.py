@@ -34,6 +34,9 @@ TINY_ROWS = {
     "inference": lambda: gpu_rows.model_row("inference", "t", 3, 8, ragged=True, config=TINY, **CPU),
     "inference[base-512]": lambda: gpu_rows.model_row("inference[base-512]", "t", 3, 8, config=TINY, **CPU),
     "training": lambda: gpu_rows.model_row("training", "t", 3, 8, training=True, config=TINY, **CPU),
+    "float32": lambda: gpu_rows.model_row(
+        "float32", "t", 3, 8, ragged=True, training=True, config=TINY, **CPU, dtype="float32"
+    ),
     "ffn": lambda: gpu_rows.op_row("ffn", "fwd_bwd", "t", TINY_OP, **CPU),
     "attention": lambda: gpu_rows.op_row("attention", "fwd_bwd", "t", TINY_OP, **CPU),
     "layernorm": lambda: gpu_rows.op_row("layernorm", "fwd", "t", TINY_OP, **CPU),
@@ -54,6 +57,7 @@ class TestWorker:
             ("inference[base-512]", "hf-sdpa-math"),
             ("training", "fastbert"),
             ("training", "hf-sdpa-sparse-head"),
+            ("float32", "fastbert"),
             ("ffn", "pytorch"),
         ],
     )
@@ -63,6 +67,11 @@ class TestWorker:
         assert found["median_s"] > 0
         assert found["clock"] == "host"
         assert found["error"] <= found["tolerance"] < 0.1
+
+    def test_float32_is_held_to_float64(self, worker):
+        worker.prepare("float32")
+        assert {tensor.dtype for tensor in worker.truth.values()} == {torch.float64}
+        assert max(worker.allowed.values()) < 1e-4
 
     def test_a_wrong_one_gets_none(self, worker):
         worker.prepare("layernorm")
@@ -150,12 +159,17 @@ class TestRows:
         assert {name.split("_fwd")[0] for name in gpu_rows.TELLING} == set(dispatch.OPS)
 
     def test_backends_of_sdpa(self):
-        """All of them in two rows, elsewhere two that can run: flash takes no mask."""
+        """All of them in two rows, elsewhere those that can run: flash takes no mask, and one alone takes float32."""
         found = {
             row: [name.split("-")[-1] for name in gpu_rows.entries(gpu_rows.rows()[row]()) if "sdpa-" in name]
-            for row in ("inference[base-512]", "inference[base-512-ragged]", "attention_fwd[d64-512]")
+            for row in (
+                "inference[base-512]",
+                "inference[base-512-ragged]",
+                "attention_fwd[d64-512]",
+                "inference[base-128-ragged-float32]",
+            )
         }
-        assert list(found.values()) == [[*gpu_rows.SDPA], ["cudnn", "efficient"], ["flash", "cudnn"]]
+        assert list(found.values()) == [[*gpu_rows.SDPA], ["cudnn", "efficient"], ["flash", "cudnn"], ["efficient"]]
 
     def test_what_memory_limits_is_larger_than_a_cache(self):
         for name, make in gpu_rows.rows().items():
@@ -237,18 +251,22 @@ class TestRun:
         found = run.measured("ffn", "pytorch", False)
         assert (found["status"], found["not_captured"], run.worker.closed) == ("ok", "no", 1)
 
-    def test_rates(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("name", "peak", "sheet"),
+        [("inference[base-512]", 800e3, 989.4e3), ("inference[base-128-ragged-float32]", 50e3, None)],
+    )
+    def test_rates(self, name, peak, sheet, tmp_path):
         content = report.result("gpu", {"device": "NVIDIA H200"}, None, None, [])
         run = gpu.Run(content, tmp_path / "x.json", ["fastbert"], 1.0)
-        run.ceilings = {"copy": 4000.0, "matmul": 800e3}
-        record = run.begin("inference[base-512]")
+        run.ceilings = {"copy": 4000.0, "bfloat16": 800e3, "float32": 50e3}
+        record = run.begin(name)
         item = record["contestants"]["fastbert"]
         item.update(status="ok", error=0.001, median_s=0.01)
         run.rate(record, item)
-        assert item["tokens_per_s"] == 32 * 512 / 0.01
+        assert item["tokens_per_s"] == record["facts"]["tokens"] / 0.01
         assert item["rate"] == record["work"] / 0.01 / 1e9
-        assert item["share_of_peak"] == item["rate"] / 800e3
-        assert item["mfu"] == item["rate"] / 989.4e3
+        assert item["share_of_peak"] == item["rate"] / peak
+        assert item["mfu"] == (item["rate"] / sheet if sheet else None)
         assert "tokens/s" in report.table(record)
 
 
@@ -282,7 +300,7 @@ class Here:
     def ask(self, do: str, seconds: float, **arguments: Any) -> dict[str, Any]:
         self.asked.append((do, arguments.get("name")))
         if do == "ceilings":
-            return {"copy": 1.0, "matmul": 1.0}
+            return {"copy": 1.0, "bfloat16": 1.0}
         try:
             return getattr(self.worker, do)(**arguments)
         except RuntimeError as error:

@@ -93,8 +93,7 @@ def test_ffn_says_what_it_cannot_take(
 @built
 @pytest.mark.skipif(not shutil.which("nm") or sys.platform != "linux", reason="nm is not there")
 def test_needs_no_library_of_cuda() -> None:
-    (library,) = Path(dispatch.__file__).parent.glob("_C_cuda.*")
-    needed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
+    needed = subprocess.run(["nm", "-D", "--undefined-only", dispatch.CUDA_LIBRARY], capture_output=True, text=True, check=True)
     symbols = [line.split()[-1] for line in needed.stdout.splitlines()]
     assert not [symbol for symbol in symbols if symbol.startswith(("cu", "_ZN3c10", "_ZN2at"))]
     assert [symbol for symbol in symbols if symbol.startswith("aoti_torch")]
@@ -103,7 +102,7 @@ def test_needs_no_library_of_cuda() -> None:
 def test_the_cpu_ops_survive_a_library_that_does_not_load(tmp_path: Path) -> None:
     package = Path(dispatch.__file__).parent
     shutil.copytree(package, tmp_path / "fastbert", ignore=shutil.ignore_patterns("__pycache__", "_C_cuda.*"))
-    (tmp_path / "fastbert" / "_C_cuda.so").write_bytes(b"not a library")
+    (tmp_path / "fastbert" / dispatch.CUDA_LIBRARY.name).write_bytes(b"not a library")
     program = "from fastbert import dispatch; print(dispatch.extension_error, dispatch.cuda_error, sep='|')"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     extension, cuda = done.stdout.strip().split("|")

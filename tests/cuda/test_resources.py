@@ -30,6 +30,11 @@ def test_no_kernel_spills(built: dict) -> None:
     assert not spilling
 
 
+def test_shared_memory_is_all_dynamic() -> None:
+    """Launches allow a kernel as much of it as a block can have, which leaves nothing for any that is static."""
+    assert not [file.name for file in cuda_resources.reports() if "bytes smem" in file.read_text()]
+
+
 def test_wgmma_is_not_serialized() -> None:
     """Which the assembler does, and says, where it cannot see the whole of a pipeline of them."""
     assert not [file.name for file in cuda_resources.reports() if "instructions are serialized" in file.read_text()]
