@@ -39,6 +39,10 @@ AGAIN = ("fastbert", "triton", "cuda", "hf-compile", "fa2", "varlen", "flash-att
 """How the names of these begin; of scaled_dot_product_attention the fastest backend is one more."""
 
 OURS = ("triton", "cuda")
+COMPILING = ("fastbert", "fastbert-graphs", "triton")
+"""Those of fastbert that may compile Triton kernels."""
+NO_TRUTH = "there is nothing to compare with: "
+"""How the reason of failures begins that are not the contestant's own."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -162,6 +166,8 @@ class Run:
         self.content, self.path, self.names, self.budget = content, path, names, budget
         self.worker = Worker("gpu_worker")
         self.ceilings: dict[str, Any] = {}
+        self.silent: dict[tuple[str, str], str] = {}
+        """Contestants, and the beginnings of rows, with the row in which no answer came: a kernel may hang."""
         self.start = time.monotonic()
         self.stopped = True
         self.progress = report.progress("gpu")
@@ -232,6 +238,9 @@ class Run:
                 del due[name]
         for name, item in due.items():
             left = self.left()
+            if where := self.silent.get((name, record["row"].partition("[")[0])):
+                item["reason"] = f"not begun: it gave no answer in {where}"
+                continue
             if left <= (SLOW_LEAST_S if slow else 0.0):
                 item["reason"] = (
                     f"not begun with {left:.0f} s left: it may take minutes"
@@ -245,7 +254,7 @@ class Run:
             except runner.WorkerError as error:
                 for other in due.values():
                     if other["status"] == "not run":
-                        other.update(self.failure(error, "there is nothing to compare with: "))
+                        other.update(self.failure(error, NO_TRUTH))
                 break
             item.update(self.measured(record["row"], name, slow))
             if item["status"] == "ok":
@@ -257,7 +266,7 @@ class Run:
 
     def measured(self, row: str, name: str, slow: bool) -> dict[str, Any]:
         """What the worker found of a contestant, or why it found nothing."""
-        limit = SLOW_S if slow else COMPILING_S if name.startswith(("fastbert", *OURS)) else START_S
+        limit = SLOW_S if slow else COMPILING_S if name in COMPILING else START_S
         arguments = {"row": row, "name": name, "keep": name.startswith(AGAIN) or _is_backend(name)}
         try:
             found = self.worker.ask("measure", self.allowed(limit), **arguments)
@@ -268,6 +277,8 @@ class Run:
                 found["not_captured"] = reason
             return found
         except runner.WorkerError as error:
+            if isinstance(error, runner.LateError) and self.left() > 0:
+                self.silent[name, row.partition("[")[0]] = row
             return self.failure(error)
 
     def allowed(self, limit: float) -> float:
@@ -419,7 +430,7 @@ def preferred(content: dict[str, Any]) -> dict[str, list[str]]:
         if row["kind"] != "op" or len(both[1]) == 0:
             continue
         op = row["facts"]["op"]
-        if both[1]["status"] in ("wrong", "failed"):
+        if both[1]["status"] in ("wrong", "failed") and not both[1]["reason"].startswith(NO_TRUTH):
             bad.add(op)
         if all(item.get("clock") == "graph" for item in both):
             ratios.setdefault(op, []).append(math.log(both[0]["median_s"] / both[1]["median_s"]))

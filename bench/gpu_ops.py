@@ -55,13 +55,25 @@ class Cuda(Triton):
 
 
 class Packed(ops.Torch):
-    """Attention of others on the packed layout."""
+    """Attention of others on the packed layout, of three tensors as in `ops.Attention`."""
 
     plain = False
 
+    def __init__(self, name: str, workload: Workload) -> None:
+        super().__init__(name, workload)
+        parts = self.tensors.pop("qkv").detach().unbind(1)
+        self.tensors |= {
+            n: part.contiguous().requires_grad_(self.backward) for n, part in zip("qkv", parts, strict=True)
+        }
+        self.leaves = list("qkv") if self.backward else []
+
     def forward(self, dropout: float) -> torch.Tensor:
-        q, k, v = self.tensors["qkv"].unbind(1)
-        return self.attention(q, k, v, self.tensors["cu_seqlens"], self.case.width, dropout).flatten(1)
+        q, k, v, starts = (self.tensors[name] for name in ("q", "k", "v", "cu_seqlens"))
+        return self.attention(q, k, v, starts, self.case.width, dropout).flatten(1)
+
+    def outputs(self) -> dict[str, torch.Tensor]:
+        found = super().outputs()
+        return {"qkv": torch.stack([found.pop(n) for n in "qkv"], 1), **found} if self.backward else found
 
     def attention(self, q: Any, k: Any, v: Any, starts: Any, longest: int, dropout: float) -> torch.Tensor:
         raise NotImplementedError

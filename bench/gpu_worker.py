@@ -58,7 +58,7 @@ class Gpu:
         """Truth, on the CPU, and what is allowed, of rows that come again."""
 
     def ceilings(self) -> dict[str, Any]:
-        """What the card can do: GB/s of a large copy, read and written, and GFLOP/s of large products by their dtype."""
+        """What the card can do: GB/s of a large copy, read and written, and GFLOP/s of large products by dtype."""
         shapes = ((8192, 8192, 8192), (gpu_rows.TOKENS, 1024, 4096), (gpu_rows.TOKENS, 4096, 1024))
         rates = {"x".join(map(str, shape)): self._matmul(*shape, torch.bfloat16) for shape in shapes}
         single = self._matmul(4096, 4096, 4096, torch.float32)

@@ -4,7 +4,8 @@ Every way in which a Triton kernel can be launched (`cases(arch)` of each file o
 machine code, which is read: registers, stack, local memory, shared memory, matrix instructions, and from that how many
 programs a multiprocessor holds. A kernel that spills, that asks for more shared memory than the GPU has, that leaves no
 room for the programs which are to work beside it, or that multiplies matrices on sm_90 without wgmma (HGMMA in
-machine code), or elsewhere without any matrix instruction, is an error.
+machine code), or elsewhere without any matrix instruction, is an error. Where the assembler makes such products wait for
+one another, it says so, and so does the table: `serialized`.
 """
 
 import argparse
@@ -216,8 +217,11 @@ def compile_case(task: Task) -> dict[str, Any]:
     places = {name: "constexpr" if name in case.constants else case.signature[name] for name in case.kernel.arg_names}
     types, hints = specialised(places)
     source = ASTSource(case.kernel, types, dict(case.constants), hints)
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # or what is cached would come without a log
+    log = io.StringIO()  # Triton prints it, and also a whole program that ptxas refuses
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints a whole program that ptxas refuses
+        with contextlib.redirect_stdout(log):
             done = triton.compile(source, target=GPUTarget("cuda", task.arch, 32), options=dict(case.options))
     except Exception as error:  # whatever the compiler raises
         text = f"does not compile: {type(error).__name__}: {str(error)[-600:]}"
@@ -235,6 +239,7 @@ def compile_case(task: Task) -> dict[str, Any]:
         **code._asdict(),
         "shared": shared,
         "resident": resident(code, task.arch, shared, warps),
+        "serialized": "wgmma.mma_async instructions are serialized" in log.getvalue(),
         "problems": problems(code, task.arch, shared, warps, case.matrix, case.together),
     }
 
@@ -313,7 +318,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if "registers" in item:
             cells += [str(item[key]) for key in ("registers", "stack", "local", "shared", "resident")]
             cells += [f"{item[f'{kind}_128']}/{item[kind]}" for kind in ("loads", "stores")]
-            cells.append(" ".join(f"{count} {name}" for name, count in item["matrix"].items()) or "-")
+            matrix = " ".join(f"{count} {name}" for name, count in item["matrix"].items()) or "-"
+            cells.append(matrix + " serialized" * item["serialized"])
         else:
             cells += ["-"] * 8
         body.append(cells)

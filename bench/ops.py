@@ -162,7 +162,11 @@ class Ffn(Case):
 
 
 class Attention(Case):
-    """Self-attention within each sequence. Plain PyTorch is sdpa on padded queries, keys and values with a mask."""
+    """Self-attention within each sequence. Plain PyTorch is sdpa on padded queries, keys and values with a mask.
+
+    They are three tensors there, as three linear layers make them: the gradients of parts of one would be copied
+    together.
+    """
 
     drops = True
 
@@ -181,21 +185,20 @@ class Attention(Case):
         return torch.arange(self.width, device=device) < torch.tensor(self.lengths, device=device)[:, None]
 
     def plain(self, t: Tensors, dropout: float) -> torch.Tensor:
-        q, k, v = t["qkv"].unbind(1)
-        return F.scaled_dot_product_attention(q, k, v, t.get("mask"), dropout)
+        return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], t.get("mask"), dropout)
 
     def to_plain(self, t: Tensors) -> Tensors:
         mask = self.mask(t["qkv"].device)
         padded = t["qkv"].new_zeros(*mask.shape, *t["qkv"].shape[1:])
         padded[mask] = t["qkv"]
-        moved = {"qkv": padded.permute(0, 2, 3, 1, 4).contiguous()}
+        moved = {name: part.transpose(1, 2).contiguous() for name, part in zip("qkv", padded.unbind(2), strict=True)}
         return moved if bool(mask.all()) else {**moved, "mask": mask[:, None, None, :]}
 
     def from_plain(self, found: Tensors) -> Tensors:
         mask = self.mask(found["out"].device)
         back = {"out": found["out"].transpose(1, 2)[mask].flatten(1)}
-        if "qkv" in found:
-            back["qkv"] = found["qkv"].permute(0, 3, 1, 2, 4)[mask]
+        if "q" in found:
+            back["qkv"] = torch.stack([found[name].transpose(1, 2)[mask] for name in "qkv"], 1)
         return back
 
     def ours(self, t: Tensors, dropout: float) -> torch.Tensor:

@@ -184,13 +184,19 @@ def best(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, float] | Non
 
 
 def newest_gpu(folder: Path) -> dict[str, list[Measured]]:
-    """By device the latest measurement of each row in which we have a speed, in the order of the benchmark's rows."""
+    """By device the latest measurement of each row in which we have a speed, in the order of the benchmark's rows.
+
+    One that was cut short, or left contestants out, does not take the place of another with them.
+    """
     contents = [(json.loads(path.read_text(encoding="utf-8")), path) for path in folder.glob("gpu-*.json")]
     found: dict[str, dict[str, Measured]] = {}
     for content, path in sorted(contents, key=lambda item: item[0]["time"]):
+        rows = found.setdefault(content["machine"]["device"], {})
         for row in content["rows"]:
-            if best(row, GPU_OURS[row["kind"] == "op"]):
-                found.setdefault(content["machine"]["device"], {})[row["row"]] = Measured(row, content, path)
+            before = rows[row["row"]].row["contestants"] if row["row"] in rows else {}
+            whole = row["complete"] and row["contestants"].keys() >= before.keys()
+            if best(row, GPU_OURS[row["kind"] == "op"]) and (whole or not before):
+                rows[row["row"]] = Measured(row, content, path)
     order = {name: place for place, name in enumerate(gpu_rows.rows())}
     return {
         device: sorted(rows.values(), key=lambda item: order.get(item.row["row"], len(order)))

@@ -66,6 +66,9 @@ def _geometric(number: int, steps: int) -> int:
 
 Recording = tuple[Callable[[], None], Tensor]
 
+_recording = threading.Lock()
+"""One capture at a time, of all encoders: a second one begins with waiting for the device, which spoils the first."""
+
 
 class CudaRecorder:
     """Records what a function launches as a CUDA graph. The graphs of one recorder share their memory."""
@@ -115,9 +118,13 @@ class CudaRecorder:
             self._pool = torch.cuda.graph_pool_handle()
         assert self._aside is not None
         _, stream = self._aside
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            y = function()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            capture = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+            with _recording, capture:
+                y = function()
+        finally:
+            torch.cuda.set_stream(current)  # which PyTorch does not do if the capture fails at its end
         return graph.replay, y
 
 
@@ -206,6 +213,7 @@ class EncoderGraphs:
         self._state: tuple[Any, ...] | None = None
         self._embedding: tuple[Any, ...] | None = None
         self._broken: str | None = None
+        self._too_large: dict[Bucket, str] = {}
         self._lock = threading.Lock()
 
     def as_dict(self) -> dict[str, Any]:
@@ -254,6 +262,9 @@ class EncoderGraphs:
                 self._forget_ids()
                 self._embedding = embedding
             if y is None:
+                self.reason = self._too_large.get(bucket)
+                if self.reason is not None:
+                    return None
                 if bucket not in self._graphs and not self._record(layers, source, batch, bucket, embeddings):
                     return None
                 y = self._run(self._graphs[bucket], source, batch)
@@ -272,6 +283,7 @@ class EncoderGraphs:
         """Drop all graphs."""
         self.recorder.finish()
         self._graphs.clear()
+        self._too_large.clear()
 
     def _run(self, graph: _Graph, source: Tensor | TokenIds, batch: PackedBatch) -> Tensor:
         graph.buffers.load(source, batch)
@@ -303,7 +315,11 @@ class EncoderGraphs:
             try:
                 replay, y = self.recorder.record(run, first=not self._graphs)
             except RuntimeError as error:
-                self._broken = self.reason = f"the recording failed: {error}"
+                self.reason = f"the recording failed: {error}"
+                if isinstance(error, torch.OutOfMemoryError):  # a smaller bucket may do
+                    self._too_large[bucket] = self.reason
+                else:
+                    self._broken = self.reason
                 warnings.warn(f"cuda_graphs: {self.reason}; the model runs without", stacklevel=2)
                 return False
         self.captured += 1

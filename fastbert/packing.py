@@ -212,7 +212,8 @@ class PackedBatch:
                 raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q in self-attention")
             if longest is not None and int(longest) < max(lengths):
                 raise ValueError(f"max_length_q is {int(longest)}, shorter than the longest sequence ({max(lengths)})")
-            longest = max(lengths)
+            # What is given stays, so that a capture launches the kernels that its warm-up has loaded.
+            longest = max(lengths) if longest is None else int(longest)
         cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
         return cls(1, seqlen, cu_seqlens, seqlen if longest is None else longest, sequences=True)
 

@@ -39,8 +39,13 @@ __device__ __forceinline__ Work find_work(const AttentionShape& shape, int tile,
 
 __host__ __device__ inline int count_tiles(int64_t total, int batch, int rows) { return static_cast<int>(total / rows) + batch; }
 
+// A bias of the lowest float forbids a key. Where it forbids all of a row, they share the weight alike (as in PyTorch), and
+// of so large a number the log-sum-exp could not tell how many they are; of this one, in units of log2, it can.
+constexpr float kLowest = -65536.0f;
+
 // The scores x [16, 8 N] in units of log2, with scale and bias; minus infinity where there is no column. row, column: of
-// element 0, in the sequence. KEYS: rows are keys and columns queries. Rows beyond the length stay as they are.
+// element 0, in the sequence. KEYS: rows are keys and columns queries. Rows beyond the length stay as they are. With a
+// bias, what is finite is no lower than kLowest.
 template <bool KEYS, bool BIAS, int N>
 __device__ __forceinline__ void finish_scores(float (&x)[N][4], const AttentionShape& shape, const float* bias, int row,
                                               int column, int length) {
@@ -53,8 +58,11 @@ __device__ __forceinline__ void finish_scores(float (&x)[N][4], const AttentionS
     for (int i = 0; i < 4; ++i) {
       const int r = row + i / 2 * 8, c = column + 8 * n + i % 2;
       x[n][i] *= scale;
-      if (BIAS && r < length && c < length)
-        x[n][i] += bias[(KEYS ? c : r) * shape.bias_strides[2] + (KEYS ? r : c)] * kLog2E;
+      if (BIAS && r < length && c < length) {
+        const float added = bias[(KEYS ? c : r) * shape.bias_strides[2] + (KEYS ? r : c)];
+        x[n][i] += (added < 2.0f * kLowest ? 2.0f * kLowest : added) * kLog2E;  // or it might become minus infinity here
+        if (x[n][i] < kLowest) x[n][i] = added == -INFINITY ? -INFINITY : kLowest;
+      }
       if (c >= length) x[n][i] = -INFINITY;
     }
 }

@@ -103,7 +103,7 @@ def attention_bwd(
             return dqkv, dbias
         delta = torch.empty_like(lse)
         if qkv.dtype is torch.float32:
-            lse = torch.empty_like(lse)  # which attention_bwd_dq writes
+            lse = lse.new_empty(2, heads, total)  # which attention_bwd_dq writes
         two_passes = qkv.dtype is torch.float32 or deterministic
         config = _config("attention_bwd_dkdv" if two_passes else "attention_bwd", qkv, bias)
         slots = total // config["BLOCK_M"] + batch
@@ -164,7 +164,7 @@ def _aligned(bias: Tensor) -> Tensor:
 
 def _constants(qkv: Tensor, scale: float, bias: Tensor | None) -> dict[str, Any]:
     head_dim = qkv.size(3)
-    scaled = bias is not None or scale < 0 or qkv.dtype is torch.float32
+    scaled = bias is not None or scale <= 0 or qkv.dtype is torch.float32
     return {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "SCALED": scaled}
 
 

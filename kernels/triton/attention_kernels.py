@@ -12,10 +12,10 @@ Arguments that recur, T tokens in B sequences:
     cu_seqlens int32 [B + 1]
     bias float32 [B or 1, heads or 1, S or 1, S] or None; bias_batch, bias_head, bias_query: its strides, 0 where it
         broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
-    seed int64 [1] or None; threshold, keep_scale: as in dropout.scalars
+    seed int64 [1] or None, in functions its value; threshold, keep_scale: as in dropout.scalars
 HEAD_DIM is padded to the power of two BLOCK_D with zeros. Products of float32 matrices keep its accuracy (`_dot`).
-SCALED: Q K^T is multiplied by scale before anything else, as a bias, a negative scale and float32's accuracy want it;
-otherwise exp takes the scale in, in one fused operation.
+SCALED: Q K^T is multiplied by scale before anything else, as a bias, a scale that is not positive, and float32's
+accuracy want it; otherwise exp takes the scale in, in one fused operation.
 """
 
 import triton
@@ -29,6 +29,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # shared memory, where the elements of a column are all in one bank. For 16-bit numbers it changes nothing.
 ACCURATE = tl.constexpr("tf32x3")
 INFINITY = tl.constexpr(float("inf"))
+LOWEST = tl.constexpr(-65536.0)
+"""A bias of the lowest float forbids a key. Where it forbids all of a row, they share the weight alike (as in PyTorch),
+and of so large a number the log-sum-exp could not tell how many they are; of this one it can, to a quarter of a
+percent."""
 UNSPECIALIZED = ("batch", "total", "heads", "threshold", "bias_batch", "bias_head", "bias_query", "bias_width")
 
 
@@ -63,9 +67,18 @@ def _dot(a, b, total, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _dot_bwd(a, b, total):
-    """The same in a backward, whose kernels form a product twice, with its operands exchanged, and need the same bits:
-    where all weight is on one key, P dP is equal to its sum and the gradient of the score is 0."""
+    """The same in a backward, whose kernels form a product twice and need the same bits: where all weight is on one
+    key, P dP is equal to its sum and the gradient of the score is 0."""
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def _dot_transposed(a, b):
+    """b^T a^T. In float32 formed as a b is: not every library has the same bits for exchanged operands."""
+    if a.dtype == tl.float32:
+        return tl.trans(_dot_bwd(a, b, None))
+    else:
+        return _dot_bwd(tl.trans(b), tl.trans(a), None)
 
 
 @triton.jit
@@ -127,12 +140,23 @@ def _load_bias(
 
 @triton.jit
 def _scale(scores, scale, bias):
-    """scores * scale + bias, rounded once, in every kernel alike.
+    """scores * scale, and the bias if that is not None, rounded once, in every kernel alike. With a bias, what is
+    finite is no lower than LOWEST.
 
     Left to itself the compiler fuses this product with whatever follows: with - lse in the backward, so that exp takes
     the rounding error of large scores for a difference.
     """
-    return tl.fma(scores, scale, bias)
+    if bias is None:
+        return tl.fma(scores, scale, 0.0)
+    else:
+        scores = tl.fma(scores, scale, bias)
+        return tl.where((scores < LOWEST) & (scores > -INFINITY), LOWEST, scores)
+
+
+@triton.jit
+def _drop(dp, keep, keep_scale):
+    """dp where it is kept, times keep_scale, rounded before anything is taken from it: see `_dot_bwd`."""
+    return tl.fma(tl.where(keep, dp, 0.0), keep_scale, 0.0)
 
 
 @triton.jit
@@ -179,7 +203,7 @@ def _attend(
         added = _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
         scores = _scale(scores, scale, added)
     elif SCALED:
-        scores = _scale(scores, scale, 0.0)
+        scores = _scale(scores, scale, None)
     top, p, shrink = _softmax_block(scores, top, scale, n, length, BLOCK_N, SCALED, MASKED)
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
@@ -205,6 +229,8 @@ def _attention_fwd_kernel(
     q_head = qkv + start * row_stride + head * HEAD_DIM
     k_head = q_head + heads * HEAD_DIM
     v_head = k_head + heads * HEAD_DIM
+    if seed is not None:
+        seed = tl.load(seed)
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     query = first + tl.arange(0, BLOCK_M)
@@ -250,6 +276,8 @@ def _attention_fwd_short_kernel(
     q_head = qkv + start * row_stride + head * HEAD_DIM
     k_head = q_head + heads * HEAD_DIM
     v_head = k_head + heads * HEAD_DIM
+    if seed is not None:
+        seed = tl.load(seed)
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     query = tl.arange(0, BLOCK_S)
@@ -263,7 +291,7 @@ def _attention_fwd_short_kernel(
         added = _load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True)
         scores = _scale(scores, scale, added)
     elif SCALED:
-        scores = _scale(scores, scale, 0.0)
+        scores = _scale(scores, scale, None)
     top, p, _ = _softmax_block(scores, top, scale, 0, length, BLOCK_S, SCALED, True)
     row_sum = tl.sum(p, 1)
     if seed is not None:
@@ -288,9 +316,21 @@ def _load_lse(lse, query, length, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(scores, lse, scale, SCALED: tl.constexpr):
-    """softmax again, from lse, which broadcasts against the scores and unless SCALED is in units of log(2)."""
-    if SCALED:
+def _load_mass(lse, rows, query, heads, total, length):
+    """What `_probabilities` takes besides in float32."""
+    return tl.load(lse + tl.cast(heads, tl.int64) * total + rows + query, mask=query < length, other=0.0)
+
+
+@triton.jit
+def _probabilities(scores, lse, mass, scale, SCALED: tl.constexpr):
+    """softmax again, from lse, which broadcasts against the scores and unless SCALED is in units of log(2).
+
+    In float32 lse is the highest score alone, from which the others' distance is exact, and mass the rest, in units of
+    log(2); otherwise mass is None.
+    """
+    if mass is not None:
+        return tl.exp2((scores - lse) * LOG2E - mass)
+    elif SCALED:
         return tl.exp2((scores - lse) * LOG2E)
     else:
         return tl.exp2(scores * (scale * LOG2E) - lse)
@@ -307,7 +347,7 @@ def _scores(
         added = _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
         scores = _scale(scores, scale, added)
     elif SCALED:
-        scores = _scale(scores, scale, 0.0)
+        scores = _scale(scores, scale, None)
     return scores
 
 
@@ -319,13 +359,13 @@ def _dprobabilities(
     dp = _dot_bwd(dout, tl.trans(v), None)
     if seed is not None:
         keep = keep_attention(seed, threshold, head, start, first, n, BLOCK_M, BLOCK_N)
-        dp = tl.where(keep, dp, 0.0) * keep_scale
+        dp = _drop(dp, keep, keep_scale)
     return dp
 
 
 @triton.jit
 def _meet_keys(
-    q, dout, lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed, threshold, keep_scale,
+    q, dout, lse, mass, k_head, v_head, first, n, length, head, start, row_stride, scale, seed, threshold, keep_scale,
     bias, bias_query, bias_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -333,7 +373,7 @@ def _meet_keys(
     k = _load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     v = _load_rows(v_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = _scores(q, k, first, n, length, scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, SCALED, MASKED)
-    p = _probabilities(scores, lse[:, None], scale, SCALED)
+    p = _probabilities(scores, lse[:, None], None if mass is None else mass[:, None], scale, SCALED)
     if MASKED:
         p = tl.where(tl.arange(0, BLOCK_N)[None, :] < length - n, p, 0.0)
     dp = _dprobabilities(dout, v, first, n, head, start, seed, threshold, keep_scale, BLOCK_M, BLOCK_N)
@@ -348,7 +388,8 @@ def _attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of BLOCK_M queries. In float32 it forms and writes their delta, sum(P * dP), and their lse, as that
-    of the forward is of scores with other roundings. Grid: (tile slots, heads)."""
+    of the forward is of scores with other roundings; in two parts (`_probabilities`): lse [2, heads, T].
+    Grid: (tile slots, heads)."""
     sequence, start, length, first = _find_tile(cu_seqlens, batch, BLOCK_M)
     if first >= length:
         return
@@ -360,6 +401,8 @@ def _attention_bwd_dq_kernel(
     v_head = k_head + heads * HEAD_DIM
     dq_head = dqkv + start * row_stride + head * HEAD_DIM
     out_head = start * out_stride + head * HEAD_DIM
+    if seed is not None:
+        seed = tl.load(seed)
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     query = first + tl.arange(0, BLOCK_M)
@@ -387,24 +430,27 @@ def _attention_bwd_dq_kernel(
             mass = mass * shrink + tl.sum(p, 1)
             weighted = weighted * shrink + tl.sum(p * dp, 1)
             top = higher
-        row_lse = tl.where(mass == 0.0, INFINITY, top + tl.log(mass))
+        row_lse = tl.where(mass == 0.0, INFINITY, top)
+        row_mass = tl.where(mass == 0.0, 0.0, tl.log2(mass))
         row_delta = tl.where(mass == 0.0, 0.0, weighted / mass)
         tl.store(lse + rows + query, row_lse, mask=query < length)
+        tl.store(lse + tl.cast(heads, tl.int64) * total + rows + query, row_mass, mask=query < length)
         tl.store(delta + rows + query, row_delta, mask=query < length)
     else:
         row_lse = _load_lse(lse + rows, query, length, SCALED)
+        row_mass = None
         row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
     full = length // BLOCK_N * BLOCK_N
     for n in tl.range(0, full, BLOCK_N):
         k, p, dp = _meet_keys(
-            q, do, row_lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
+            q, do, row_lse, row_mass, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
             threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
             SCALED, False,
         )  # fmt: skip
         dq = _dot_bwd((p * (dp - row_delta[:, None])).to(k.dtype), k, dq)
     for n in tl.range(full, length, BLOCK_N, num_stages=1):
         k, p, dp = _meet_keys(
-            q, do, row_lse, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
+            q, do, row_lse, row_mass, k_head, v_head, first, n, length, head, start, row_stride, scale, seed,
             threshold, keep_scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
             SCALED, True,
         )  # fmt: skip
@@ -480,6 +526,8 @@ def _attention_bwd_dkdv_kernel(
     v_head = k_head + heads * HEAD_DIM
     dk_head = dqkv + start * row_stride + (heads + head) * HEAD_DIM
     do_offset = start * out_stride + head * HEAD_DIM
+    if seed is not None:
+        seed = tl.load(seed)
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     rows = tl.cast(head, tl.int64) * total + start
@@ -500,25 +548,27 @@ def _attention_bwd_dkdv_kernel(
         if stats is None:
             query = m + tl.arange(0, BLOCK_M)
             row_lse = _load_lse(lse + rows, query, length, SCALED)
+            row_mass = _load_mass(lse, rows, query, heads, total, length)[None, :]
             row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
         else:
+            row_mass = None
             row_lse = tl.load(stats + 2 * m + tl.arange(0, BLOCK_M))
             row_delta = tl.load(stats + 2 * m + BLOCK_M + tl.arange(0, BLOCK_M))
-        scores = _dot_bwd(k, tl.trans(q), None)
+        scores = _dot_transposed(q, tl.trans(k))
         if bias is not None:
             added = tl.trans(_load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
             scores = _scale(scores, scale, added)
         elif SCALED:
-            scores = _scale(scores, scale, 0.0)
-        p = _probabilities(scores, row_lse[None, :], scale, SCALED)
+            scores = _scale(scores, scale, None)
+        p = _probabilities(scores, row_lse[None, :], row_mass, scale, SCALED)
         if dq_sum is not None:
             p = tl.where(key < length, p, 0.0)
-        dp = _dot_bwd(v, tl.trans(do), None)
+        dp = _dot_transposed(do, tl.trans(v))
         kept = p
         if seed is not None:
             keep = keep_attention_transposed(seed, threshold, head, start, m, first, BLOCK_M, BLOCK_N)
             kept = tl.where(keep, p, dropped(length))
-            dp = tl.where(keep, dp, 0.0) * keep_scale
+            dp = _drop(dp, keep, keep_scale)
         dv = _dot_bwd(kept.to(do.dtype), do, dv)
         ds = (p * (dp - row_delta[None, :])).to(q.dtype)
         dk = _dot_bwd(ds, q, dk)
@@ -555,6 +605,8 @@ def _attention_bwd_short_kernel(
     v_head = k_head + heads * HEAD_DIM
     dq_head = dqkv + start * row_stride + head * HEAD_DIM
     do_head = dout + start * out_stride + head * HEAD_DIM
+    if seed is not None:
+        seed = tl.load(seed)
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     query = tl.arange(0, BLOCK_S)
@@ -569,14 +621,14 @@ def _attention_bwd_short_kernel(
         added = tl.trans(_load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True))
         scores = _scale(scores, scale, added)
     elif SCALED:
-        scores = _scale(scores, scale, 0.0)
-    p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], scale, SCALED), 0.0)
+        scores = _scale(scores, scale, None)
+    p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], None, scale, SCALED), 0.0)
     dp = _dot_bwd(v, tl.trans(do), None)
     kept = p
     if seed is not None:
         keep = keep_attention_transposed(seed, threshold, head, start, 0, 0, BLOCK_S, BLOCK_S)
         kept = tl.where(keep, p, dropped(length))
-        dp = tl.where(keep, dp, 0.0) * keep_scale
+        dp = _drop(dp, keep, keep_scale)
     dv = _dot_bwd(kept.to(do.dtype), do, None)
     _store_rows(dq_head + 2 * heads * HEAD_DIM, dv * keep_scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
     ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q.dtype)
@@ -604,6 +656,8 @@ def _attention_bwd_dbias_kernel(
     first_key = tl.program_id(2) * BLOCK_N
     row_stride = 3 * heads * HEAD_DIM
     out_stride = heads * HEAD_DIM
+    if seed is not None:
+        seed = tl.load(seed)
     bias += 4 * (tl.cast(which_batch, tl.int64) * bias_batch + tl.cast(which_head, tl.int64) * bias_head)
     dbias += tl.cast(tl.program_id(0), tl.int64) * queries * keys
     key = first_key + tl.arange(0, BLOCK_N)[None, :]
@@ -631,15 +685,18 @@ def _attention_bwd_dbias_kernel(
                     q_head + 2 * heads * HEAD_DIM, first_key, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True
                 )
                 row_lse = _load_lse(lse + rows, query, length, SCALED)
+                row_mass = None
+                if qkv.dtype.element_ty == tl.float32:
+                    row_mass = _load_mass(lse, rows, query, heads, total, length)[:, None]
                 row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
                 scores = _dot_bwd(q, tl.trans(k), None)
                 added = _load_bias(bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
                 scores = _scale(scores, scale, added)
-                p = tl.where(key < length, _probabilities(scores, row_lse[:, None], scale, SCALED), 0.0)
+                p = tl.where(key < length, _probabilities(scores, row_lse[:, None], row_mass, scale, SCALED), 0.0)
                 dp = _dot_bwd(do, tl.trans(v), None)
                 if seed is not None:
                     keep = keep_attention(seed, threshold, head, start, m, first_key, BLOCK_M, BLOCK_N)
-                    dp = tl.where(keep, dp, 0.0) * keep_scale
+                    dp = _drop(dp, keep, keep_scale)
                 acc += p * (dp - row_delta[:, None])
 
     if ONE_ROW:

@@ -19,7 +19,7 @@ from fastbert.kernels import configs, dropout, rows
 from fastbert.kernels.layernorm import shape_class
 
 SMALL_TABLE = 16  # rows
-_GATHER = {"BLOCK_T": 16, "BLOCK_N": 256, "num_warps": 4}
+_GATHER = {"PIECE": 64, "BLOCK_T": 16, "BLOCK_N": 256, "num_warps": 4}
 _FEW = {"PART": 256, "BLOCK_T": 16, "BLOCK_N": 128, "num_warps": 4}
 
 
@@ -77,7 +77,7 @@ def _embedding_fwd_kernel(
     b = tl.load(bias + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
     out = normal * w[None, :] + b[None, :]
     if seed is not None:
-        out = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), out * keep_scale, 0.0)
+        out = tl.where(dropout.keep_rows(tl.load(seed), threshold, row, BLOCK_M, BLOCK_N), out * keep_scale, 0.0)
     tl.store(y + offset, out, mask=inside)
 
 
@@ -109,7 +109,7 @@ def _embedding_bwd_kernel(
         inside = (row < num_tokens)[:, None] & (column < HIDDEN)[None, :]
         g = tl.load(dy + offset, mask=inside, other=0.0).to(tl.float32)
         if seed is not None:
-            g = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), g * keep_scale, 0.0)
+            g = tl.where(dropout.keep_rows(tl.load(seed), threshold, row, BLOCK_M, BLOCK_N), g * keep_scale, 0.0)
         normal = tl.load(xhat + offset, mask=inside, other=0.0).to(tl.float32)
         inverse = tl.load(rstd + row, mask=row < num_tokens, other=0.0)[:, None]
         dbias += g
@@ -121,28 +121,67 @@ def _embedding_bwd_kernel(
     tl.store(out + programs.to(tl.int64) * HIDDEN, tl.sum(dbias, 0), mask=column < HIDDEN)
 
 
-@triton.jit(do_not_specialize=("padding_idx",))
-def _embedding_bwd_table_kernel(
-    dz,  # [tokens, HIDDEN]
-    token,  # int64 [tokens], the tokens ordered by their id
-    first,  # int64 [table rows + 1]: row r has the tokens first[r] to first[r + 1] of that order
-    dtable,  # [table rows, HIDDEN]
-    padding_idx,
-    HIDDEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin = tl.load(first + row).to(tl.int32)
-    end = tl.load(first + row + 1).to(tl.int32)
-    end = tl.where(row == padding_idx, begin, end)
-    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+@triton.jit
+def _add_tokens(total, dz, token, begin, end, column, HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr):
+    """total [BLOCK_T, columns] and what the tokens at places begin to end of the order add to it."""
     for start in tl.range(begin, end, BLOCK_T, num_stages=rows.STAGES):
         place = start + tl.arange(0, BLOCK_T)
         source = tl.load(token + place, mask=place < end, other=0)
         inside = (place < end)[:, None] & (column < HIDDEN)[None, :]
         total += tl.load(dz + source[:, None] * HIDDEN + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit(do_not_specialize=("padding_idx",))
+def _embedding_bwd_pieces_kernel(
+    dz,  # [tokens, HIDDEN]
+    ordered,  # int64 [tokens], the ids in order
+    token,  # int64 [tokens], the tokens in that order
+    pieces,  # float32 [tokens // PIECE, HIDDEN], written where all PIECE tokens have one id
+    padding_idx,
+    HIDDEN: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    piece = tl.program_id(0)
+    begin = piece * PIECE
+    id = tl.load(ordered + begin)
+    if (id == tl.load(ordered + begin + PIECE - 1)) & (id != padding_idx):
+        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        total = _add_tokens(total, dz, token, begin, begin + PIECE, column, HIDDEN, BLOCK_T)
+        tl.store(pieces + piece.to(tl.int64) * HIDDEN + column, tl.sum(total, 0), mask=column < HIDDEN)
+
+
+@triton.jit(do_not_specialize=("padding_idx",))
+def _embedding_bwd_table_kernel(
+    dz,  # [tokens, HIDDEN]
+    token,  # int64 [tokens], the tokens ordered by their id
+    first,  # int64 [table rows + 1]: row r has the tokens first[r] to first[r + 1] of that order
+    pieces,  # float32 [tokens // PIECE, HIDDEN]: sums of PIECE tokens in that order, where they have one id
+    dtable,  # [table rows, HIDDEN]
+    padding_idx,
+    HIDDEN: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program sums what it finds no sum of: else the whole GPU would wait for the one of [MASK] or of a comma."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.load(first + row).to(tl.int32)
+    end = tl.load(first + row + 1).to(tl.int32)
+    end = tl.where(row == padding_idx, begin, end)
+    first_piece, last_piece = tl.cdiv(begin, PIECE), end // PIECE
+    pieced = first_piece < last_piece
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    total = _add_tokens(total, dz, token, begin, tl.where(pieced, first_piece * PIECE, end), column, HIDDEN, BLOCK_T)
+    for start in range(first_piece, last_piece, BLOCK_T):
+        piece = start + tl.arange(0, BLOCK_T)
+        inside = (piece < last_piece)[:, None] & (column < HIDDEN)[None, :]
+        total += tl.load(pieces + piece.to(tl.int64)[:, None] * HIDDEN + column[None, :], mask=inside, other=0.0)
+    total = _add_tokens(total, dz, token, tl.where(pieced, last_piece * PIECE, end), end, column, HIDDEN, BLOCK_T)
     tl.store(dtable + row.to(tl.int64) * HIDDEN + column, tl.sum(total, 0), mask=column < HIDDEN)
 
 
@@ -290,17 +329,22 @@ def _table_gradient(dz: Tensor, ids: Tensor, size: int, padding_idx: int) -> Ten
         return dtable
     ordered, token = torch.sort(ids, stable=True)
     first = torch.searchsorted(ordered, torch.arange(size + 1, device=ids.device))
-    grid = size, configs.cdiv(hidden, _GATHER["BLOCK_N"])
-    _embedding_bwd_table_kernel[grid](dz, token, first, dtable, padding_idx, HIDDEN=hidden, **_GATHER)
+    columns, whole = configs.cdiv(hidden, _GATHER["BLOCK_N"]), num_tokens // _GATHER["PIECE"]
+    pieces = dz.new_empty(whole, hidden, dtype=torch.float32)
+    if whole > 0:
+        _embedding_bwd_pieces_kernel[whole, columns](dz, ordered, token, pieces, padding_idx, HIDDEN=hidden, **_GATHER)
+    _embedding_bwd_table_kernel[size, columns](dz, token, first, pieces, dtable, padding_idx, HIDDEN=hidden, **_GATHER)
     return dtable
 
 
 def cases(arch: int) -> Iterator[configs.Case]:
     table = configs.table(arch)
     scalars = {"eps": "fp32", "threshold": "i32", "keep_scale": "fp32"}
-    ids = dict.fromkeys(("input_ids", "position_ids", "token_type_ids", "seed", "ids", "token", "first"), "*i64")
+    ids = dict.fromkeys(
+        ("input_ids", "position_ids", "token_type_ids", "seed", "ids", "ordered", "token", "first"), "*i64"
+    )
     counts = dict.fromkeys(("num_tokens", "num_words", "num_positions", "num_types", "padding_idx"), "i32")
-    floats = dict.fromkeys(("weight", "bias", "rstd", "partials"), "*fp32")
+    floats = dict.fromkeys(("weight", "bias", "rstd", "partials", "pieces"), "*fp32")
     tensors = dict.fromkeys(("word", "position", "token_type", "y", "xhat", "dy", "dz", "dtable"), "*bf16")
     signature = tensors | floats | ids | counts | scalars
 
@@ -319,5 +363,6 @@ def cases(arch: int) -> Iterator[configs.Case]:
             for name, kernel in (("embedding_fwd", _embedding_fwd_kernel), ("embedding_bwd", _embedding_bwd_kernel)):
                 yield case(f"{kind}-{hidden}", kernel, sizes | off, table[name][shape_class(hidden)])
     for hidden in (312, 768):
+        yield case(f"{hidden}", _embedding_bwd_pieces_kernel, {"HIDDEN": hidden}, _GATHER)
         yield case(f"{hidden}", _embedding_bwd_table_kernel, {"HIDDEN": hidden}, _GATHER)
         yield case(f"{hidden}", _embedding_bwd_few_rows_kernel, {"HIDDEN": hidden}, _FEW)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import configs, matmul
+from fastbert.kernels import configs, matmul, rows
 
 SCRATCH_BYTES = 256 * 1024 * 1024  # for the logits of a chunk
 ROW_MULTIPLE = 128  # of rows in a chunk, and of columns in the scratch, which tiles of BLOCK_K and of dW read whole
@@ -189,7 +189,7 @@ def _mlm_loss_dlogits_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word = column < vocabulary
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, number, BLOCK_M):
+    for first in tl.range(0, number, BLOCK_M, num_stages=rows.STAGES):
         row = first + tl.arange(0, BLOCK_M)
         live = row < number
         pointer = logits + row.to(tl.int64)[:, None] * width + column[None, :]
@@ -327,13 +327,18 @@ def mlm_loss_fwd(
     one = num_rows <= chunk
     index = labels.new_empty(num_rows, dtype=torch.int32)
     count = index.new_empty(1)
-    rows = torch.empty_like(h)
+    gathered = torch.empty_like(h)
     losses = h.new_zeros(num_rows, dtype=torch.float32)
     lse, label_logit = losses.new_empty(chunk), losses.new_empty(chunk)
     logits = h.new_empty(chunk, width) if need_grad else None
     dweight = torch.empty_like(weight, dtype=weight.dtype if one else torch.float32) if need_grad else None
     dbias = losses.new_zeros(vocabulary) if need_grad and bias is not None else None
     forward, dh_config, dweight_config = (_config(name, h) for name in ("fwd", "dh", "dweight"))
+    whole = {dh_config["BLOCK_K"], dweight_config["BLOCK_M"], dweight_config["BLOCK_K"]}
+    if any(ROW_MULTIPLE % size for size in whole):
+        raise ValueError(
+            f"mlm_loss: the configured tiles read {sorted(whole)} at once; these must divide {ROW_MULTIPLE}"
+        )
     tiles = configs.cdiv(vocabulary, forward["BLOCK_N"])
     stats = losses.new_empty(3, tiles, chunk)
     precision = {"PRECISION": matmul.precision(h.dtype)}
@@ -341,11 +346,11 @@ def mlm_loss_fwd(
         _mlm_loss_compact_kernel[(1,)](labels, index, count, num_rows, ignore_index, **_COMPACT)
         block = min(512, configs.next_power_of_2(hidden))
         _mlm_loss_gather_kernel[(configs.cdiv(num_rows, _GATHER["BLOCK_M"]), configs.cdiv(hidden, block))](
-            h, index, count, rows, HIDDEN=hidden, BLOCK_N=block, **_GATHER
+            h, index, count, gathered, HIDDEN=hidden, BLOCK_N=block, **_GATHER
         )
         for begin in range(0, num_rows, chunk):
             _mlm_loss_logits_kernel[(configs.cdiv(chunk, forward["BLOCK_M"]) * tiles,)](
-                rows,
+                gathered,
                 weight,
                 bias,
                 labels,
@@ -399,7 +404,7 @@ def mlm_loss_fwd(
             )
             _mlm_loss_dweight_kernel[matmul.tiles(dweight_config, vocabulary, hidden),](
                 logits,
-                rows,
+                gathered,
                 count,
                 dweight,
                 begin,

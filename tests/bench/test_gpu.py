@@ -238,6 +238,27 @@ class TestRun:
             run.worker.close()
         assert found == {"status": "not run", "reason": "stopped when the 0 s were used up"}
 
+    def test_one_that_gave_no_answer_is_not_asked_again(self, tmp_path, monkeypatch):
+        asked = []
+
+        def ask(worker, do, seconds, row=None, name=None, **rest):
+            if do == "measure":
+                asked.append((row, name))
+                if name == "cuda":
+                    raise runner.LateError("no answer in 60 s")
+            return {"status": "ok", "clock": "graph", "error": 0.0, "median_s": 0.1}
+
+        monkeypatch.setattr(gpu.Worker, "ask", ask)
+        content = report.result("gpu", {"device": "none"}, None, None, [])
+        run = gpu.Run(content, tmp_path / "x.json", ["pytorch", "cuda"], 60.0)
+        rows = ("layernorm_fwd[large]", "layernorm_fwd[base]", "layernorm_fwd_bwd[base]")
+        run.everything(rows)
+        first, second, third = (record["contestants"]["cuda"] for record in content["rows"])
+        assert first["status"] == third["status"] == "failed"
+        assert second == {"status": "not run", "reason": "not begun: it gave no answer in layernorm_fwd[large]"}
+        assert [(row, "pytorch") for row in rows] == [pair for pair in asked if pair[1] == "pytorch"]
+        assert ("layernorm_fwd[base]", "cuda") not in asked
+
     def test_one_that_cannot_be_recorded_is_timed_in_another_process(self, worker, tmp_path, monkeypatch):
         def timed(graph, stock=worker._timed):
             if graph:
@@ -413,6 +434,12 @@ class TestPreferred:
     def test_what_was_wrong_once_stays_off(self):
         assert gpu.preferred(op_rows(("ffn", 2.0, 1.0), ("ffn", 1.0, None))) == {"ffn": ["triton"]}
 
+    def test_a_failure_that_is_not_its_own_says_nothing(self):
+        content = op_rows(("ffn", 2.0, 1.0), ("ffn", None, None))
+        for item in content["rows"][1]["contestants"].values():
+            item.update(status="failed", reason=f"{gpu.NO_TRUTH}out of memory")
+        assert gpu.preferred(content) == {"ffn": ["cuda", "triton"]}
+
     def test_launches_by_python_count_for_nothing(self):
         assert gpu.preferred(op_rows(("ffn", 1.0, 2.0), clock="stream")) == {}
 
@@ -472,7 +499,7 @@ class TestMakeGpu:
         assert "unknown step nope; allowed are build, tests, sanitize, bench" in done.stderr
 
     def test_a_failure_and_a_limit_do_not_stop_the_rest(self, suite, tmp_path, capsys):
-        run = suite.Suite(tmp_path, tmp_path, 600.0)
+        run = suite.Suite(tmp_path, tmp_path, tmp_path / "gpu.log", 600.0)
         assert not run.run("build", [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"])
         assert not run.run("tests", [sys.executable, "-c", "import time; time.sleep(60)"], limit=6)
         assert run.run("bench", [sys.executable, "-c", "print('done')"])
@@ -480,6 +507,7 @@ class TestMakeGpu:
         assert states == {"build": "failed with status 3", "tests": "stopped at its limit", "bench": "ok"}
         assert run.together({"a": [sys.executable, "-c", ""], "b": [sys.executable, "-c", ""]}, 20.0, {})
         assert "why" in (tmp_path / "build.log").read_text()
+        assert "failed with status 3" in (tmp_path / "gpu.log").read_text()
         assert "done" in capsys.readouterr().out
 
     @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="pytest-xdist is not there")
@@ -504,9 +532,26 @@ class TestMakeGpu:
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
 
+    @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="pytest-xdist is not there")
+    def test_a_test_that_hangs_is_named_and_the_others_run(self, suite, tmp_path, monkeypatch, capsys):
+        file = tmp_path / "tests" / "gpu" / "test_it.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(
+            "import signal, time\n"
+            "def test_hangs(): signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); time.sleep(600)\n"
+            "def test_other(): pass\n"
+        )
+        monkeypatch.setattr(suite, "TEST_SECONDS", 3)
+        monkeypatch.setattr(suite, "ROOT", tmp_path)
+        run = suite.Suite(tmp_path, tmp_path, tmp_path / "gpu.log", 120.0)
+        run.tests()
+        output = capsys.readouterr().out
+        assert "crashed while running 'tests/gpu/test_it.py::test_hangs'" in output
+        assert "1 failed, 1 passed" in output
+
     def test_what_the_user_has_on_the_path_stays(self, suite, tmp_path, monkeypatch):
         monkeypatch.setenv("PYTHONPATH", "/of/the/user")
-        path = suite.Suite(tmp_path, tmp_path, 1.0).environment["PYTHONPATH"]
+        path = suite.Suite(tmp_path, tmp_path, tmp_path / "gpu.log", 1.0).environment["PYTHONPATH"]
         assert path.split(":") == [str(suite.LIBRARY), "/of/the/user"]
 
     def test_what_was_left_out_of_the_build_is_said(self, suite, tmp_path, monkeypatch):
@@ -538,7 +583,9 @@ class TestMakeGpu:
         package.mkdir()
         (package / "__init__.py").write_text("")
         code = "import fastbert; print(fastbert.__file__)"
-        environment = suite.Suite(tmp_path, tmp_path, 1.0).environment | {"PYTHONPATH": str(tmp_path)}
+        environment = suite.Suite(tmp_path, tmp_path, tmp_path / "gpu.log", 1.0).environment | {
+            "PYTHONPATH": str(tmp_path)
+        }
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert Path(done.stdout.strip()).parent == package

@@ -48,6 +48,19 @@ def row(name: str, work: float, unit: str = "GFLOP/s", peak: float = 790e3, **mi
     return shape | {"others": None, "peak": {"rate": peak, "how": "x"}, "contestants": contestants}
 
 
+def test_a_row_with_less_does_not_replace_one_with_more(results: Any, tmp_path: Path) -> None:
+    name = "inference[base-512]"
+    report.write(content("2026-01-01", [row(name, 1e13, fastbert=50, hf_eager=110)]), tmp_path / "gpu-a.json")
+    report.write(content("2026-01-02", [row(name, 1e13, fastbert=40)]), tmp_path / "gpu-b.json")
+    short = row(name, 1e13, fastbert=30, hf_eager=100) | {"complete": False}
+    report.write(content("2026-01-03", [short]), tmp_path / "gpu-c.json")
+    (found,) = results.newest_gpu(tmp_path)["NVIDIA H200"]
+    assert found.content["time"] == "2026-01-01"
+    report.write(content("2026-01-04", [row(name, 1e13, fastbert=45, hf_eager=110)]), tmp_path / "gpu-d.json")
+    (found,) = results.newest_gpu(tmp_path)["NVIDIA H200"]
+    assert found.content["time"] == "2026-01-04"
+
+
 def test_nothing_was_measured(results: Any, tmp_path: Path) -> None:
     assert results.gpu_tables(tmp_path) == "not yet measured"
 

@@ -213,6 +213,28 @@ def test_attention_forbidden_keys(emulated: Any) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("lengths", [(17, 40), (130, 9)], ids=["short", "long"])
+def test_attention_keys_forbidden_by_the_lowest_float(emulated: Any, lengths: tuple[int, int]) -> None:
+    """Where all keys are, they share the weight alike."""
+    tensors = attention_cases.tensors_for(lengths, 2, 64, None, torch.bfloat16)
+    bias = torch.zeros(2, 1, max(lengths), max(lengths))
+    bias[:, :, :, 5:] = torch.finfo(torch.float32).min
+    bias[1, :, 3] = torch.finfo(torch.bfloat16).min
+    bias[0, :, 7] = bias[0, :, 7].clamp(min=-1e4)
+    run, eager, reference = (
+        of(lengths)
+        for of in (lambda lengths: attention(emulated, lengths), attention_cases.eager, attention_cases.reference)
+    )
+    accuracy.check_backward(
+        lambda qkv: run(qkv, bias), lambda qkv: eager(qkv, bias), lambda qkv: reference(qkv, bias.double()), tensors
+    )
+
+
+@pytest.mark.usefixtures("hopper")
+def test_attention_hopper_keys_forbidden_by_the_lowest_float(emulated: Any) -> None:
+    test_attention_keys_forbidden_by_the_lowest_float(emulated, (130, 9))
+
+
 @functools.cache
 def attention_in_order(
     emulated: Any, lengths: tuple[int, ...], head_dim: int, bias: str | None, order: str

@@ -93,7 +93,9 @@ def test_ffn_says_what_it_cannot_take(
 @built
 @pytest.mark.skipif(not shutil.which("nm") or sys.platform != "linux", reason="nm is not there")
 def test_needs_no_library_of_cuda() -> None:
-    needed = subprocess.run(["nm", "-D", "--undefined-only", dispatch.CUDA_LIBRARY], capture_output=True, text=True, check=True)
+    needed = subprocess.run(
+        ["nm", "-D", "--undefined-only", dispatch.CUDA_LIBRARY], capture_output=True, text=True, check=True
+    )
     symbols = [line.split()[-1] for line in needed.stdout.splitlines()]
     assert not [symbol for symbol in symbols if symbol.startswith(("cu", "_ZN3c10", "_ZN2at"))]
     assert [symbol for symbol in symbols if symbol.startswith("aoti_torch")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,9 @@ from device import BASE, DEVICE, DROPOUT, HEADS, build, gradients, inputs, label
 import fastbert
 
 pytestmark = device.needed
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # roundings of values about 1
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Of the root mean square of values about 1, and ten times that of each: products of other numbers of rows may be
+summed in another order, and then differ by a few roundings."""
 
 
 def graphed(held: bool | int = True, **changes: Any) -> tuple[Any, Any]:
@@ -30,7 +33,10 @@ def told(model: Any) -> dict[str, Any]:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCE[ours.dtype], rtol=TOLERANCE[ours.dtype])
+    error = (ours - theirs).float()
+    assert torch.isfinite(ours).all()
+    assert error.square().mean().sqrt() <= TOLERANCE[ours.dtype]
+    assert error.abs().max() <= 10 * TOLERANCE[ours.dtype]
 
 
 @pytest.fixture
@@ -164,16 +170,20 @@ def test_a_full_batch_does_not_wait(no_sync: Any) -> None:
         model(**batch)
 
 
-def test_captured_by_the_user() -> None:
+@pytest.mark.parametrize("bound", [None, 84])
+def test_captured_by_the_user(bound: int | None) -> None:
     """A forward in somebody else's graph: without a bound the padded layout, and never a graph in a graph."""
     model, plain = graphed()
     batch = inputs("right")
-    with torch.no_grad():
+    within = contextlib.nullcontext() if bound is None else fastbert.token_bound(bound)
+    with torch.no_grad(), within:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 model(**batch)
+                if bound is None:  # the kernels of the padded layout
+                    model(batch["input_ids"], attention_mask=torch.zeros(4, 1, 1, 21, device=DEVICE))
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -498,6 +498,28 @@ def test_a_recording_that_fails() -> None:
     assert "the recording failed" in str(graphs.reason)
 
 
+def test_a_bucket_without_memory_leaves_the_others_their_graphs() -> None:
+    class Small(Rerun):
+        def record(self, function: Callable[[], Tensor], *, first: bool) -> Any:
+            if len(function()) > 64:
+                raise torch.OutOfMemoryError("no room")
+            return super().record(function, first=first)
+
+    model = fastbert.optimize(build())
+    graphs = model.encoder._fastbert.graphs = EncoderGraphs(4, Small())
+    small, large = inputs("none", 2, 16), inputs("none", 8, 16)
+    with torch.no_grad():
+        model(**small)
+        with pytest.warns(UserWarning, match="cuda_graphs: the recording failed: no room"):
+            y = model(**large)[0]
+        torch.testing.assert_close(y, without(model, large))
+        model(**large)  # does not try again
+        assert graphs.reason == "the recording failed: no room"
+        model(**small)
+    assert graphs.reason is None
+    assert (graphs.captured, graphs.replayed) == (1, 2)
+
+
 def test_what_a_recording_cannot_run_raises_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = graphed()
     monkeypatch.setenv("FASTBERT_BACKEND", "cuda")

@@ -246,12 +246,14 @@ def test_attention_expanded_bias(backend: str) -> None:
 
 @typed
 def test_attention_masking_bias(backend: str, dtype: torch.dtype) -> None:
-    """-inf and the lowest float both forbid keys; a query with no key left gives 0 and passes no gradient on."""
+    """-inf and the lowest float both forbid keys. Where all are, by the lowest float they share the weight alike, by -inf
+    the query gives 0 and passes no gradient on."""
     accuracy.require("attention", backend, dtype, 32)
     tensors = tensors_for((20, 12), 2, 32, None, dtype, backend)
     bias = torch.zeros(2, 1, 20, 20, device=accuracy.device(backend))
     bias[0, :, :, 5:9] = -torch.inf
     bias[1, :, :, 3:] = torch.finfo(torch.float32).min
+    bias[1, :, 5] = torch.finfo(dtype).min
     run, eager_, reference_ = ours(backend, (20, 12)), eager((20, 12)), reference((20, 12))
     accuracy.check_backward(
         lambda qkv: run(qkv, bias), lambda qkv: eager_(qkv, bias), lambda qkv: reference_(qkv, bias.double()), tensors
