@@ -4,8 +4,8 @@ Every way in which a Triton kernel can be launched (`cases(arch)` of each file o
 machine code, which is read: registers, stack, local memory, shared memory, matrix instructions, and from that how many
 programs a multiprocessor holds. A kernel that spills, that asks for more shared memory than the GPU has, that leaves no
 room for the programs which are to work beside it, or that multiplies matrices on sm_90 without wgmma (HGMMA in
-machine code), or elsewhere without any matrix instruction, is an error. Where the assembler makes such products wait for
-one another, it says so, and so does the table: `serialized`.
+machine code), or elsewhere without any matrix instruction, is an error. Where the assembler makes such products wait
+for one another, the table says so: `serialized`.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -52,7 +53,8 @@ class Code(NamedTuple):
     """One function of machine code. stack: bytes a thread. shared: bytes a block that are fixed in the code.
 
     Counts of instructions: local: reads and writes of local memory. loads, stores: of global memory, loads_128 and
-    stores_128 of them sixteen bytes a thread. matrix: by their kind.
+    stores_128 of them sixteen bytes a thread. matrix: by their kind. serialized: whether every wgmma is waited for before
+    the next one, as the assembler has it where it cannot tell what becomes of their registers.
     """
 
     registers: int
@@ -64,6 +66,7 @@ class Code(NamedTuple):
     loads_128: int
     stores: int
     stores_128: int
+    serialized: bool
 
 
 class Task(NamedTuple):
@@ -112,8 +115,15 @@ def read(binary: Path, tools: Path) -> dict[str, Code]:
             loads_128=sum(".128" in opcode for opcode in loads),
             stores=len(stores),
             stores_128=sum(".128" in opcode for opcode in stores),
+            serialized=_serialized(opcodes),
         )
     return found
+
+
+def _serialized(opcodes: Sequence[str]) -> bool:
+    steps = [opcode for opcode in opcodes if opcode.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]
+    products = [place for place, opcode in enumerate(steps) if opcode.startswith("HGMMA")]
+    return len(products) > 1 and all(after - before > 1 for before, after in itertools.pairwise(products))
 
 
 def resident(code: Code, arch: int, shared: int, warps: int) -> int:
@@ -217,11 +227,8 @@ def compile_case(task: Task) -> dict[str, Any]:
     places = {name: "constexpr" if name in case.constants else case.signature[name] for name in case.kernel.arg_names}
     types, hints = specialised(places)
     source = ASTSource(case.kernel, types, dict(case.constants), hints)
-    triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True  # or what is cached would come without a log
-    log = io.StringIO()  # Triton prints it, and also a whole program that ptxas refuses
     try:
-        with contextlib.redirect_stdout(log):
+        with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints a whole program that ptxas refuses
             done = triton.compile(source, target=GPUTarget("cuda", task.arch, 32), options=dict(case.options))
     except Exception as error:  # whatever the compiler raises
         text = f"does not compile: {type(error).__name__}: {str(error)[-600:]}"
@@ -239,7 +246,6 @@ def compile_case(task: Task) -> dict[str, Any]:
         **code._asdict(),
         "shared": shared,
         "resident": resident(code, task.arch, shared, warps),
-        "serialized": "wgmma.mma_async instructions are serialized" in log.getvalue(),
         "problems": problems(code, task.arch, shared, warps, case.matrix, case.together),
     }
 

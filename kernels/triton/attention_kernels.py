@@ -12,7 +12,7 @@ Arguments that recur, T tokens in B sequences:
     cu_seqlens int32 [B + 1]
     bias float32 [B or 1, heads or 1, S or 1, S] or None; bias_batch, bias_head, bias_query: its strides, 0 where it
         broadcasts, and bias_width: its row's allocated length, all in units of 4 elements, to which rows are aligned
-    seed int64 [1] or None, in functions its value; threshold, keep_scale: as in dropout.scalars
+    seed int64 [1] or None; threshold, keep_scale: as in dropout.scalars
 HEAD_DIM is padded to the power of two BLOCK_D with zeros. Products of float32 matrices keep its accuracy (`_dot`).
 SCALED: Q K^T is multiplied by scale before anything else, as a bias, a scale that is not positive, and float32's
 accuracy want it; otherwise exp takes the scale in, in one fused operation.
@@ -229,8 +229,6 @@ def _attention_fwd_kernel(
     q_head = qkv + start * row_stride + head * HEAD_DIM
     k_head = q_head + heads * HEAD_DIM
     v_head = k_head + heads * HEAD_DIM
-    if seed is not None:
-        seed = tl.load(seed)
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     query = first + tl.arange(0, BLOCK_M)
@@ -276,8 +274,6 @@ def _attention_fwd_short_kernel(
     q_head = qkv + start * row_stride + head * HEAD_DIM
     k_head = q_head + heads * HEAD_DIM
     v_head = k_head + heads * HEAD_DIM
-    if seed is not None:
-        seed = tl.load(seed)
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     query = tl.arange(0, BLOCK_S)
@@ -401,8 +397,6 @@ def _attention_bwd_dq_kernel(
     v_head = k_head + heads * HEAD_DIM
     dq_head = dqkv + start * row_stride + head * HEAD_DIM
     out_head = start * out_stride + head * HEAD_DIM
-    if seed is not None:
-        seed = tl.load(seed)
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     query = first + tl.arange(0, BLOCK_M)
@@ -526,8 +520,6 @@ def _attention_bwd_dkdv_kernel(
     v_head = k_head + heads * HEAD_DIM
     dk_head = dqkv + start * row_stride + (heads + head) * HEAD_DIM
     do_offset = start * out_stride + head * HEAD_DIM
-    if seed is not None:
-        seed = tl.load(seed)
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     rows = tl.cast(head, tl.int64) * total + start
@@ -605,8 +597,6 @@ def _attention_bwd_short_kernel(
     v_head = k_head + heads * HEAD_DIM
     dq_head = dqkv + start * row_stride + head * HEAD_DIM
     do_head = dout + start * out_stride + head * HEAD_DIM
-    if seed is not None:
-        seed = tl.load(seed)
     if bias is not None:
         bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
     query = tl.arange(0, BLOCK_S)
@@ -656,8 +646,6 @@ def _attention_bwd_dbias_kernel(
     first_key = tl.program_id(2) * BLOCK_N
     row_stride = 3 * heads * HEAD_DIM
     out_stride = heads * HEAD_DIM
-    if seed is not None:
-        seed = tl.load(seed)
     bias += 4 * (tl.cast(which_batch, tl.int64) * bias_batch + tl.cast(which_head, tl.int64) * bias_head)
     dbias += tl.cast(tl.program_id(0), tl.int64) * queries * keys
     key = first_key + tl.arange(0, BLOCK_N)[None, :]

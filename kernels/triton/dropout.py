@@ -20,7 +20,7 @@ def _philox(seed, c0, c1, c2, c3):
 
     The Philox of fastbert/ops/philox.py; products are formed in 64 bits, which is one instruction, not one a half.
     """
-    seed = seed.to(tl.uint64, bitcast=True)
+    seed = tl.load(seed).to(tl.uint64, bitcast=True)
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
@@ -39,7 +39,7 @@ def _philox(seed, c0, c1, c2, c3):
 def keep_rows(seed, threshold, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Keep-mask [ROWS, COLUMNS] of fastbert/ops/philox.py for rows `row` [ROWS]: a call's halves serve eight columns.
 
-    seed: int64. threshold: as in `scalars`.
+    seed: int64 [1]. threshold: as in `scalars`.
     """
     column = tl.arange(0, COLUMNS // 8).to(tl.uint32)[None, :]
     zero = tl.zeros([ROWS, COLUMNS // 8], tl.uint32)

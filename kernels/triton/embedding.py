@@ -77,7 +77,7 @@ def _embedding_fwd_kernel(
     b = tl.load(bias + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
     out = normal * w[None, :] + b[None, :]
     if seed is not None:
-        out = tl.where(dropout.keep_rows(tl.load(seed), threshold, row, BLOCK_M, BLOCK_N), out * keep_scale, 0.0)
+        out = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), out * keep_scale, 0.0)
     tl.store(y + offset, out, mask=inside)
 
 
@@ -109,7 +109,7 @@ def _embedding_bwd_kernel(
         inside = (row < num_tokens)[:, None] & (column < HIDDEN)[None, :]
         g = tl.load(dy + offset, mask=inside, other=0.0).to(tl.float32)
         if seed is not None:
-            g = tl.where(dropout.keep_rows(tl.load(seed), threshold, row, BLOCK_M, BLOCK_N), g * keep_scale, 0.0)
+            g = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), g * keep_scale, 0.0)
         normal = tl.load(xhat + offset, mask=inside, other=0.0).to(tl.float32)
         inverse = tl.load(rstd + row, mask=row < num_tokens, other=0.0)[:, None]
         dbias += g

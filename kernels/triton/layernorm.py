@@ -44,7 +44,7 @@ def _layernorm_fwd_kernel(
     if x_bias is not None:
         v += tl.load(x_bias + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
     if seed is not None:
-        v = tl.where(dropout.keep_rows(tl.load(seed), threshold, row, BLOCK_M, BLOCK_N), v * keep_scale, 0.0)
+        v = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), v * keep_scale, 0.0)
     if residual is not None:
         v += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
     if z is not None:
@@ -99,7 +99,7 @@ def _layernorm_bwd_kernel(
         d = rows.standardize_bwd(g, xhat, inverse, HIDDEN)
         tl.store(dz + offset, d, mask=inside)
         if seed is not None:
-            d = tl.where(dropout.keep_rows(tl.load(seed), threshold, row, BLOCK_M, BLOCK_N), d * keep_scale, 0.0)
+            d = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), d * keep_scale, 0.0)
             tl.store(dx + offset, d, mask=inside)
         if X_BIAS:
             dx_bias += d

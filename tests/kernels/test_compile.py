@@ -37,7 +37,7 @@ def name(row: dict[str, Any]) -> str:
 
 def code_with(registers: int) -> kernels.Code:
     nothing = dict.fromkeys(("stack", "shared", "local", "loads", "loads_128", "stores", "stores_128"), 0)
-    return kernels.Code(registers=registers, matrix={}, **nothing)
+    return kernels.Code(registers=registers, matrix={}, serialized=False, **nothing)
 
 
 @pytest.fixture(scope="module")

@@ -246,8 +246,8 @@ def test_attention_expanded_bias(backend: str) -> None:
 
 @typed
 def test_attention_masking_bias(backend: str, dtype: torch.dtype) -> None:
-    """-inf and the lowest float both forbid keys. Where all are, by the lowest float they share the weight alike, by -inf
-    the query gives 0 and passes no gradient on."""
+    """-inf and the lowest float both forbid keys. Where all are, by the lowest float they share the weight alike, by
+    -inf the query gives 0 and passes no gradient on."""
     accuracy.require("attention", backend, dtype, 32)
     tensors = tensors_for((20, 12), 2, 32, None, dtype, backend)
     bias = torch.zeros(2, 1, 20, 20, device=accuracy.device(backend))

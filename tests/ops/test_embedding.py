@@ -162,7 +162,7 @@ def test_embedding_any_shape(
 @pytest.mark.parametrize("padding_idx", [None, 5])
 @typed
 def test_embedding_frequent_ids(backend: str, dtype: torch.dtype, padding_idx: int | None) -> None:
-    """As [MASK] is in pretraining: runs that begin and end within, at and beyond any piece that they may be cut into."""
+    """As [MASK] is in pretraining: runs that begin and end within, at and beyond a piece that they may be cut into."""
     accuracy.require("embedding", backend, dtype)
     counts = {4: 64, 5: 200, 6: 63, 7: 65, 8: 1, 9: 128, 10: 31, 60: 90}
     ids = torch.cat([torch.full((count,), id) for id, count in counts.items()])
