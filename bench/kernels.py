@@ -53,8 +53,8 @@ class Code(NamedTuple):
     """One function of machine code. stack: bytes a thread. shared: bytes a block that are fixed in the code.
 
     Counts of instructions: local: reads and writes of local memory. loads, stores: of global memory, loads_128 and
-    stores_128 of them sixteen bytes a thread. matrix: by their kind. serialized: whether every wgmma is waited for before
-    the next one, as the assembler has it where it cannot tell what becomes of their registers.
+    stores_128 of them sixteen bytes a thread. matrix: by their kind. serialized: whether every wgmma is waited for
+    before the next one, as the assembler has it where it cannot tell what becomes of their registers.
     """
 
     registers: int
