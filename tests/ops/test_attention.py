@@ -359,6 +359,17 @@ def test_attention_bwd_sharp_softmax() -> None:
     accuracy.check_backward(ours("cpu", lengths), eager(lengths), reference(lengths), tensors)
 
 
+@typed
+@pytest.mark.parametrize("length", [6, 140], ids=["short", "long"])
+def test_attention_scale_of_zero(backend: str, dtype: torch.dtype, length: int) -> None:
+    """Every key has the same weight."""
+    accuracy.require("attention", backend, dtype, 32)
+    qkv = tensors_for((length,), 2, 32, None, dtype, backend)["qkv"]
+    y = ops.attention(qkv, cumulative((length,)).to(qkv.device), length, 0.0, backend=backend)
+    expected = qkv[:, 2].flatten(1).float().mean(0).expand(length, -1)
+    torch.testing.assert_close(y.float(), expected, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+
+
 @backends
 def test_attention_scale(backend: str) -> None:
     accuracy.require("attention", backend, torch.float32, 32)
