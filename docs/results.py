@@ -201,6 +201,7 @@ def newest_gpu(folder: Path) -> dict[str, list[Measured]]:
     return {
         device: sorted(rows.values(), key=lambda item: order.get(item.row["row"], len(order)))
         for device, rows in found.items()
+        if rows
     }
 
 

@@ -63,6 +63,8 @@ def test_a_row_with_less_does_not_replace_one_with_more(results: Any, tmp_path: 
 
 def test_nothing_was_measured(results: Any, tmp_path: Path) -> None:
     assert results.gpu_tables(tmp_path) == "not yet measured"
+    report.write(content("2026-01-01", []), tmp_path / "gpu-a.json")
+    assert results.gpu_tables(tmp_path) == "not yet measured"
 
 
 def test_models_and_operations(results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

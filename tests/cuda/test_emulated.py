@@ -221,10 +221,8 @@ def test_attention_keys_forbidden_by_the_lowest_float(emulated: Any, lengths: tu
     bias[:, :, :, 5:] = torch.finfo(torch.float32).min
     bias[1, :, 3] = torch.finfo(torch.bfloat16).min
     bias[0, :, 7] = bias[0, :, 7].clamp(min=-1e4)
-    run, eager, reference = (
-        of(lengths)
-        for of in (lambda lengths: attention(emulated, lengths), attention_cases.eager, attention_cases.reference)
-    )
+    run, eager = attention(emulated, lengths), attention_cases.eager(lengths)
+    reference = attention_cases.reference(lengths)
     accuracy.check_backward(
         lambda qkv: run(qkv, bias), lambda qkv: eager(qkv, bias), lambda qkv: reference(qkv, bias.double()), tensors
     )
