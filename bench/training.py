@@ -25,8 +25,7 @@ class Training:
         return models.build_model(self.cls_name, self.workload, attention, **config).train()
 
     def prepare(self) -> None:
-        fused = next(self.model.parameters()).is_cuda
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5, fused=fused)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5, fused=True)  # the default of HF Trainer
         torch.manual_seed(SEED)
 
     def loss(self, call: Any) -> torch.Tensor:

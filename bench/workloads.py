@@ -98,7 +98,7 @@ def build(row: str, cache: Path) -> Workload:
             "source": source,
             "num_labels": len(kinds),
             "dropout": 0.1,
-            "optimizer": "torch.optim.AdamW",
+            "optimizer": "torch.optim.AdamW(fused=True)",
         }
         return model_workload(row, title, model, config, inputs, training=True, facts=facts)
     raise ValueError(f"row is {row!r}; it must be one of {', '.join(INFERENCE_ROWS + TRAINING_ROWS)}")

@@ -58,9 +58,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, TensorList we
   Tensor dx = need_dx ? new_tensor({a.m, a.k}, type) : none(type);
   Tensor dw = need_dw ? new_tensor({a.total, a.k}, type) : none(type);
   Tensor db = need_db ? new_tensor({a.total}, type) : none(type);
-  const auto out = [](Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
   kernels().linear_bwd(executor(), a.dtype, a.m, a.k, dy.const_data_ptr(), x.const_data_ptr(),
-                       static_cast<int>(a.n.size()), a.n.data(), a.weight.data(), out(dx), out(dw), out(db));
+                       static_cast<int>(a.n.size()), a.n.data(), a.weight.data(), data(dx), data(dw),
+                       data(db));
   return {dx, dw, db};
 }
 
@@ -95,19 +95,21 @@ std::tuple<Tensor, Tensor> ffn_fwd(Tensor x, Tensor w1, Tensor b1, Tensor w2, bo
   return {y, pre};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_bwd(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_bwd(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2, bool need_dx,
+                                                   bool need_dw1, bool need_db1, bool need_dw2) {
   const char* op = "ffn_bwd_cpu";
   const FfnArguments a = check_ffn(op, x, w1, w2);
   const ScalarType type = x.scalar_type();
   check(op, "dy", dy, type, {a.m, a.n2});
   check(op, "pre", pre, type, {a.m, a.n1});
-  Tensor dx = new_tensor({a.m, a.k}, type), dw1 = new_tensor({a.n1, a.k}, type), db1 = new_tensor({a.n1}, type),
-         dw2 = new_tensor({a.n2, a.n1}, type);
+  Tensor dx = need_dx ? new_tensor({a.m, a.k}, type) : none(type);
+  Tensor dw1 = need_dw1 ? new_tensor({a.n1, a.k}, type) : none(type);
+  Tensor db1 = need_db1 ? new_tensor({a.n1}, type) : none(type);
+  Tensor dw2 = need_dw2 ? new_tensor({a.n2, a.n1}, type) : none(type);
   Tensor dpre = new_tensor({a.m, a.n1}, ScalarType::Float);
   kernels().ffn_bwd(executor(), a.dtype, a.m, a.k, a.n1, a.n2, dy.const_data_ptr(), x.const_data_ptr(),
-                    pre.const_data_ptr(), w1.const_data_ptr(), w2.const_data_ptr(), dx.mutable_data_ptr(),
-                    dw1.mutable_data_ptr(), db1.mutable_data_ptr(), dw2.mutable_data_ptr(),
-                    static_cast<float*>(dpre.mutable_data_ptr()));
+                    pre.const_data_ptr(), w1.const_data_ptr(), w2.const_data_ptr(), data(dx), data(dw1),
+                    data(db1), data(dw2), static_cast<float*>(dpre.mutable_data_ptr()));
   return {dx, dw1, db1, dw2};
 }
 
@@ -242,7 +244,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
       "linear_bwd_cpu(Tensor dy, Tensor x, Tensor[] weights, bool need_dx, bool need_dw, bool need_db) -> "
       "(Tensor, Tensor, Tensor)");
   m.def("ffn_fwd_cpu(Tensor x, Tensor w1, Tensor b1, Tensor w2, bool save) -> (Tensor, Tensor)");
-  m.def("ffn_bwd_cpu(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "ffn_bwd_cpu(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2, bool need_dx, bool need_dw1, bool need_db1, "
+      "bool need_dw2) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "attention_fwd_cpu(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, "
       "Tensor? bias) -> (Tensor, Tensor)");

@@ -41,9 +41,6 @@ const int64_t* check_repeated_ids(const char* op, const char* name, const Tensor
   return room->data();
 }
 
-float* floats(Tensor& t) { return t.numel() > 0 ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
-void* data(Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_fwd(Tensor x, OptionalTensor x_bias, OptionalTensor residual,
                                                          Tensor weight, Tensor bias, double eps, double dropout_p,
                                                          OptionalTensor seed, bool save) {
@@ -158,7 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_bwd(Tensor dy, Tens
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlm_loss_fwd(Tensor h, Tensor labels, Tensor weight, OptionalTensor bias,
-                                                        int64_t ignore_index, double label_smoothing, bool need_grad) {
+                                                        int64_t ignore_index, double label_smoothing, bool need_dh,
+                                                        bool need_dweight, bool need_dbias) {
   const char* op = "mlm_loss_fwd_cpu";
   const DType dtype = float_dtype(op, "h", h);
   const ScalarType type = h.scalar_type();
@@ -181,11 +179,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlm_loss_fwd(Tensor h, Tensor labels,
     ++labelled;
   }
   Tensor loss = new_tensor({}, ScalarType::Float);
-  Tensor dh = need_grad ? new_tensor({shape.rows, shape.columns}, type) : none(type);
-  Tensor dweight = need_grad ? new_tensor({shape.vocabulary, shape.columns}, type) : none(type);
-  Tensor dbias = new_tensor({need_grad && bias.has_value() ? shape.vocabulary : 0}, type);
+  if (need_dbias && !bias.has_value()) fail(op, ": need_dbias is set but bias is missing");
+  Tensor dh = need_dh ? new_tensor({shape.rows, shape.columns}, type) : none(type);
+  Tensor dweight = need_dweight ? new_tensor({shape.vocabulary, shape.columns}, type) : none(type);
+  Tensor dbias = need_dbias ? new_tensor({shape.vocabulary}, type) : none(type);
   const int64_t chunk = mlm_loss_chunk(labelled, shape.vocabulary);
-  const bool sums_apart = need_grad && dtype == DType::kBFloat16 && labelled > chunk;
+  const bool sums_apart = need_dweight && dtype == DType::kBFloat16 && labelled > chunk;
   Tensor sums = new_tensor({sums_apart ? dweight.numel() : 0}, ScalarType::Float);
   *floats(loss) = static_cast<float>(kernels().mlm_loss(
       executor(), dtype, shape, h.const_data_ptr(), label, weight.const_data_ptr(),
@@ -212,7 +211,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
       "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "mlm_loss_fwd_cpu(Tensor h, Tensor labels, Tensor weight, Tensor? bias, int ignore_index, float label_smoothing, "
-      "bool need_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool need_dh, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbert, CPU, m) {

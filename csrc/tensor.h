@@ -86,6 +86,10 @@ inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type,
 // Stands for an output that was not asked for.
 inline Tensor none(ScalarType type) { return new_tensor({0}, type); }
 
+// Where a kernel writes an output; null if it is empty.
+inline void* data(Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
+inline float* floats(Tensor& t) { return static_cast<float*>(data(t)); }
+
 // A probability and a seed, wherever that lies.
 inline void check_dropout(const char* op, double p, const OptionalTensor& seed) {
   if (!(p >= 0.0 && p <= 1.0)) fail(op, ": dropout_p is ", p, "; it must be between 0 and 1");

@@ -127,7 +127,8 @@ void ffn_fwd(const Executor& executor, DType dtype, int64_t m, int64_t k, int64_
   }
 }
 
-// d pre = d hidden * gelu'(pre), and hidden = gelu(pre) in the panels that the gradient of the second weight reads.
+// d pre = d hidden * gelu'(pre), and, unless panels is null, hidden = gelu(pre) in what the gradient of the second weight
+// reads.
 template <class T>
 struct GeluGradient {
   const T* pre;
@@ -139,11 +140,11 @@ struct GeluGradient {
     const int64_t width = panel_width(cols);
     fetch.rows(pre + i * n1 + j, n1, rows, cols);
     fetch.rows(dpre + i * n1 + j, n1, rows, cols);
-    fetch.rows(panels + j * m + i * width, width, rows, width);
+    if (panels != nullptr) fetch.rows(panels + j * m + i * width, width, rows, width);
   }
   void operator()(const float* tile, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t cols) const {
     const int64_t width = panel_width(cols);
-    float* out = panels + j * m + i * width;
+    float* out = panels == nullptr ? nullptr : panels + j * m + i * width;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (i + r) * n1 + j;
       for (int64_t c = 0; c < width; c += VLEN) {
@@ -151,7 +152,7 @@ struct GeluGradient {
         const vf x = load_n(pre + at + c, n);
         const NormalCdf normal = normal_cdf(x);
         store_n(dpre + at + c, load(tile + r * ld + c) * (normal.cdf + x * normal.density), n);
-        store(out + r * width + c, x * normal.cdf);
+        if (out != nullptr) store(out + r * width + c, x * normal.cdf);
       }
     }
   }
@@ -162,11 +163,17 @@ void ffn_bwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, int
                 const void* x, const T* pre, const void* w1, const void* w2, T* dx, T* dw1, T* db1, T* dw2,
                 float* dpre) {
   const PackedB down = pack_rows(executor, single({w2, n1, 1, dtype}, n2), n1, kScratchPackB);
-  float* panels = static_cast<float*>(scratch(kScratchPackB2, panel_count(n1) * m * NR * 4));
+  float* panels =
+      dw2 == nullptr ? nullptr : static_cast<float*>(scratch(kScratchPackB2, panel_count(n1) * m * NR * 4));
   const PackedB hidden{panels, m, 1, {0, panel_count(n1)}, {0}, {n1}};
   gemm(executor, single({dy, n2, 1, dtype}, m), down, nullptr, GeluGradient<T>{pre, dpre, panels, m, n1});
-  weight_gradient<T>(executor, n2, {dy, n2, 1, dtype}, hidden, dw2, nullptr);
-  weight_gradient<T>(executor, m, n1, k, {dpre, n1, 1, DType::kFloat32}, {x, k, 1, dtype}, dw1, db1);
+  if (dw2 != nullptr) weight_gradient<T>(executor, n2, {dy, n2, 1, dtype}, hidden, dw2, nullptr);
+  if (dw1 != nullptr) {
+    weight_gradient<T>(executor, m, n1, k, {dpre, n1, 1, DType::kFloat32}, {x, k, 1, dtype}, dw1, db1);
+  } else if (db1 != nullptr) {
+    column_sums(executor, m, n1, dpre, db1);
+  }
+  if (dx == nullptr) return;
   const PackedB up = pack_rows(executor, single({w1, k, 1, dtype}, n1), k, kScratchPackB);
   gemm(executor, single({dpre, n1, 1, DType::kFloat32}, m), up, nullptr, StoreRows<T>{dx, k, nullptr});
 }

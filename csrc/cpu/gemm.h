@@ -502,7 +502,8 @@ void multiply_task(const Matrix& a, int64_t first, int64_t rows, const PackedB& 
         for (int64_t r = 0; r < rows; r += MR)
           for (int64_t g = 0; g < smaller(MR, rows - r); g += VLEN) {
             const int64_t n = smaller(smaller(MR, rows - r) - g, VLEN);
-            const vf more = sum_rows(lines.data + r / MR * lines.strip + g, kc, MR, n);
+            // Whole vectors, as strips have room for them; what stands beyond the n rows is not stored.
+            const vf more = sum_rows(lines.data + r / MR * lines.strip + g, kc, MR, VLEN);
             store_n(sums + r + g, load_n(sums + r + g, n) + more, n);
           }
       for (int64_t p = p0; p < p1; ++p) {
@@ -631,6 +632,15 @@ template <class T>
 void weight_gradient(const Executor& executor, int64_t m, int64_t n, int64_t k, const Matrix& dy, const Matrix& x,
                      T* dw, T* db) {
   weight_gradient(executor, n, dy, pack(executor, single(x, k), m, kScratchPackB), dw, db);
+}
+
+// out [n] = the column sums of x [m, n]: the gradient of a bias whose weight needs none.
+template <class T, class Out>
+void column_sums(const Executor& executor, int64_t m, int64_t n, const T* x, Out* out) {
+  parallel_tasks(executor, ceil_div(n, 4 * VLEN), [&](int64_t task, int) {
+    for (int64_t c = task * 4 * VLEN; c < smaller(n, (task + 1) * 4 * VLEN); c += VLEN)
+      store_n(out + c, sum_rows(x + c, m, n, n - c), n - c);
+  });
 }
 
 }  // namespace FASTBERT_ISA

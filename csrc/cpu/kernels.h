@@ -92,7 +92,7 @@ struct Kernels {
                   const void* b1, const void* w2, void* y, void* pre);
   void (*ffn_bwd)(const Executor&, DType, int64_t m, int64_t k, int64_t n1, int64_t n2, const void* dy, const void* x,
                   const void* pre, const void* w1, const void* w2, void* dx, void* dw1, void* db1, void* dw2,
-                  float* dpre);  // dpre: room for m n1 floats
+                  float* dpre);  // Null outputs are not computed. dpre: room for m n1 floats
 
   // qkv [total, 3, heads, head_dim] -> out [total, heads * head_dim], lse (null or [heads, total])
   void (*attention_fwd)(const Executor&, DType, const AttentionShape&, const void* qkv, void* out, float* lse);
@@ -119,8 +119,8 @@ struct Kernels {
                         const int64_t* const* ids, Vector weight, const int64_t* sizes, int64_t padding_idx,
                         void* const* dtables, void* dweight, void* dbias, float* workspace);
 
-  // The sum of the cross-entropies of h [rows, columns] weight [vocabulary, columns]^T + bias (or null), and its gradients
-  // unless dweight is null. Labels are in range or ignore_index. dweight_sums: as many floats as weight has if dweight is
+  // The sum of the cross-entropies of h [rows, columns] weight [vocabulary, columns]^T + bias (or null), and those of its
+  // gradients that are not null. Labels are in range or ignore_index. dweight_sums: as many floats as weight has if dweight is
   // bf16 and there is more than one chunk.
   double (*mlm_loss)(const Executor&, DType, const MlmLossShape&, const void* h, const int64_t* labels,
                      const void* weight, const void* bias, void* dh, void* dweight, void* dbias, float* dweight_sums);

@@ -69,14 +69,6 @@ void linear_fwd(const Executor& executor, DType dtype, int64_t m, int64_t k, con
 }
 
 template <class T>
-void column_sums(const Executor& executor, int64_t m, int64_t n, const T* x, T* out) {
-  parallel_tasks(executor, ceil_div(n, 4 * VLEN), [&](int64_t task, int) {
-    for (int64_t c = task * 4 * VLEN; c < smaller(n, (task + 1) * 4 * VLEN); c += VLEN)
-      store_n(out + c, sum_rows(x + c, m, n, n - c), n - c);
-  });
-}
-
-template <class T>
 void linear_bwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, const T* dy, const void* x, int count,
                    const int64_t* n, const void* const* weight, T* dx, T* dw, T* db) {
   Stack weights{count, {}, {}};

@@ -110,10 +110,10 @@ struct DecoderGradient {
   const float* logits;
   PackedB h;  // [tokens, columns]
   const T* weight;
-  float* dh;  // [kParts][panel of tokens][columns][NR]
+  float* dh;  // [kParts][panel of tokens][columns][NR], or null
   float* dbias;
   float* sums;  // dweight of the chunks before in fp32, null if dweight itself has it
-  T* dweight;
+  T* dweight;  // or null
   bool first, last;
 
   // d as rows [rows][tokens] and as panels [tokens / NR][rows][NR].
@@ -158,7 +158,7 @@ struct DecoderGradient {
     float* tile = static_cast<float*>(scratch(kScratchTile, rows * (NR + 2 * tokens) * 4));
     float *d = tile + rows * NR, *panels = d + rows * tokens;
     gradient_of_logits(begin, rows, d, panels);
-    for (int64_t q = 0; q < h.panels(); ++q) {
+    for (int64_t q = 0; dweight != nullptr && q < h.panels(); ++q) {
       int64_t j, cols;
       h.locate(q, &j, &cols);
       const float* panel = h.data + q * tokens * NR;
@@ -166,6 +166,7 @@ struct DecoderGradient {
       multiply_panel<false>(rows, tokens, lines, panel, nullptr, panel_width(cols), tile, NR, false);
       store_tile(tile, begin, rows, j, cols);
     }
+    if (dh_part == nullptr) return;
     const float* w = lines_of(weight, columns, begin, rows);
     for (int64_t t = 0; t < tokens; t += NR)
       multiply_panel<true>(columns, rows, Lines{w, columns, MR}, panels + t * rows, panels + (t + NR) * rows, NR,
@@ -173,10 +174,10 @@ struct DecoderGradient {
   }
 
   void part(int64_t p) const {
-    float* dh_part = dh + p * columns * tokens;
+    float* dh_part = dh == nullptr ? nullptr : dh + p * columns * tokens;
     const int64_t blocks = ceil_div(vocabulary, kTaskRows);
     const int64_t begin = blocks * p / kParts, end = blocks * (p + 1) / kParts;
-    if (begin == end) std::memset(dh_part, 0, columns * tokens * 4);
+    if (begin == end && dh != nullptr) std::memset(dh_part, 0, columns * tokens * 4);
     for (int64_t b = begin; b < end; ++b)
       block(b * kTaskRows, smaller(kTaskRows, vocabulary - b * kTaskRows), dh_part, b > begin);
   }
@@ -205,7 +206,7 @@ double mlm_loss_as(const Executor& executor, DType dtype, const MlmLossShape& sh
   int64_t labelled = 0;
   for (int64_t i = 0; i < shape.rows; ++i) labelled += labels[i] != shape.ignore_index;
   const int64_t chunk = mlm_loss_chunk(labelled, vocabulary), blocks = ceil_div(vocabulary, kTaskRows);
-  const bool gradients = dweight != nullptr;
+  const bool gradients = dh != nullptr || dweight != nullptr || dbias != nullptr;
 
   float* memory = static_cast<float*>(scratch(
       kScratchSums, (3 * chunk + kStats * chunk * blocks + vocabulary) * 4 + 2 * labelled * sizeof(int64_t)));
@@ -218,8 +219,8 @@ double mlm_loss_as(const Executor& executor, DType dtype, const MlmLossShape& sh
   for (int64_t i = 0, k = 0; i < shape.rows; ++i)
     if (labels[i] != shape.ignore_index) row_of[k] = i, label_of[k++] = labels[i];
   std::memset(dbias_sums, 0, vocabulary * 4);
-  if (gradients && labelled < shape.rows) std::memset(dh, 0, shape.rows * n * sizeof(T));
-  if (gradients && labelled == 0) std::memset(dweight, 0, vocabulary * n * sizeof(T));
+  if (dh != nullptr && labelled < shape.rows) std::memset(dh, 0, shape.rows * n * sizeof(T));
+  if (dweight != nullptr && labelled == 0) std::memset(dweight, 0, vocabulary * n * sizeof(T));
 
   const float smoothing = static_cast<float>(shape.label_smoothing);
   double loss = 0;
@@ -248,17 +249,20 @@ double mlm_loss_as(const Executor& executor, DType dtype, const MlmLossShape& sh
     }
     if (!gradients) continue;
 
-    const PackedB packed = pack(executor, single({rows, n, 1, DType::kFloat32}, n), tokens, kScratchPackB2);
-    float* parts = static_cast<float*>(scratch(kScratchPackB, kParts * n * tokens * 4));
+    PackedB packed{};
+    if (dweight != nullptr)
+      packed = pack(executor, single({rows, n, 1, DType::kFloat32}, n), tokens, kScratchPackB2);
+    float* parts = dh == nullptr ? nullptr : static_cast<float*>(scratch(kScratchPackB, kParts * n * tokens * 4));
     const DecoderGradient<T> gradient{vocabulary, n, tokens, label_of + base, m, 1.0f - smoothing,
                                       smoothing / static_cast<float>(vocabulary), softmax, logits, packed,
                                       static_cast<const T*>(weight), parts, dbias_sums, dweight_sums, dweight,
                                       base == 0, base + chunk >= labelled};
     parallel_tasks(executor, kParts, [&](int64_t p, int) { gradient.part(p); });
+    if (dh == nullptr) continue;
     reduce_parts(executor, parts, n, tokens, rows);
     for (int64_t t = 0; t < m; ++t) store_as(dtype, rows + t * n, n, dh + row_of[base + t] * n);
   }
-  if (gradients && dbias != nullptr) store_as(dtype, dbias_sums, vocabulary, dbias);
+  if (dbias != nullptr) store_as(dtype, dbias_sums, vocabulary, dbias);
   return loss;
 }
 

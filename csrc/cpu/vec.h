@@ -151,6 +151,13 @@ template <>
 FASTBERT_INLINE void store_n(float* p, vf v, int64_t n) {
   n >= VLEN ? store(p, v) : _mm512_mask_storeu_ps(p, first_lanes(n), v);
 }
+#elif defined(__AVX2__)
+template <>
+FASTBERT_INLINE vf load_n(const float* p, int64_t n) {
+  if (n >= VLEN) return load(p);
+  const __m256i count = _mm256_set1_epi32(static_cast<int32_t>(n));
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+}
 #endif
 
 // Lanes i and i ^ w change places.

@@ -88,7 +88,8 @@ void ffn_fwd(const Queue&, const FfnShape&, Format format, const void* x, const 
 // Elements of the workspace of ffn_bwd.
 int64_t ffn_bwd_workspace(const FfnShape&);
 
-// dpre = (dy w2) gelu'(pre), act = gelu(pre): [rows, inner]. db1 [inner] sums dpre over the rows, always in one order.
+// dpre = (dy w2) gelu'(pre), act = gelu(pre): [rows, inner]. db1 [inner] (or null) sums dpre over the rows, always in one
+// order.
 // dy [rows, depth], w2 [depth, inner].
 void ffn_bwd(const Queue&, const FfnShape&, Format format, const void* dy, const void* w2, const void* pre, void* dpre,
              void* act, void* db1, float* workspace);

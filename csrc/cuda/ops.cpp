@@ -110,9 +110,6 @@ struct Call {
   Tensor make(const std::vector<int64_t>& shape, ScalarType type) const { return new_tensor(shape, type, device); }
 };
 
-void* data(Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
-float* floats(Tensor& t) { return static_cast<float*>(data(t)); }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_fwd_op(Tensor x, OptionalTensor x_bias, OptionalTensor residual,
                                                          Tensor weight, Tensor bias, double eps, double dropout_p,
                                                          OptionalTensor seed, bool save) {
@@ -282,7 +279,8 @@ std::tuple<Tensor, Tensor> ffn_fwd_op(Tensor x, Tensor w1, Tensor b1, Tensor w2,
   return {multiply(act, transposed(w2)), pre};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_bwd_op(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_bwd_op(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2,
+                                                      bool need_dx, bool need_dw1, bool need_db1, bool need_dw2) {
   const Call call(FASTBERT_OP("ffn_bwd"), x);
   const Format format = check_ffn_weights(call, x, w1, w2);
   const ScalarType type = x.scalar_type();
@@ -292,11 +290,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_bwd_op(Tensor dy, Tensor x, Tenso
   const void *dy_data = aligned(dy), *w2_data = aligned(w2), *pre_data = aligned(pre);
   const Current current(call.device);
   Tensor dpre = call.make({shape.rows, shape.inner}, type), act = call.make({shape.rows, shape.inner}, type);
-  Tensor db1 = call.make({shape.inner}, type);
+  const auto none = [&] { return call.make({0}, type); };
+  Tensor db1 = need_db1 ? call.make({shape.inner}, type) : none();
   Tensor workspace = call.make({ffn_bwd_workspace(shape)}, ScalarType::Float);
   ffn_bwd(current.queue, shape, format, dy_data, w2_data, pre_data, data(dpre), data(act), data(db1),
           floats(workspace));
-  return {multiply(dpre, w1), multiply(transposed(dpre), x), db1, multiply(transposed(dy), act)};
+  return {need_dx ? multiply(dpre, w1) : none(), need_dw1 ? multiply(transposed(dpre), x) : none(), db1,
+          need_dw2 ? multiply(transposed(dy), act) : none()};
 }
 
 #endif
@@ -319,7 +319,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, m) {
 #ifdef FASTBERT_CUTLASS
   m.def(FASTBERT_OP("ffn_fwd") "(Tensor x, Tensor w1, Tensor b1, Tensor w2, bool save) -> (Tensor, Tensor)");
   m.def(FASTBERT_OP("ffn_bwd")
-        "(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2) -> (Tensor, Tensor, Tensor, Tensor)");
+        "(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2, bool need_dx, bool need_dw1, bool need_db1, "
+        "bool need_dw2) -> (Tensor, Tensor, Tensor, Tensor)");
 #endif
 }
 

@@ -65,7 +65,8 @@ _cuda = leaf.Leaf("ffn", "cuda")
 _triton = leaf.define_triton(
     "ffn",
     "(Tensor x, Tensor w1, Tensor b1, Tensor w2, bool save) -> (Tensor, Tensor)",
-    "(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2, bool need_dx, bool need_dw1, bool need_db1, "
+    "bool need_dw2) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -98,8 +99,23 @@ def _forward_fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> 
     return x.new_empty(x.size(0), w2.size(0)), x.new_empty(x.size(0), w1.size(0)) if save else x.new_empty(0)
 
 
-def _backward_fake(dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(w1), w1.new_empty(w1.size(0)), torch.empty_like(w2)
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    need_dx: bool,
+    need_dw1: bool,
+    need_db1: bool,
+    need_dw2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x) if need_dx else x.new_empty(0),
+        torch.empty_like(w1) if need_dw1 else x.new_empty(0),
+        w1.new_empty(w1.size(0) if need_db1 else 0),
+        torch.empty_like(w2) if need_dw2 else x.new_empty(0),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -116,8 +132,9 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dpre: None) -> tu
         return (None,) * 5
     if not ctx.saved:
         raise RuntimeError(leaf.unsaved_message("ffn"))
-    dx, dw1, db1, dw2 = kernels.backward(dy.contiguous(), *ctx.saved_tensors)
-    return dx, dw1, db1, dw2, None
+    needed = ctx.needs_input_grad[:4]
+    gradients = kernels.backward(dy.contiguous(), *ctx.saved_tensors, *needed)
+    return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None
 
 
 for _kernels in (_cpu, _cuda, _triton):

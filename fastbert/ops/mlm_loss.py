@@ -151,8 +151,8 @@ def _run_reference(
 _cpu = leaf.Leaf("mlm_loss", "cpu", backward=False)
 _triton = leaf.define_triton(
     "mlm_loss",
-    "(Tensor h, Tensor labels, Tensor weight, Tensor? bias, int ignore_index, float label_smoothing, bool need_grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor h, Tensor labels, Tensor weight, Tensor? bias, int ignore_index, float label_smoothing, bool need_dh, "
+    "bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -168,9 +168,9 @@ def _run(
     hidden, labels, weight = hidden.contiguous(), labels.contiguous(), weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    save = leaf.needs_grad(hidden, weight, bias)
+    needed = [leaf.needs_grad(tensor) for tensor in (hidden, weight, bias)]
     try:
-        return kernels.call(save, hidden, labels, weight, bias, ignore_index, label_smoothing, save)[0]
+        return kernels.call(any(needed), hidden, labels, weight, bias, ignore_index, label_smoothing, *needed)[0]
     except RuntimeError:  # the kernel checks the labels too, but can raise nothing else
         check_labels(labels, weight.size(0), ignore_index)
         raise
@@ -191,18 +191,20 @@ def _forward_fake(
     bias: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    need_grad: bool,
+    need_dh: bool,
+    need_dweight: bool,
+    need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         h.new_empty((), dtype=torch.float32),
-        torch.empty_like(h) if need_grad else h.new_empty(0),
-        torch.empty_like(weight) if need_grad else weight.new_empty(0),
-        torch.empty_like(bias) if need_grad and bias is not None else weight.new_empty(0),
+        torch.empty_like(h) if need_dh else h.new_empty(0),
+        torch.empty_like(weight) if need_dweight else weight.new_empty(0),
+        weight.new_empty(weight.size(0) if need_dbias else 0),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.has_bias, ctx.saved = inputs[3] is not None, inputs[6]
+    ctx.saved = inputs[6:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
@@ -210,13 +212,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(kernels: leaf.Leaf, ctx: Any, dloss: Tensor | None, *unused: None) -> tuple[Any, ...]:
     if dloss is None:
-        return (None,) * 7
-    if not ctx.saved:
+        return (None,) * 9
+    if not any(ctx.saved):
         raise RuntimeError(leaf.unsaved_message("mlm_loss"))
     if torch.is_grad_enabled():  # the saved gradients are constants: a second derivative would silently lack them
         raise RuntimeError(leaf.second_order_message(kernels))
-    dh, dweight, dbias = (gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors)
-    return dh, None, dweight, dbias if ctx.has_bias else None, None, None, None
+    dh, dweight, dbias = (
+        gradient * dloss.to(gradient.dtype) if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.saved, strict=True)
+    )
+    return dh, None, dweight, dbias, *(None,) * 5
 
 
 for _kernels in (_cpu, _triton):

@@ -261,12 +261,26 @@ def ffn_fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[
     return torch.mm(act, w2.t()), x.new_empty(0) if pre is None else pre
 
 
-def ffn_bwd(dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy [T, M]; the rest as `ffn_fwd` takes and gives it. Returns dx, dw1, db1, dw2."""
+def ffn_bwd(
+    dy: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    need_dx: bool,
+    need_dw1: bool,
+    need_db1: bool,
+    need_dw2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy [T, M]; the rest as `ffn_fwd` takes and gives it. Returns dx, dw1, db1, dw2; those not needed are empty."""
     num_rows, inner = pre.shape
-    db1 = w1.new_empty(inner)
+    db1 = w1.new_empty(inner if need_db1 else 0)
     if pre.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(w1), db1.zero_(), torch.zeros_like(w2)
+        dx, dw1, dw2 = (
+            torch.zeros_like(value) if need else value.new_empty(0)
+            for value, need in ((x, need_dx), (w1, need_dw1), (w2, need_dw2))
+        )
+        return dx, dw1, db1.zero_(), dw2
     by_vendor = _by_vendor(x)
     dpre, act = torch.mm(dy, w2) if by_vendor else torch.empty_like(pre), torch.empty_like(pre)
     config = _GELU_BWD if by_vendor else _config("ffn_bwd", x)
@@ -289,8 +303,14 @@ def ffn_bwd(dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor) -> tuple
                 PRECISION=matmul.precision(x.dtype),
                 **config,
             )
-        rows.sum_partials(partials, (db1,))
-    return torch.mm(dpre, w1), torch.mm(dpre.t(), x), db1, torch.mm(dy.t(), act)
+        if need_db1:
+            rows.sum_partials(partials, (db1,))
+    return (
+        torch.mm(dpre, w1) if need_dx else x.new_empty(0),
+        torch.mm(dpre.t(), x) if need_dw1 else x.new_empty(0),
+        db1,
+        torch.mm(dy.t(), act) if need_dw2 else x.new_empty(0),
+    )
 
 
 def cases(arch: int) -> Iterator[configs.Case]:

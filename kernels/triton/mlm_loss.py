@@ -309,18 +309,20 @@ def mlm_loss_fwd(
     bias: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    need_grad: bool,
+    need_dh: bool,
+    need_dweight: bool,
+    need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h [N, H]; labels int64 [N]; weight [V, H]; bias [V]; contiguous.
 
-    Returns the sum of the losses (float32), and the gradients of h, weight and bias (empty unless need_grad is set).
+    Returns the sum of the losses (float32), and the gradients of h, weight and bias; those not needed are empty.
     """
     num_rows, hidden = h.shape
     vocabulary = weight.size(0)
-    dh = torch.zeros_like(h) if need_grad else h.new_empty(0)
+    dh = torch.zeros_like(h) if need_dh else h.new_empty(0)
     if num_rows == 0:
-        dweight = torch.zeros_like(weight) if need_grad else weight.new_empty(0)
-        dbias = torch.zeros_like(bias) if need_grad and bias is not None else weight.new_empty(0)
+        dweight = torch.zeros_like(weight) if need_dweight else weight.new_empty(0)
+        dbias = weight.new_zeros(vocabulary if need_dbias else 0)
         return h.new_zeros((), dtype=torch.float32), dh, dweight, dbias
     width = configs.cdiv(vocabulary, ROW_MULTIPLE) * ROW_MULTIPLE
     chunk = _chunk_rows(num_rows, width * h.element_size())
@@ -330,9 +332,9 @@ def mlm_loss_fwd(
     gathered = torch.empty_like(h)
     losses = h.new_zeros(num_rows, dtype=torch.float32)
     lse, label_logit = losses.new_empty(chunk), losses.new_empty(chunk)
-    logits = h.new_empty(chunk, width) if need_grad else None
-    dweight = torch.empty_like(weight, dtype=weight.dtype if one else torch.float32) if need_grad else None
-    dbias = losses.new_zeros(vocabulary) if need_grad and bias is not None else None
+    logits = h.new_empty(chunk, width) if need_dh or need_dweight or need_dbias else None
+    dweight = torch.empty_like(weight, dtype=weight.dtype if one else torch.float32) if need_dweight else None
+    dbias = None if logits is None or bias is None else losses.new_zeros(vocabulary)
     forward, dh_config, dweight_config = (_config(name, h) for name in ("fwd", "dh", "dweight"))
     whole = {dh_config["BLOCK_K"], dweight_config["BLOCK_M"], dweight_config["BLOCK_K"]}
     if any(ROW_MULTIPLE % size for size in whole):
@@ -383,43 +385,45 @@ def mlm_loss_fwd(
                 label_smoothing,
                 **_LSE,
             )
-            if logits is None or dweight is None:
+            if logits is None:
                 continue
             _mlm_loss_dlogits_kernel[(configs.cdiv(width, _DLOGITS["BLOCK_N"]),)](
                 logits, lse, labels, index, count, dbias, begin, chunk, vocabulary, width, label_smoothing, **_DLOGITS
             )
-            _mlm_loss_dh_kernel[matmul.tiles(dh_config, chunk, hidden),](
-                logits,
-                weight,
-                index,
-                count,
-                dh,
-                begin,
-                chunk,
-                vocabulary,
-                width,
-                HIDDEN=hidden,
-                **precision,
-                **dh_config,
-            )
-            _mlm_loss_dweight_kernel[matmul.tiles(dweight_config, vocabulary, hidden),](
-                logits,
-                gathered,
-                count,
-                dweight,
-                begin,
-                chunk,
-                vocabulary,
-                WIDTH=width,
-                HIDDEN=hidden,
-                **precision,
-                **dweight_config,
-            )
+            if need_dh:
+                _mlm_loss_dh_kernel[matmul.tiles(dh_config, chunk, hidden),](
+                    logits,
+                    weight,
+                    index,
+                    count,
+                    dh,
+                    begin,
+                    chunk,
+                    vocabulary,
+                    width,
+                    HIDDEN=hidden,
+                    **precision,
+                    **dh_config,
+                )
+            if dweight is not None:
+                _mlm_loss_dweight_kernel[matmul.tiles(dweight_config, vocabulary, hidden),](
+                    logits,
+                    gathered,
+                    count,
+                    dweight,
+                    begin,
+                    chunk,
+                    vocabulary,
+                    WIDTH=width,
+                    HIDDEN=hidden,
+                    **precision,
+                    **dweight_config,
+                )
     return (
         losses.sum(),
         dh,
         weight.new_empty(0) if dweight is None else dweight.to(weight.dtype),
-        weight.new_empty(0) if dbias is None else dbias.to(weight.dtype),
+        dbias.to(weight.dtype) if dbias is not None and need_dbias else weight.new_empty(0),
     )
 
 

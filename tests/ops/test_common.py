@@ -219,6 +219,25 @@ def test_inference_mode(backend: str, op: str) -> None:
     assert not y.requires_grad
 
 
+@on_every_backend
+def test_gradients_of_some_inputs_alone(backend: str, op: str) -> None:
+    """What is frozen gets no gradient, and the others get the same as if nothing were."""
+    accuracy.require(op, backend, torch.float32)
+    of = sample(op, backend=backend)
+    _, *gradients = known(op, 0.1, torch.float32, backend)
+    names = list(of.tensors)
+    some = [names[::2], names[1::2]] + [[name] for name in names if not accuracy.interpreted(backend)]
+    for chosen in some:
+        leaves = {name: value.clone().requires_grad_(name in chosen) for name, value in of.tensors.items()}
+        y = of.run(**leaves)
+        y.backward(upstream_for(y))
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            if name in chosen:
+                torch.testing.assert_close(leaf.grad, gradient)
+            else:
+                assert leaf.grad is None
+
+
 def strided(value: Tensor, way: str) -> Tensor:
     """The same values with other strides."""
     if way == "transposed":
@@ -486,7 +505,7 @@ def leaf_calls(op: str, backend: str, p: float, dtype: torch.dtype) -> list[tupl
         forward = (t["x"], [t["weight0"], t["weight1"]], [t["bias0"], t["bias1"]])
     else:
         labels = torch.arange(len(t["hidden"]), device=device) % 150
-        forward = (t["hidden"], labels, t["decoder_weight"], t["decoder_bias"], -100, 0.1, True)
+        forward = (t["hidden"], labels, t["decoder_weight"], t["decoder_bias"], -100, 0.1, *[True] * 3)
     y, *saved = (outputs,) if isinstance(outputs := call(f"{op}_fwd_{backend}", forward), Tensor) else outputs
     dy = upstream_for(y)
     calls = [(f"{op}_fwd_{backend}", forward)]
@@ -496,7 +515,7 @@ def leaf_calls(op: str, backend: str, p: float, dtype: torch.dtype) -> list[tupl
         rows = [len(table) for table in tables[:3]]
         calls.append((f"embedding_bwd_{backend}", (dy, *saved, *flat, t["weight"], *rows, 0, p, seed)))
     elif op == "ffn":
-        calls.append((f"ffn_bwd_{backend}", (dy, t["x"], *saved, t["weight1"], t["weight2"])))
+        calls.append((f"ffn_bwd_{backend}", (dy, t["x"], *saved, t["weight1"], t["weight2"], *[True] * 4)))
     elif op == "layernorm":
         z, mean, rstd = saved
         calls.append((f"layernorm_bwd_{backend}", (dy, z, t["weight"], mean, rstd, p, seed, True)))

@@ -46,6 +46,7 @@ void ffn_bwd(const Queue& queue, const FfnShape& shape, Format format, const voi
              void* dpre, void* act, void* db1, float* workspace) {
   if (shape.inner == 0) return;
   if (shape.rows > 0) multiply(queue, shape, format, FfnBackward{dy, w2, pre, dpre, act, workspace});
+  if (db1 == nullptr) return;
   const auto sum = [&](auto type) {
     using T = decltype(type);
     const int tiles = static_cast<int>(ffn_tiles(shape.rows, kFfnRows));
