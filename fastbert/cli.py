@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .training.errors import CommandError
 
     try:
+        _check_environment()
         return _COMMANDS[command](rest)
     except CommandError as error:
         print(f"fastbert {command}: error: {error}", file=sys.stderr)
@@ -60,6 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
+
+
+def _check_environment() -> None:
+    """Raise CommandError for a variable that the first op would choke on, when files have been begun."""
+    from .training.errors import CommandError
+
+    if not {"FASTBERT_BACKEND", "FASTBERT_CPU_ISA"} & os.environ.keys():
+        return
+    from . import dispatch
+
+    try:
+        dispatch.parse(os.environ.get("FASTBERT_BACKEND", ""))
+        if dispatch.extension_error is None:
+            from . import _C
+
+            _C.isa()
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
 
 
 # Each command imports what it needs only when it runs: `fastbert info` must not wait for datasets or matplotlib.

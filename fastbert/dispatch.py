@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastbert.internals import forward_mode
+
 BACKENDS = ("cpu", "cuda", "triton", "vendor", "reference")
 OPS = ("attention", "embedding", "ffn", "layernorm", "linear", "mlm_loss")
 
@@ -228,6 +230,13 @@ def select(
     """
     if torch.compiler.is_compiling():  # which cannot trace a look at the environment
         return _implementations[op][_selected_name(op, _device_type(device), dtype, requires, backend)]
+    if forward_mode():  # autograd asks a kernel without a formula for it nothing, and the tangent would be 0
+        if backend is None and not forced():
+            backend = "reference"
+        asked = _select(op, _device_type(device), dtype, requires, backend)
+        if asked.name != "reference":
+            raise RuntimeError(f"{op}: the {asked.name} backend has no forward-mode differentiation; the reference has")
+        return asked
     key = (op, device, dtype, requires, backend, _environment.get(_VARIABLE))
     found = _selected.get(key)
     if found is None:

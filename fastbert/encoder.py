@@ -176,9 +176,9 @@ def token_ids(
 
     plain_buffers: whether the module's buffers hold nothing but positions 0, 1, ... and type 0; else they are read.
     """
-    position = module.position_embeddings
     if position_ids is None:
-        if position.padding_idx is not None:  # RoBERTa: positions start after the padding index, which pads keep
+        # RoBERTa: positions start after the padding index, which pads keep
+        if hasattr(type(module), "create_position_ids_from_input_ids"):
             position_ids = module.create_position_ids_from_input_ids(
                 input_ids, module.padding_idx, past_key_values_length
             )
@@ -204,15 +204,12 @@ def embed(module: nn.Module, ids: TokenIds) -> Tensor:
     ids [B, S] -> [B, S, H], or [T] -> [T, H].
     """
     word, position, token_type = module.word_embeddings, module.position_embeddings, module.token_type_embeddings
-    position_weight = position.weight
-    if position.padding_idx is not None and position_weight.requires_grad and torch.is_grad_enabled():
-        position_weight = _FrozenRow.apply(position_weight, position.padding_idx)
     norm = module.LayerNorm
     return ops.embedding(
         ids.input_ids,
         word.weight,
-        position_weight,
-        token_type.weight,
+        _table(position),
+        _table(token_type),
         norm.weight,
         norm.bias,
         position_ids=ids.position_ids,
@@ -221,6 +218,14 @@ def embed(module: nn.Module, ids: TokenIds) -> Tensor:
         dropout_p=module.dropout.p if module.dropout.training else 0.0,
         eps=norm.eps,
     )
+
+
+def _table(embedding: nn.Embedding) -> Tensor:
+    """The weight of an embedding whose padding_idx the op does not take."""
+    weight = embedding.weight
+    if embedding.padding_idx is not None and weight.requires_grad and torch.is_grad_enabled():
+        weight = _FrozenRow.apply(weight, embedding.padding_idx)
+    return weight
 
 
 class _FrozenRow(torch.autograd.Function):

@@ -64,7 +64,8 @@ for _family in FAMILIES.values():
     for _head in HEADS:
         ROLES[_path, f"{_family.prefix}For{_head}"] = (_head, _family)
     ROLES[_path, f"{_family.prefix}Model"] = ("base" if _family.embeddings_class else "Model", _family)
-    ROLES[_path, f"{_family.prefix}LMHeadModel"] = ("LMHeadModel", _family)
+    for _name in ("LMHeadModel", "ForCausalLM", "Decoder"):
+        ROLES[_path, f"{_family.prefix}{_name}"] = ("CausalLM", _family)
 
 
 def role_of(module: nn.Module) -> str | None:

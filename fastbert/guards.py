@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, starmap
+from itertools import chain, product, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +75,11 @@ class Resolved:
 
     paths: of the parts, below the module. check: gives that reason, from the parts by path. methods: what the fast path
     stands in for besides the parts' forwards: the path of a part, "" for the module itself, and the name of its method.
-    `current` tells in a few microseconds whether everything still is what it was.
+    `current` tells in a few microseconds whether everything still is what it was. weights: where those of the parts
+    are, if nothing speaks against the fast path; `misfit` looks at their shapes.
     """
+
+    weights: Weights
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class Resolved:
             else:
                 self.missing = self.missing or f"{path} is not there"
         del parts[""]
+        self.known: tuple[list[torch.Size], str | None] | None = None  # the last shapes, and what `misfit` said
         found = list(parts)
         parents = [parts[path.rpartition(".")[0]] if "." in path else module for path in found]
         self.root = module._modules
@@ -135,6 +139,32 @@ class Resolved:
             )
         except KeyError:
             return False
+
+    def expected(self, shapes: list[torch.Size]) -> list[tuple[int, ...]]:
+        """The shapes that the weights must have, by the sizes that some of them do have."""
+        raise NotImplementedError
+
+    def misfit(self, weights: tuple[Tensor, ...]) -> str | None:
+        """The reason against the fast path that lies in the weights' shapes, if any.
+
+        Stock takes sizes from there, too, and not from `out_features` and the like. Parameters may be replaced, or get
+        other `.data`, between any two calls.
+        """
+        shapes = [weight.shape for weight in weights]
+        known = self.known  # read once: other threads share it
+        if known is None or known[0] != shapes:
+            known = self.known = shapes, self._misfit(shapes)
+        return known[1]
+
+    def _misfit(self, shapes: list[torch.Size]) -> str | None:
+        expected = self.expected(shapes)
+        for path, name, found, wanted in zip(self.weights.paths, self.weights.names, shapes, expected, strict=True):
+            if found != wanted:
+                return f"{path}.{name} has shape {list(found)}, not {list(wanted)}"
+            normalized = vars(self.parts[path]).get("normalized_shape", wanted)
+            if normalized != wanted:
+                return f"{path}.normalized_shape is {normalized}, not {wanted}"
+        return None
 
     def _common(self) -> str | None:
         for hooks in _GLOBAL_HOOKS:
@@ -208,14 +238,17 @@ def sharded(weights: tuple[Tensor, ...] | None) -> bool:
 
 
 class Weights(NamedTuple):
-    """Where to read weight and bias of some modules anew at each call."""
+    """Where to read the weights of some parts anew at each call. paths, names: of each one's module, and in it."""
 
-    dicts: tuple[dict[str, Any], ...]
+    paths: tuple[str, ...]
     names: tuple[str, ...]
+    dicts: tuple[dict[str, Any], ...]
 
     @classmethod
-    def of(cls, modules: list[nn.Module]) -> Weights:
-        return cls(tuple(m._parameters for m in modules for _ in range(2)), ("weight", "bias") * len(modules))
+    def of(cls, parts: dict[str, nn.Module], *where: tuple[str, str]) -> Weights:
+        """where: path and name of each."""
+        paths, names = zip(*where, strict=True)
+        return cls(paths, names, tuple(parts[path]._parameters for path in paths))
 
     def read(self) -> tuple[Tensor, ...] | None:
         try:
@@ -247,7 +280,8 @@ class ResolvedLayer(Resolved):
         if self.reason is not None:
             return
         parts = self.parts
-        self.weights = Weights.of([parts[getattr(names, name)] for name in encoder.WEIGHTED])
+        weighted = [getattr(names, name) for name in encoder.WEIGHTED]
+        self.weights = Weights.of(parts, *product(weighted, ("weight", "bias")))
         self.norms = parts[names.attention_norm], parts[names.norm]
         self.attention = parts[names.query.rpartition(".")[0]]
         self.chunked = parts[owner] if owner else module
@@ -265,13 +299,21 @@ class ResolvedLayer(Resolved):
         act = getattr(parts[owner], activation, None)
         if not is_gelu(act):
             return f"the activation is {getattr(act, '__name__', type(act).__name__)}, not exact GELU"
-        head_dim = attention.attention_head_size
-        self.heads = parts[names.query].out_features // head_dim
-        self.head_dim = head_dim
-        widths = {parts[path].out_features for path in (names.query, names.key, names.value)}
-        if len(widths) > 1 or self.heads * head_dim not in widths:
-            return f"query, key and value have widths {sorted(widths)}, not {head_dim} times the number of heads"
+        self.head_dim = attention.attention_head_size
         return None
+
+    def expected(self, shapes: list[torch.Size]) -> list[tuple[int, ...]]:
+        inner, hidden, wide = shapes[0][0], shapes[8][0], shapes[10][0]
+        norm: list[tuple[int, ...]] = [(hidden,), (hidden,)]
+        found: list[tuple[int, ...]] = [(inner, hidden), (inner,)] * 3
+        found += [(hidden, inner), (hidden,), *norm, (wide, hidden), (wide,), (hidden, wide), (hidden,), *norm]
+        return found
+
+    def _misfit(self, shapes: list[torch.Size]) -> str | None:
+        inner = shapes[0][0]
+        if not inner or inner % self.head_dim:
+            return f"query, key and value have width {inner}, not {self.head_dim} times the number of heads"
+        return super()._misfit(shapes)
 
     def attributes(self, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         yield from ((module, name) for name in ("is_decoder", "add_cross_attention"))
@@ -281,6 +323,8 @@ class ResolvedLayer(Resolved):
             names.query.rpartition(".")[0]: ("is_causal", "attention_head_size"),
             activation_owner: (activation_name,),
             names.activation: ("approximate",),
+            names.attention_norm: ("normalized_shape",),
+            names.norm: ("normalized_shape",),
         }
         for path, attributes in looked_at.items():
             yield from ((self.parts[path], name) for name in attributes if path in self.parts)
@@ -297,12 +341,12 @@ class ResolvedLayer(Resolved):
         if "chunk_size_feed_forward" in vars(self.chunked):
             yield self.chunked, "chunk_size_feed_forward"
 
-    def settings(self) -> encoder.LayerSettings:
+    def settings(self, weights: tuple[Tensor, ...]) -> encoder.LayerSettings:
         """What the packed layer needs besides its weights, read anew at each call."""
         hidden, ffn = self.hidden_dropout, self.ffn_dropout
         norm1, norm2 = self.norms
         return encoder.LayerSettings(
-            heads=self.heads,
+            heads=weights[0].shape[0] // self.head_dim,
             scale=self.attention.scaling,
             eps1=norm1.eps,
             eps2=norm2.eps,
@@ -339,6 +383,7 @@ class ResolvedStack:
         self.parameter_dicts = [parameters for its in resolved for parameters in its.weights.dicts]
         self.parameter_names = [name for its in resolved for name in its.weights.names]
         self.parameters: tuple[Tensor, ...] = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
+        self.shape = self.parameters[0].shape  # of a query; the op holds all other shapes against it
 
     def weights(self, layers: nn.ModuleList) -> tuple[Tensor, ...] | None:
         """Weight and bias of each layer's modules in turn, or None if anything is not what it was."""
@@ -352,7 +397,8 @@ class ResolvedStack:
                 and not any(map(operator.contains, self.instances, self.methods))
             ):
                 found: tuple[Any, ...] = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
-                return found if all(map(operator.is_, found, self.parameters)) else None
+                same = all(map(operator.is_, found, self.parameters)) and found[0].shape == self.shape
+                return found if same else None
         except KeyError:
             pass
         return None
@@ -380,38 +426,54 @@ class ResolvedEmbeddings(Resolved):
 
         super().__init__(module, tuple(paths), check)
         if self.reason is None:
-            modules = [self.parts[path]._parameters for path in _TABLES]
-            norm = self.parts["LayerNorm"]._parameters
-            self.weights = Weights((*modules, norm, norm), ("weight",) * 4 + ("bias",))
+            tables = [(path, "weight") for path in _TABLES]
+            self.weights = Weights.of(self.parts, *tables, ("LayerNorm", "weight"), ("LayerNorm", "bias"))
             hooks = self.parts["word_embeddings"]._forward_hooks.values()
             self.requires_grad = any(getattr(hook, "__name__", "").startswith(_REQUIRE_GRADS) for hook in hooks)
 
     def attributes(self, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         tables = [self.parts[path] for path in _TABLES if path in self.parts]
         yield from ((table, name) for table in tables for name in ("max_norm", "sparse", "scale_grad_by_freq"))
+        if "LayerNorm" in self.parts:
+            yield self.parts["LayerNorm"], "normalized_shape"
+
+    def expected(self, shapes: list[torch.Size]) -> list[tuple[int, ...]]:
+        hidden = shapes[3][0]
+        return [*((table[0], hidden) for table in shapes[:3]), (hidden,), (hidden,)]
 
 
 def plain_buffers(module: Any) -> bool:
     """Whether embeddings' buffers, which stock takes for ids that nobody gives, hold positions 0, 1, ... and type 0.
 
-    Looks at their numbers once, and again when they are others or were written to.
+    Looks at their numbers at each call on the CPU. Elsewhere the host would have to wait for them: there only when they
+    are others or PyTorch has counted a write to them, which it does not through `.data`.
     """
     positions, types = map(module._buffers.get, ("position_ids", "token_type_ids"))
     if positions is None or types is None or torch.compiler.is_compiling():
         return False
     known = module._fastbert.buffers
     if known is not None and positions is known[0] and types is known[1]:
-        unchanged = version(positions) == known[2] and version(types) == known[3]
-        if unchanged:
+        if positions.is_cpu:
+            return _equal(positions, known[4]) and _equal(types, known[5])
+        if version(positions) == known[2] and version(types) == known[3]:
             return True
     if unreadable(positions) or unreadable(types):
         return False
-    found = positions, types, version(positions), version(types)
-    counted = torch.arange(positions.shape[-1], device=positions.device)
-    if not torch.equal(positions[0], counted) or types.any():
+    versions = version(positions), version(types)
+    counted = torch.arange(positions.shape[-1], dtype=positions.dtype, device=positions.device).expand_as(positions)
+    zeros = torch.zeros_like(types)
+    if not (_equal(positions, counted) and _equal(types, zeros)):
         return False
-    module._fastbert.buffers = found
+    module._fastbert.buffers = positions, types, *versions, counted, zeros
     return True
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same. False under FakeTensorMode, where nobody can tell."""
+    try:
+        return torch.equal(a, b)
+    except RuntimeError:
+        return False
 
 
 def version(tensor: Tensor) -> int | None:

@@ -38,7 +38,7 @@ _PLACES = {
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode differentiation is running (torch.autograd.forward_ad, guards.py)."""
+    """Whether forward-mode differentiation is running (torch.autograd.forward_ad; guards.py, dispatch.py)."""
     return forward_ad._current_level >= 0
 
 

@@ -2,14 +2,15 @@
 
 What the heads add to transformers' own: the masked language model's loss is computed at the labelled positions only,
 its logits when somebody asks for them; `num_items_in_batch` counts, which the stock heads take and drop, so that
-gradient accumulation gives the gradient of the whole batch; question answering keeps the padded places, over which its
-softmax runs; checkpoints are read as safetensors only.
+gradient accumulation gives the gradient of the whole batch; masked places are computed where a softmax, a summary or a
+loss reads them; checkpoints are read as safetensors only.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
@@ -74,7 +76,25 @@ class FastHead(FastModel):
     def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
-        return rescaled(stock(self, **with_padding(self, kwargs)), kwargs.get("labels"), num_items)
+        return rescaled(stock(self, **kwargs), kwargs.get("labels"), num_items)
+
+
+class FastTokenClassification(FastHead):
+    """A head with a label for each token."""
+
+    def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward, all arguments by name. stock: the stock class's own."""
+        return super().forward_by_name(stock, with_padding(self, kwargs, kwargs.get("labels")))
+
+
+class FastSummary(FastHead):
+    """ELECTRA's multiple choice, whose summary of a text may be its last place, or the mean of all."""
+
+    def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward, all arguments by name. stock: the stock class's own."""
+        if getattr(self.sequence_summary, "summary_type", None) != "first":
+            kwargs = kwargs | {swapped.KEEP_PADDING: True}
+        return super().forward_by_name(stock, kwargs)
 
 
 class FastUnscaledHead(FastModel):
@@ -84,7 +104,9 @@ class FastUnscaledHead(FastModel):
 
     def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
-        return stock(self, **with_padding(self, kwargs))
+        if self.family.name != "electra":  # whose discriminator leaves out the labels of masked places itself
+            kwargs = with_padding(self, kwargs, kwargs.get("labels", kwargs.get("labels_input_ids")))
+        return stock(self, **kwargs)
 
 
 class FastQuestionAnswering(FastModel):
@@ -95,23 +117,72 @@ class FastQuestionAnswering(FastModel):
         return stock(self, **kwargs | {swapped.KEEP_PADDING: True})
 
 
-def with_padding(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+class FastCausalLM(FastModel):
+    """A causal language model. The place before a token predicts it, and its loss reads that even if it is masked."""
+
+    def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward, all arguments by name. stock: the stock class's own."""
+        if self._reads_masked_places(kwargs):
+            # Not by KEEP_PADDING: the loss function gets all further arguments, too, and may be anybody's.
+            visible = kwargs["attention_mask"].bool()
+            visible = visible if visible.dim() == 4 else visible[:, None, None, :]
+            bias = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
+            kwargs = kwargs | {"attention_mask": bias.masked_fill(~visible, -torch.inf)}
+        return stock(self, **kwargs)
+
+    def _reads_masked_places(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the loss reads a place that the encoder would leave out, or may do so where values cannot be read."""
+        labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+        if packing.bounded() or not isinstance(labels, Tensor) or not isinstance(mask, Tensor):
+            return False
+        if mask.dim() != 2 and (mask.dim() != 4 or mask.dtype is not torch.bool):
+            return False
+        if self.config.is_decoder or getattr(self.config, "is_causal", False):  # no place is left out
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        if guards.call_reason(self.config, kwargs) is not None:
+            return False
+        if self.loss_function is not ForCausalLMLoss:
+            labels = torch.zeros_like(labels)  # it may read any place
+        elif kwargs.get("shift_labels") is not None:
+            labels = kwargs["shift_labels"]
+        else:
+            labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        return labels_masked_places(labels, mask) is not False
+
+
+def with_padding(model: Any, kwargs: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
     """The arguments of a head with tokens' labels, by which the encoder keeps masked places if one of them has a label.
 
     Stock's loss counts them. Only on the CPU: elsewhere the host would have to wait for the labels. Compiled code
     cannot look at them, but keeps its padding anyway, unless a `token_bound` asks for a number of rows.
     """
-    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
-    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or labels.shape != mask.shape:
+    mask = kwargs.get("attention_mask")
+    if packing.bounded() or not isinstance(labels, Tensor) or not isinstance(mask, Tensor):
         return kwargs
-    if packing.bounded():
-        return kwargs
-    if torch.compiler.is_compiling():
-        return kwargs | {swapped.KEEP_PADDING: True}
-    readable = mask.is_cpu and labels.is_cpu and not packing.unreadable(mask) and not packing.unreadable(labels)
-    if readable and guards.call_reason(model.config, {}) is None and ((labels != -100) & (mask == 0)).any():
+    if torch.compiler.is_compiling() or (
+        guards.call_reason(model.config, {}) is None and labels_masked_places(labels, mask)
+    ):
         return kwargs | {swapped.KEEP_PADDING: True}
     return kwargs
+
+
+def labels_masked_places(labels: Tensor, mask: Tensor) -> bool | None:
+    """Whether one of the labels, [B, S] in any shape, stands at a place that a mask, 2-D or 4-D, leaves out.
+
+    None if they do not match, or are not on the CPU to be read.
+    """
+    if not (mask.is_cpu and labels.is_cpu) or packing.unreadable(mask) or packing.unreadable(labels):
+        return None
+    mask = packing.packing_mask(mask)
+    if mask is None:
+        return False
+    if len(mask) == 1:
+        mask = mask.expand(labels.numel() // max(mask.shape[1], 1), -1)
+    if mask.numel() != labels.numel():
+        return None
+    return bool(((labels.reshape(mask.shape) != -100) & (mask == 0)).any())
 
 
 def rescaled(outputs: Any, labels: Tensor | None, num_items: Any) -> Any:
@@ -136,6 +207,7 @@ class MlmNames(NamedTuple):
     activation: str | None
     norm: str
     decoder: str
+    loss: str | None = None
 
 
 _BERT = "cls.predictions.transform"
@@ -155,7 +227,7 @@ MLM_HEADS = {
     "camembert": _ROBERTA_MLM,
     "data2vec_text": _ROBERTA_MLM,
     "electra": _ELECTRA_MLM,
-    "distilbert": MlmNames("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+    "distilbert": MlmNames("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector", "mlm_loss_fct"),
 }
 
 
@@ -164,26 +236,39 @@ class ResolvedMlm(guards.Resolved):
 
     def __init__(self, module: nn.Module, names: MlmNames) -> None:
         paths: dict[str, type] = {names.dense: nn.Linear, names.norm: nn.LayerNorm, names.decoder: nn.Linear}
-        optional = () if names.activation is None else (names.activation,)
+        optional = [path for path in (names.activation, names.loss) if path is not None]
+        types = paths if names.loss is None else paths | {names.loss: nn.CrossEntropyLoss}
 
         def check(parts: dict[str, nn.Module]) -> str | None:
             plain = {path: part for path, part in parts.items() if path != names.activation}
-            reason = guards.wrong_type(plain, paths, module.stock.__module__)
+            reason = guards.wrong_type(plain, types, module.stock.__module__)
             if reason is None and names.activation is not None and not guards.is_gelu(parts[names.activation]):
                 reason = "the activation of the head is not exact GELU"
-            if reason is None and parts[names.dense].out_features != parts[names.dense].in_features:
-                reason = "the head changes the hidden size"
             return reason
 
-        self.activation = names.activation
+        self.mlm_names = names
         super().__init__(module, (*paths, *optional), check)
         if self.reason is None:
-            self.weights = guards.Weights.of([self.parts[path] for path in paths])
-            self.eps = self.parts[names.norm].eps
+            self.weights = guards.Weights.of(self.parts, *itertools.product(paths, ("weight", "bias")))
+            self.norm = self.parts[names.norm]
 
     def attributes(self, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-        if self.activation is not None and self.activation in self.parts:
-            yield self.parts[self.activation], "approximate"
+        names = self.mlm_names
+        for path, name in ((names.activation, "approximate"), (names.norm, "normalized_shape")):
+            if path in self.parts:
+                yield self.parts[path], name
+
+    def expected(self, shapes: list[torch.Size]) -> list[tuple[int, ...]]:
+        hidden, vocabulary = shapes[2][0], shapes[4][0]
+        return [(hidden, hidden), (hidden,), (hidden,), (hidden,), (vocabulary, hidden), (vocabulary,)]
+
+
+def is_mean(loss: Any) -> bool:
+    """Whether a model's own part that makes its loss, or None, gives what others do: a mean over labels but -100."""
+    if loss is None:
+        return True
+    plain = type(loss) is nn.CrossEntropyLoss and loss.weight is None
+    return plain and loss.reduction == "mean" and loss.ignore_index == -100
 
 
 class FastMaskedLM(FastModel):
@@ -200,9 +285,10 @@ class FastMaskedLM(FastModel):
     def forward_by_name(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
+        num_items = num_items if is_mean(self._loss) else None
         skip_logits = kwargs.pop("skip_logits", False)
-        kwargs = with_padding(self, kwargs)
         labels = kwargs.get("labels")
+        kwargs = with_padding(self, kwargs, labels)
         return_dict = kwargs.get("return_dict")
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if labels is None or not return_dict or (torch.compiler.is_compiling() and not skip_logits):
@@ -222,6 +308,12 @@ class FastMaskedLM(FastModel):
             outputs.hidden_states,
             outputs.attentions,
         )
+
+    @property
+    def _loss(self) -> Any:
+        """What makes the loss, if it is a part of the model, as DistilBERT's is."""
+        name = MLM_HEADS[self.family.name].loss
+        return None if name is None else getattr(self, name, None)
 
     def _encode(self, kwargs: dict[str, Any], *dropped: str) -> Any:
         """What the base model gives, called as the stock head calls it: hooks see the ids where it hands them over."""
@@ -247,6 +339,8 @@ class FastMaskedLM(FastModel):
         # Compiled code cannot see yet what transformers records; where a loss alone is wanted, nothing.
         if not torch.compiler.is_compiling() and guards.call_reason(self.config, {}) is not None:
             return None, 0.0
+        if not is_mean(self._loss) or getattr(self._loss, "label_smoothing", 0.0):
+            return None, 0.0
         state = self._fastbert
         resolved = state.resolved
         if torch.compiler.is_compiling():
@@ -254,9 +348,11 @@ class FastMaskedLM(FastModel):
         elif resolved is None or not resolved.current(self):
             resolved = state.resolved = ResolvedMlm(self, MLM_HEADS[self.family.name])
         weights = None if resolved.reason is not None else resolved.weights.read()
-        if weights is None or guards.wrong_weights(weights) is not None:
+        if weights is None or (guards.wrong_weights(weights) or resolved.misfit(weights)) is not None:
             return None, 0.0
-        return weights, resolved.eps
+        if weights[4].shape[0] != self.config.vocab_size:  # by which stock reshapes the logits for its loss
+            return None, 0.0
+        return weights, resolved.norm.eps
 
 
 class FastPreTraining(FastMaskedLM):
@@ -268,8 +364,8 @@ class FastPreTraining(FastMaskedLM):
         """The forward, all arguments by name. stock: the stock class's own."""
         num_items = kwargs.pop("num_items_in_batch", None)
         skip_logits = kwargs.pop("skip_logits", False)
-        kwargs = with_padding(self, kwargs)
         labels, next_sentence_label = kwargs.get("labels"), kwargs.get("next_sentence_label")
+        kwargs = with_padding(self, kwargs, labels)
         return_dict = kwargs.get("return_dict")
         return_dict = self.config.return_dict if return_dict is None else return_dict
         weights = None
@@ -315,7 +411,8 @@ def logits_later(field: str, hidden: Tensor, weights: tuple[Tensor, ...], eps: f
 
     field: their name. weights: those of `ops.mlm_loss`, as the modules hold them now. They are kept as views, which go
     on to show the same memory after `parameter.data = ...` or `model.to(...)`, and lead to the parameters' gradients.
-    What is returned raises RuntimeError if the numbers that it needs have been overwritten since.
+    What is returned raises RuntimeError if the numbers that it needs have been overwritten since, as far as PyTorch's
+    count of writes and `sample` can tell.
     """
     grad = torch.is_grad_enabled()
     device = hidden.device.type
@@ -327,11 +424,10 @@ def logits_later(field: str, hidden: Tensor, weights: tuple[Tensor, ...], eps: f
         return [(guards.version(tensor), tensor.untyped_storage().nbytes()) for tensor in (hidden, *views)]
 
     before = state()
-    # Nothing counts what optimizers and moving averages write through `.data`, but it would show in any row.
-    dense_row, decoder_row = (views[i].detach()[:1].clone() for i in (0, 4))
+    numbers = sample(hidden, views)
 
     def compute() -> Tensor:
-        if state() != before or not (_same(dense_row, views[0]) and _same(decoder_row, views[4])):
+        if state() != before or not _same(numbers, hidden, views):
             raise RuntimeError(
                 f"{field} are computed when first read, and the weights or the hidden states have been overwritten "
                 "since the forward; read them before optimizer.step()"
@@ -344,10 +440,28 @@ def logits_later(field: str, hidden: Tensor, weights: tuple[Tensor, ...], eps: f
     return compute
 
 
-def _same(row: Tensor, weight: Tensor) -> bool:
-    """Whether the first row of a weight still is this one, bit by bit, where its numbers can be read."""
-    return packing.unreadable(row) or torch.equal(
-        row.contiguous().view(torch.uint8), weight.detach()[:1].contiguous().view(torch.uint8)
+SAMPLED = 16  # rows of a matrix at equal distances, besides the last one
+
+
+def sample(hidden: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """A copy of numbers that show whether these were overwritten: some rows of the states and matrices, all vectors.
+
+    Fused optimizers, and whatever writes through `.data`, leave PyTorch's count of writes as it was.
+    """
+    dense, dense_bias, norm, norm_bias, decoder, decoder_bias = weights
+    rows = []
+    with torch.no_grad():
+        for matrix in (hidden.flatten(0, -2), dense, decoder):
+            rows += [matrix[:: -(-matrix.shape[0] // SAMPLED) or 1], matrix[-1:]]
+        rows.append(torch.stack((dense_bias, norm, norm_bias)))
+        return torch.cat(rows), decoder_bias.clone()
+
+
+def _same(before: tuple[Tensor, Tensor], hidden: Tensor, weights: list[Tensor]) -> bool:
+    """Whether `sample` still gives these numbers, bit by bit, where they can be read."""
+    return packing.unreadable(before[0]) or all(
+        torch.equal(old.view(torch.uint8), new.view(torch.uint8))
+        for old, new in zip(before, sample(hidden, weights), strict=True)
     )
 
 
@@ -455,10 +569,11 @@ def lazy_output(stock: type[ModelOutput], field: str, compute: Callable[[], Tens
 _HEADS: dict[str, type[FastModel]] = {
     "base": FastBaseModel,
     "Model": FastModel,
-    "LMHeadModel": FastModel,
+    "CausalLM": FastCausalLM,
     "MaskedLM": FastMaskedLM,
     "PreTraining": FastPreTraining,
     "QuestionAnswering": FastQuestionAnswering,
+    "TokenClassification": FastTokenClassification,
 }
 
 
@@ -468,6 +583,8 @@ def mixin(role: str, family: families.Family) -> type[FastModel]:
         return FastUnscaledHead
     if role == "PreTraining" and family.name not in ("bert", "ernie"):
         return FastUnscaledHead
+    if role == "MultipleChoice" and family.name == "electra":
+        return FastSummary
     return _HEADS.get(role, FastHead)
 
 

@@ -32,8 +32,9 @@ def token_bound(tokens: int) -> Iterator[None]:
 
     tokens: at least the number of real tokens (ones in the mask) of each batch. With it the work has a size that is
     known beforehand, so that a whole step can be captured in a CUDA graph or compiled, without computing the padding.
-    Rows to spare cost what tokens cost, and change no result. Question answering heads keep their padding, and 4-D
-    masks theirs, as ever. A first place that is masked gives zeros here, also to pooled outputs: pad on the right.
+    Rows to spare cost what tokens cost, and change no result. Question answering heads and ELECTRA's summaries of all
+    places keep their padding, and 4-D masks theirs, as ever. A first place that is masked gives zeros here, also to
+    pooled outputs: pad on the right.
 
     Applies to all threads. Raises ValueError if tokens is no positive integer; the forward raises ValueError if it
     has no mask and more tokens. A mask with more is found on the device: RuntimeError on the CPU, on CUDA a
@@ -159,14 +160,9 @@ class PackedBatch:
     @classmethod
     def from_bias(cls, attention_mask: Tensor, batch: int, seqlen: int, dtype: torch.dtype) -> PackedBatch:
         """From a mask [B|1, h|1, S|1, S]: bool (True takes part) or floating (added to the scores)."""
-        shape = attention_mask.shape
-        if len(shape) != 4 or shape[0] not in (1, batch) or shape[2] not in (1, seqlen) or shape[3] != seqlen:
-            raise ValueError(
-                f"attention_mask has shape {list(shape)}, allowed with 4 dimensions are "
-                f"[{batch} or 1, heads or 1, {seqlen} or 1, {seqlen}]"
-            )
-        if attention_mask.dtype is torch.bool:
-            bias = additive(attention_mask, dtype)
+        if attention_mask.dtype is torch.bool:  # as SDPA reads it: what sees nothing gets 0
+            bias = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+            bias = bias.masked_fill(~attention_mask, -torch.inf)
         elif attention_mask.is_floating_point():
             bias = attention_mask
         else:
@@ -279,6 +275,9 @@ def batch_of(
     batch, seqlen = padded.shape[:2]
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         return f"the attention mask is a {type(attention_mask).__name__}"
+    made_here = getattr(attention_mask, "_fastbert_batch", None)
+    if made_here is not None:
+        return made_here
     if sequences(kwargs):
         names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
         if attention_mask is not None:
@@ -288,10 +287,8 @@ def batch_of(
         if _bound is not None and batch * seqlen > _bound:
             raise ValueError(f"token_bound: tokens is {_bound}, but the batch has no mask and {batch * seqlen} tokens")
         return PackedBatch.full(batch, seqlen, padded.device)
-    made_here = getattr(attention_mask, "_fastbert_batch", None)
-    if made_here is not None:
-        return made_here
     if attention_mask.dim() == 4:
+        _check_bias_shape(attention_mask, batch, seqlen)
         readable = _bound is None and not unreadable(attention_mask)
         if not keep_padding and readable and (mask := _same_rows(attention_mask)) is not None:
             return PackedBatch.from_mask(mask.expand(batch, seqlen), batch, seqlen, padded.device)
@@ -335,6 +332,13 @@ def _same_rows(mask: Tensor) -> Tensor | None:
     return rows[:, 0] if torch.equal(mask[:, 0], rows.expand_as(mask[:, 0])) else None
 
 
+def packing_mask(mask: Tensor) -> Tensor | None:
+    """The 2-D mask [B|1, S] that says which places a mask leaves out, if it can be read; None if all are kept."""
+    if mask.dim() == 2:
+        return mask
+    return _same_rows(mask) if mask.dim() == 4 else None
+
+
 def countable(mask: Any) -> bool:
     """Whether a mask is 2-D, and its tokens can be counted or are bounded: then the layout is packed."""
     return type(mask) is Tensor and mask.dim() == 2 and (_bound is not None or not unreadable(mask))
@@ -364,6 +368,15 @@ def checked_mask(attention_mask: Tensor) -> Tensor:
     if not torch.equal(mask.to(attention_mask.dtype), attention_mask):
         raise ValueError("attention_mask with 2 dimensions must hold only 0 (padding) and 1 (a token)")
     return mask
+
+
+def _check_bias_shape(attention_mask: Tensor, batch: int, seqlen: int) -> None:
+    shape = attention_mask.shape
+    if shape[0] not in (1, batch) or shape[2] not in (1, seqlen) or shape[3] != seqlen:
+        raise ValueError(
+            f"attention_mask has shape {list(shape)}, allowed with 4 dimensions are "
+            f"[{batch} or 1, heads or 1, {seqlen} or 1, {seqlen}]"
+        )
 
 
 def _check_shape(attention_mask: Tensor, batch: int, seqlen: int) -> None:

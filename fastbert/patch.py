@@ -121,7 +121,7 @@ def swap(model: nn.Module, *, replace: tuple[str | None, ...] | None = None) -> 
     for module in model.modules():
         if not isinstance(module, Fast):
             role = role_of(module)
-            cls = None if role in (None, "Model", "LMHeadModel") else fast_class(type(module))
+            cls = None if role in (None, "Model") else fast_class(type(module))
             if cls is None:
                 continue
             module.__class__ = cls

@@ -8,6 +8,7 @@ run that was killed goes on from there and ends with the same bytes.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -72,12 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--n_best_size", type=_positive, default=20, metavar="N", help="question answering: as in finetune")
     add("--max_answer_length", type=_positive, default=30, metavar="N", help="question answering: tokens (default: 30)")
     add("--version_2_with_negative", action="store_true", help="question answering: there may be no answer")
-    add("--null_score_diff_threshold", type=float, default=0.0, metavar="X", help="question answering: as in finetune")
+    add(
+        "--null_score_diff_threshold", type=_finite, default=0.0, metavar="X", help="question answering: as in finetune"
+    )
     add("--max_seq_length", type=_positive, metavar="N", help="longer texts are cut (default: what the model allows)")
     add("--max_tokens_per_batch", type=_positive, default=8192, metavar="N", help="tokens in a batch (default: 8192)")
     add("--window_rows", type=_positive, default=4096, metavar="N", help="rows in memory at a time (default: 4096)")
     add("--all_scores", action="store_true", help="add a column score_<label> for every label")
-    add("--threshold", type=float, default=0.5, metavar="P", help="multi-label: labels above it apply (default: 0.5)")
+    add("--threshold", type=_share, default=0.5, metavar="P", help="multi-label: labels above it apply (default: 0.5)")
     add("--label_delimiter", default=",", metavar="X", help="multi-label: joins the labels in CSV and TSV (default: ,)")
     add("--column_prefix", default="", metavar="X", help="put before the names of the added columns")
     add(
@@ -95,9 +98,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _finite(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text!r}")
     return value
 
 
@@ -214,6 +237,8 @@ def _run(
             bad = 0
             lines = []
             for row, (values, prediction, error) in zip(window, results, strict=True):
+                if problem := output.problem(values, prediction):
+                    values, prediction, error = {}, None, error or problem
                 if error is not None:
                     bad += 1
                     if flags.on_bad_row == "error":

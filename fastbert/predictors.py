@@ -44,7 +44,9 @@ class Predictor(ABC):
 
     head: ClassVar[str]  # transformers' Auto class of the model
     what: ClassVar[str]  # such a model in words
-    flags: ClassVar[frozenset[str]]  # those that not every kind of model has
+    flags: frozenset[str]  # those that not every kind of model has
+    kind: str = ""  # of the head, where its class leaves that open
+    pairs: bool = False  # whether two texts make a sequence
     delimiter: str | None = None  # joins lists in a table; None: --label_delimiter does
 
     model: PreTrainedModel
@@ -76,6 +78,12 @@ class Predictor(ABC):
 
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         """Get ready to predict. Raises CommandError for flags that do not go with the model."""
+        special = tokenizer.num_special_tokens_to_add(pair=self.pairs)
+        if max_length <= special:
+            raise CommandError(
+                f"--max_seq_length {max_length}: must be at least {special + 1}, for {special} special tokens and one "
+                "of the text"
+            )
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
 
     @abstractmethod
@@ -143,6 +151,10 @@ class SequencePredictor(Predictor):
         super().__init__(config, given)
         self.kind = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
         self.names = label_names(config)
+        if self.kind != MULTI:
+            self.flags -= {"threshold", "label_delimiter"}
+        if self.kind == REGRESSION:
+            self.flags -= {"all_scores"}
 
     def choose_columns(self, rows: RowFile) -> None:
         names, given = self.given.text_column_name, self.given
@@ -152,6 +164,7 @@ class SequencePredictor(Predictor):
             self.text = TextColumns(tuple(names), given.text_column_delimiter, given.text_pair_column_name)
         else:
             self.text = choose_text_columns(rows, names, given.text_column_delimiter, given.text_pair_column_name)
+        self.pairs = self.text.pair is not None
 
     def reads(self) -> Any:
         return [list(self.text.names), self.text.delimiter, self.text.pair]
@@ -170,7 +183,7 @@ class SequencePredictor(Predictor):
         return self.text.of(values)
 
     def predict(self, items: list[tuple[str, str | None]]) -> list[Prediction]:
-        pairs = [pair or "" for _, pair in items] if self.text.pair else None
+        pairs = [pair or "" for _, pair in items] if self.pairs else None
         encoded, cut = tokenize(self.tokenizer, [text for text, _ in items], pairs, self.max_length)
         self.truncated += cut
         found: list[Prediction] = [NOT_FINITE] * len(items)
@@ -252,6 +265,7 @@ class AnswerPredictor(Predictor):
 
     head = "AutoModelForQuestionAnswering"
     what = "question answering model"
+    pairs = True
     flags = frozenset(
         (
             "question_column_name",
@@ -314,6 +328,7 @@ class ChoicePredictor(Predictor):
 
     head = "AutoModelForMultipleChoice"
     what = "multiple choice model"
+    pairs = True
     flags = frozenset(("text_column_name", "text_column_delimiter", "text_pair_column_name", "choice_column_names"))
 
     def choose_columns(self, rows: RowFile) -> None:
@@ -341,17 +356,20 @@ class ChoicePredictor(Predictor):
         return self.names.of(values)
 
     def predict(self, items: list[tuple[str, list[str]]]) -> list[Prediction]:
-        count = len(items[0][1])
-        encoded, cut = encode_choices(self.tokenizer, items, self.max_length)
-        self.truncated += cut
-        flat = {name: [ids for choices in values for ids in choices] for name, values in encoded.items()}
         found: list[Prediction] = [NOT_FINITE] * len(items)
-        for batch, output in self.outputs(flat, count):
-            for index, logits in zip(batch, _numpy(output.logits), strict=True):
-                if np.isfinite(logits).all():
-                    chances = softmax(logits)
-                    best = int(chances.argmax())
-                    found[index] = [best, round(float(chances[best]), 6)]
+        same: dict[int, list[int]] = {}  # number of choices -> items with as many
+        for place, (_, choices) in enumerate(items):
+            same.setdefault(len(choices), []).append(place)
+        for count, places in same.items():
+            encoded, cut = encode_choices(self.tokenizer, [items[place] for place in places], self.max_length)
+            self.truncated += cut
+            flat = {name: [ids for choices in values for ids in choices] for name, values in encoded.items()}
+            for batch, output in self.outputs(flat, count):
+                for index, logits in zip(batch, _numpy(output.logits), strict=True):
+                    if np.isfinite(logits).all():
+                        chances = softmax(logits)
+                        best = int(chances.argmax())
+                        found[places[index]] = [best, round(float(chances[best]), 6)]
         return found
 
 
@@ -368,8 +386,10 @@ def predictor_for(config: PreTrainedConfig, given: argparse.Namespace, defaults:
     for kind in PREDICTORS:
         if names[0].endswith(kind.head.removeprefix("AutoModel")):
             found = kind
-    others = frozenset().union(*(kind.flags for kind in PREDICTORS)) - found.flags
+    predictor = found(config, given)
+    others = frozenset().union(*(kind.flags for kind in PREDICTORS)) - predictor.flags
     for flag in sorted(others):
         if getattr(given, flag) != defaults[flag]:
-            raise CommandError(f"--{flag}: not a flag for a {found.what}")
-    return found(config, given)
+            head = f" ({predictor.kind})" if predictor.kind else ""
+            raise CommandError(f"--{flag}: not a flag for a {predictor.what}{head}")
+    return predictor

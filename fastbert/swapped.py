@@ -49,7 +49,7 @@ class State:
         self.config = config
         self.implementation = implementation  # of the configuration before optimize; on an encoder
         self.resolved: Any = None  # the parts as last found: a guards.Resolved
-        self.buffers: Any = None  # of embeddings, with their versions: see guards.plain_buffers
+        self.buffers: Any = None  # of embeddings, as guards.plain_buffers found them
         self.graphs = graphs.EncoderGraphs(graphs_held) if graphs_held else None  # of an encoder
         self.fast = 0
         self.stock = 0
@@ -131,8 +131,10 @@ class FastLayer(Fast):
         if getattr(resolved.chunked, "chunk_size_feed_forward", 0):
             return "chunk_size_feed_forward is set", None, None
         weights = resolved.weights.read()
-        reason = "a weight is no parameter" if weights is None else wrong_weights(weights, hidden_states)
-        return reason, weights, None if reason else resolved.settings()
+        if weights is None:
+            return "a weight is no parameter", None, None
+        reason = wrong_weights(weights, hidden_states) or resolved.misfit(weights)
+        return reason, weights, None if reason else resolved.settings(weights)
 
     def static_reason(self) -> str | None:
         """Why the layer could not take the fast path whatever the call, or None."""
@@ -203,7 +205,10 @@ def encoder_batch(
 ) -> PackedBatch | None:
     """The packed batch of an encoder's call, or None if the stock forward has to run it."""
     keep_padding = kwargs.pop(KEEP_PADDING, False)
-    reason = call_reason(module._fastbert.config, kwargs | crossing) or replaced_method(module.stock)
+    config = module._fastbert.config
+    reason = call_reason(config, kwargs | crossing) or replaced_method(module.stock)
+    if reason is None and getattr(config, "is_decoder", False):  # a masked place predicts the token after it
+        reason = "the layers are a decoder's (causal attention)"
     if reason is not None:
         if module._fastbert.graphs is not None:
             module._fastbert.graphs.reason = reason
@@ -391,7 +396,9 @@ class FastEmbeddings(Fast):
         if resolved.reason is not None:
             return resolved.reason, None
         weights = resolved.weights.read()
-        return ("a weight is no parameter" if weights is None else wrong_weights(weights)), weights
+        if weights is None:
+            return "a weight is no parameter", None
+        return wrong_weights(weights) or resolved.misfit(weights), weights
 
     def static_reason(self) -> str | None:
         """Why the module could not take the fast path whatever the call, or None."""

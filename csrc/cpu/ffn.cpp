@@ -88,7 +88,7 @@ void ffn_fwd_as(const Executor& executor, DType dtype, int64_t m, int64_t k, int
   const PackedB up = pack(executor, single({w1, 1, k, dtype}, n1), k, kScratchPackB);
   const PackedB down = pack(executor, single({w2, 1, n1, dtype}, n2), n1, kScratchPackB2);
   const Matrix all{x, k, 1, dtype};
-  const int64_t most = smaller(kTaskRows, kHiddenBytes / (4 * n1) / MR * MR);
+  const int64_t most = smaller(kTaskRows, kHiddenBytes / (4 * larger(n1, 1)) / MR * MR);
   if (most >= kFusedRows) {
     // The activation of one task stays in L2.
     const RowBlocks blocks(m, executor.workers, most);

@@ -77,7 +77,8 @@ def attention(
     max_seqlen: at least the length of the longest sequence.
     scale: of the scores; 1 / sqrt(head_dim) by default.
     bias: added to the scaled scores, [B or 1, heads or 1, S or 1, S], S >= max_seqlen, by position within the
-        sequence. -inf forbids a key; a query with no key left gives 0. Gets a gradient if it requires one.
+        sequence. -inf forbids a key; a query with no key left gives 0. Gets a gradient if it requires one. With 16-bit
+        inputs, triton and cuda take finite scores below -65536 for that, which matters where a query has no others.
     dropout_p: probability of dropping an attention weight. seed: int64, one element, on qkv's device; drawn from
         PyTorch's default generator if None.
     deterministic: asks for a backward that repeats bit for bit, as torch.use_deterministic_algorithms does. Without
@@ -218,8 +219,11 @@ def _run(
 
 
 def _dense_bias(bias: Tensor) -> Tensor:
-    """The bias as the kernels want it, float32 and contiguous, without writing out dimensions that were expanded."""
-    if not bias.is_contiguous():
+    """The bias as the kernels want it, float32 and contiguous.
+
+    Dimensions that were expanded are not written out, unless a gradient of the expanded shape is wanted.
+    """
+    if not bias.is_contiguous() and not leaf.needs_grad(bias):
         for dim in range(3):
             if bias.stride(dim) == 0 and bias.size(dim) > 1:
                 bias = bias.narrow(dim, 0, 1)

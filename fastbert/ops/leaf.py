@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastbert import dispatch
-from fastbert.internals import below_autograd, tree_leaves
+from fastbert.internals import below_autograd, forward_mode, tree_leaves
 
 
 class Leaf:
@@ -139,6 +139,7 @@ def direct(kernels: Leaf, x: Tensor, backend: str | None) -> bool:
         and x.is_cpu
         and not torch.is_autocast_enabled("cpu")
         and not dispatch.forced()
+        and not forward_mode()
     )
 
 

@@ -195,16 +195,17 @@ def _forward_fake(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stored = torch.float32 if h.dtype is torch.float16 else h.dtype  # until `_autograd` multiplies them
     return (
         h.new_empty((), dtype=torch.float32),
-        torch.empty_like(h) if need_dh else h.new_empty(0),
-        torch.empty_like(weight) if need_dweight else weight.new_empty(0),
-        weight.new_empty(weight.size(0) if need_dbias else 0),
+        h.new_empty(h.shape if need_dh else (0,), dtype=stored),
+        h.new_empty(weight.shape if need_dweight else (0,), dtype=stored),
+        h.new_empty(weight.size(0) if need_dbias else 0, dtype=stored),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.saved = inputs[6:]
+    ctx.saved, ctx.dtype = inputs[6:], inputs[0].dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
@@ -218,7 +219,7 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dloss: Tensor | None, *unused: None)
     if torch.is_grad_enabled():  # the saved gradients are constants: a second derivative would silently lack them
         raise RuntimeError(leaf.second_order_message(kernels))
     dh, dweight, dbias = (
-        gradient * dloss.to(gradient.dtype) if needed else None
+        (gradient * dloss.to(gradient.dtype)).to(ctx.dtype) if needed else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.saved, strict=True)
     )
     return dh, None, dweight, dbias, *(None,) * 5

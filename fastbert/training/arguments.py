@@ -1,12 +1,13 @@
 """Flags of ``fastbert finetune``: transformers' ``TrainingArguments`` and the names of its example scripts."""
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 
-from .flags import own_flags, parse_flags
+from .errors import first_line
+from .flags import check_ranges, own_flags, parse_flags
 
 TASK_NAMES = (
     "sequence_classification",
@@ -180,24 +181,7 @@ class DataArguments:
             if self.problem_type not in (None, "regression"):
                 raise ValueError(f"--do_regression contradicts --problem_type {self.problem_type}")
             self.problem_type = "regression"
-        if not 0 <= self.validation_split_percentage < 100:
-            raise ValueError(
-                "--validation_split_percentage must be at least 0 and below 100, "
-                f"got {self.validation_split_percentage}"
-            )
-        for name in (
-            "max_train_samples",
-            "max_eval_samples",
-            "max_predict_samples",
-            "doc_stride",
-            "n_best_size",
-            "max_answer_length",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.max_seq_length is not None and self.max_seq_length < 3:
-            raise ValueError(f"--max_seq_length must be at least 3, got {self.max_seq_length}")
+        check_ranges(self)
 
 
 @dataclass
@@ -243,6 +227,25 @@ class RunArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an --output_dir that holds an earlier run, replacing it."}
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("--fp16: not on a CPU; it has --bf16")
+        _check_schedule(self)
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """Raise ValueError for a schedule that cannot be made, which the trainer would notice when it has begun."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 1000, cast(dict[str, Any], args.lr_scheduler_kwargs))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(
+            f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value} with --lr_scheduler_kwargs "
+            f"{args.lr_scheduler_kwargs}: {first_line(error)}"
+        ) from error
 
 
 @dataclass
@@ -304,7 +307,7 @@ class FinetuneArguments(RunArguments):
         if not self.do_eval:
             self.eval_strategy = "no"
         evaluates = getattr(self.eval_strategy, "value", self.eval_strategy) != "no"
-        if getattr(self.eval_strategy, "value", self.eval_strategy) == "steps" and not self.eval_steps:
+        if getattr(self.eval_strategy, "value", self.eval_strategy) == "steps" and self.eval_steps is None:
             self.eval_steps = 0.2
         if self.save_strategy is None:
             self.save_strategy = self.eval_strategy if evaluates else "epoch"
@@ -312,11 +315,12 @@ class FinetuneArguments(RunArguments):
             self.save_steps = self.eval_steps or 500
         if self.load_best_model_at_end is None:
             self.load_best_model_at_end = evaluates and self.save_strategy != "no"
-        if self.early_stopping_patience is not None:
-            if self.early_stopping_patience < 1:
-                raise ValueError(f"--early_stopping_patience must be at least 1, got {self.early_stopping_patience}")
-            if not self.load_best_model_at_end:
-                raise ValueError("--early_stopping_patience needs --eval_strategy and --save_strategy")
+        if getattr(self.save_strategy, "value", self.save_strategy) == "best":
+            if not evaluates:
+                raise ValueError("--save_strategy best needs --eval_strategy, which tells what is best")
+            self.metric_for_best_model = self.metric_for_best_model or "loss"  # until the task is known
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError("--early_stopping_patience needs --eval_strategy and --save_strategy")
         super().__post_init__()
 
 

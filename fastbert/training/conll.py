@@ -26,6 +26,11 @@ def cells(line: str) -> list[str]:
     return line.split("\t") if "\t" in line else _SPACES.split(line.strip(" "))
 
 
+def _without_mark(raw: bytes, line: int) -> bytes:
+    """A line without the byte order mark that the first one may begin with."""
+    return raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+
+
 @dataclass
 class ConllFile(RowFile):
     """A CoNLL file, sentence by sentence; a row's line is that of its first token."""
@@ -34,10 +39,10 @@ class ConllFile(RowFile):
         """Find the columns by the first token. Raises CommandError if there is none."""
         self.columns = [TOKENS]
         with open(self.path, "rb") as file:
-            for raw in file:
-                text, error = decode(raw)
+            for line, raw in enumerate(file, start=1):
+                text, error = decode(_without_mark(raw, line))
                 if error is None and text.strip(" \t") and not text.startswith(DOCUMENT_START):
-                    width = len(cells(text.removeprefix("\ufeff")))
+                    width = len(cells(text))
                     middle = [f"column_{i}" for i in range(2, width)]
                     self.columns = [TOKENS, *middle, TAGS][: max(width, 1)]
                     return
@@ -52,7 +57,7 @@ class ConllFile(RowFile):
             first, error = 0, None
             while True:
                 raw = lines.next()
-                text, problem = decode(raw.removeprefix(b"\xef\xbb\xbf") if lines.position.line == 1 else raw)
+                text, problem = decode(_without_mark(raw, lines.position.line))
                 blank = problem is None and not text.strip(" \t")
                 if sentence and (blank or not raw):
                     yield Row(first, {} if error else self._values(sentence), lines.here(), error)

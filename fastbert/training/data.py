@@ -60,11 +60,22 @@ def as_text(values: dict[str, Any], name: str) -> str:
     if name not in values:
         raise BadRowError(f"no field {name!r}")
     value = values[name]
-    if value is None or value != value:  # pandas writes what is missing as NaN
+    if _missing(value):
         return ""
+    _refuse_bytes(value, name)
     if isinstance(value, (list, dict, bool)):
         raise BadRowError(f"{name!r} is not a text but a {type(value).__name__}")
     return checked_text(str(value), name)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value  # pandas writes what is missing as NaN
+
+
+def _refuse_bytes(value: Any, name: str) -> None:
+    # Columns of Parquet's type binary, of which nothing says how they are encoded.
+    if isinstance(value, bytes):
+        raise BadRowError(f"{name!r} is not a text but bytes; convert the column to text")
 
 
 def checked_text(text: str, name: str) -> str:
@@ -291,8 +302,12 @@ def raw_label(values: dict[str, Any], columns: Sequence[str], empty_label: bool 
     for name in columns:
         value = values.get(name)
         empty = isinstance(value, str) and not value.strip() and (len(columns) > 1 or not empty_label)
-        if value is None or empty or value != value:  # NaN is missing
+        if empty or _missing(value):
             raise BadRowError(f"no label in {name!r}")
+        for part in value if isinstance(value, list) else [value]:
+            if _missing(part):
+                raise BadRowError(f"a label is missing in the list in {name!r}")
+            _refuse_bytes(part, name)
         found.append(value)
     return found[0] if len(columns) == 1 else found
 

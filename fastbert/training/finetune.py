@@ -134,7 +134,10 @@ class FinetuneRun(Run):
 
     def summary(self, report: dict[str, Any]) -> list[str]:
         best, test, lines = report["best"], report["test"], []
-        if best and best["value"] is not None:
+        if best and best["value"] is None:
+            problem = "undefined (NaN) in every evaluation; the model is that of the last step"
+            lines.append(f"validation {best['metric']} {problem}")
+        elif best:
             lines.append(f"validation {best['metric']} {best['value']:.4f} (epoch {best['epoch']:.3g})")
         if test:
             shown = [name for name in self.task.metrics if name in test]
@@ -179,15 +182,21 @@ def _check_metric(args: FinetuneArguments, task: Task) -> None:
 
 
 def _best(trainer: Resumable, args: FinetuneArguments) -> dict[str, Any] | None:
-    state = trainer.state
+    state, metric = trainer.state, (args.metric_for_best_model or "").removeprefix("eval_")
     if state.best_metric is None:
         return None
-    at_best = [e for e in state.log_history if e.get("step") == state.best_global_step and "eval_loss" in e]
+    # The step is kept only with a checkpoint. Where every evaluation gave NaN, the value is infinite and none is found.
+    at_best = [
+        entry
+        for entry in state.log_history
+        if entry.get(f"eval_{metric}") == state.best_metric and state.best_global_step in (None, entry["step"])
+    ]
+    best = at_best[0] if at_best else {}
     return {
-        "metric": (args.metric_for_best_model or "").removeprefix("eval_"),
-        "value": state.best_metric,
-        "step": state.best_global_step,
-        "epoch": at_best[0]["epoch"] if at_best else None,
+        "metric": metric,
+        "value": best.get(f"eval_{metric}"),
+        "step": best.get("step"),
+        "epoch": best.get("epoch"),
         "checkpoint": os.path.basename(state.best_model_checkpoint or "") or None,
     }
 

@@ -4,13 +4,65 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from transformers import HfArgumentParser
 
 from .errors import CommandError, first_line
+
+# What a number may be, in words, and for which flags. NaN is in no range.
+RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        "at least 1",
+        lambda x: x >= 1,
+        (
+            "max_train_samples",
+            "max_eval_samples",
+            "max_predict_samples",
+            "doc_stride",
+            "n_best_size",
+            "max_answer_length",
+            "early_stopping_patience",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_accumulation_steps",
+            "dataloader_prefetch_factor",
+            "tokens_per_batch",
+        ),
+    ),
+    ("at least 1, or -1 for --num_train_epochs", lambda x: x >= 1 or x == -1, ("max_steps",)),
+    ("at least 3", lambda x: x >= 3, ("max_seq_length",)),
+    (
+        "a finite number of at least 0",
+        lambda x: 0 <= x < math.inf,
+        ("learning_rate", "warmup_steps", "weight_decay", "adam_epsilon", "eval_delay", "dataloader_num_workers"),
+    ),
+    ("at least 0, or inf", lambda x: x >= 0, ("max_grad_norm",)),
+    (
+        "a finite number above 0",
+        lambda x: 0 < x < math.inf,
+        ("num_train_epochs", "eval_steps", "save_steps", "logging_steps"),
+    ),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, ("label_smoothing_factor",)),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, ("adam_beta1", "adam_beta2")),
+    ("at least 0 and below 100", lambda x: 0 <= x < 100, ("validation_split_percentage",)),
+    ("between 0 and 1", lambda x: 0 < x < 1, ("mlm_probability",)),
+    ("from 0 to 4294967295", lambda x: 0 <= x < 2**32, ("seed", "data_seed")),
+    ("a finite number", math.isfinite, ("null_score_diff_threshold", "early_stopping_threshold")),
+)
+
+
+def check_ranges(given: Any) -> None:
+    """Raise ValueError for a number in a dataclass of flags that is out of its range."""
+    for words, allowed, names in RANGES:
+        for name in names:
+            value = getattr(given, name, None)
+            if value is not None and not allowed(value):
+                raise ValueError(f"--{name} must be {words}, got {value}")
 
 
 class ArgumentParser(HfArgumentParser):

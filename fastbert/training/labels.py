@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+_WHOLE = re.compile(r"-?\d{1,640}")  # of more digits int() may refuse to make a number
 _TRUE, _FALSE = {"1", "1.0", "true", "True"}, {"0", "0.0", "false", "False"}
 
 # metric -> whether greater is better; the first one of each kind chooses the best checkpoint
@@ -133,8 +135,8 @@ def label_name(label: Any) -> str:
 
 def sorted_names(names: set[str]) -> list[str]:
     """Names of classes in order; whole numbers as numbers."""
-    whole = all(name.lstrip("-").isdigit() for name in names)
-    return sorted(names, key=int) if whole else sorted(names)
+    ordered = sorted(names)
+    return sorted(ordered, key=int) if all(map(_WHOLE.fullmatch, names)) else ordered
 
 
 def split_labels(label: Any, delimiter: str) -> list[str]:

@@ -55,6 +55,12 @@ def load_tokenizer(name: str, argument: str = "--model_name_or_path", **options:
         raise CommandError(f"{argument} {name}: cannot load a tokenizer: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise CommandError(f"{argument} {name}: has no fast tokenizer (tokenizer.json)")
+    # Where a tokenizer's files are missing, transformers makes one of special tokens, to which every word is unknown.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise CommandError(
+            f"{argument} {name}: has no tokenizer, or one that knows no word; put the files of the one that belongs to "
+            "the model there (tokenizer.json, tokenizer_config.json)"
+        )
     if tokenizer.pad_token is None:
         raise CommandError(f"{argument} {name}: the tokenizer has no padding token")
     return tokenizer

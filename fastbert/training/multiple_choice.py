@@ -43,7 +43,7 @@ class ChoiceColumns:
     prefix: str | None
     choices: tuple[str, ...]
     delimiter: str = " "
-    count: int | None = None  # of choices; told by the first row where they are in a list
+    count: int | None = None  # of choices; None, where they are in a list, takes any
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -94,9 +94,7 @@ class ChoiceColumns:
         found = values.get(name)
         if not isinstance(found, list) or not all(isinstance(choice, str) for choice in found):
             raise BadRowError(f"{name!r} is no list of texts but {found!r}")
-        if self.count is None and len(found) > 1:
-            self.count = len(found)
-        if len(found) != self.count:
+        if len(found) < 2 or self.count not in (None, len(found)):
             raise BadRowError(f"{len(found)} choices in {name!r} where {self.count or 'at least 2'} are wanted")
         return [checked_text(choice, name) for choice in found], [f"{name}[{i}]" for i in range(len(found))]
 
@@ -153,13 +151,18 @@ class MultipleChoice(Task):
 
     def _parse(self, values: dict[str, Any]) -> tuple[tuple[str, list[str]], int]:
         item = self.columns.of(values)
-        label, count = label_name(raw_label(values, [self.label])), len(item[1])
+        label = self._label(values, len(item[1]))
+        self.columns.count = len(item[1])  # told by the first row that is good in all
+        return item, label
+
+    def _label(self, values: dict[str, Any], count: int) -> int:
+        label = label_name(raw_label(values, [self.label]))
         if label in self.columns.choices and len(self.columns.choices) > 1:
-            return item, self.columns.choices.index(label)
+            return self.columns.choices.index(label)
         if label not in map(str, range(count)):
             names = f" or {', '.join(self.columns.choices)}" if len(self.columns.choices) > 1 else ""
             raise BadRowError(f"{self.label!r} is {label!r}; allowed are 0 to {count - 1}{names}")
-        return item, int(label)
+        return int(label)
 
     def read_file(self, name: str, rows: RowFile, argument: str) -> Split:
         import pyarrow as pa

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
+import re
 import shutil
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 from .errors import CommandError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Line = tuple[dict[str, Any], list[Any] | None, str | None]  # original values, prediction, error
+
+_LINE_BREAK = re.compile(r"[\n\r]")
 
 
 def output_format(path: str) -> str:
@@ -55,6 +58,11 @@ def open_output(path: str, own: list[str], added: list[str], schema: pa.Schema |
                 f"--output {path}: .conll is for models that tag words; allowed are .csv, .tsv, .jsonl, .parquet"
             )
         return ConllOutput(Path(path), own, added, schema, label_delimiter, kind)
+    if kind == "tsv" and (broken := [name for name in own + added if _LINE_BREAK.search(name)]):
+        raise CommandError(
+            f"--output {path}: the column {broken[0]!r} has a line break in its name, which .tsv cannot hold; allowed "
+            "are .csv, .jsonl, .parquet"
+        )
     return TextOutput(Path(path), own, added, schema, label_delimiter, kind)
 
 
@@ -77,6 +85,7 @@ class Output:
         self.windows = 0
         self.bytes = 0
         self.fingerprint: dict[str, Any] = {}
+        self.overwrite = False
         self._resumed = False
 
     def begin(self, fingerprint: dict[str, Any], *, resume: bool, overwrite: bool) -> Position | None:
@@ -85,15 +94,16 @@ class Output:
         Writes nothing yet: :meth:`open` does.
         """
         self.fingerprint = {**fingerprint, "--output": self.kind}
+        self.overwrite = overwrite
         state = self._read_journal()
         if resume and state is not None:
             self._resumed = True
             return self._resume(state)
         if not overwrite:
             if self.path.exists():
-                if resume:
-                    return None
-                raise CommandError(f"--output {self.path}: exists already; replace it with --overwrite")
+                # A finished run leaves no journal: nothing tells its output from any other file.
+                unknown = " and no unfinished run is there to go on with" if resume else ""
+                raise CommandError(f"--output {self.path}: exists already{unknown}; replace it with --overwrite")
             if state is not None and state["rows"]:
                 raise CommandError(
                     f"--output {self.path}: an unfinished run is there ({state['rows']} rows are complete); "
@@ -120,6 +130,13 @@ class Output:
                     f"--resume: the unfinished run had another {key} ({state['fingerprint'].get(key)}, now {value}); "
                     "use the same, or start anew with --overwrite"
                 )
+        self.overwrite |= state.get("overwrite", False)
+        published = state["complete"] and not self.part.exists()
+        if self.path.exists() and not published and not self.overwrite:
+            raise CommandError(
+                f"--resume: {self.path} is a file that the unfinished run has not written; replace it with --overwrite "
+                "too"
+            )
         self.rows, self.bad_rows, self.windows, self.bytes = (
             state[key] for key in ("rows", "bad_rows", "windows", "bytes")
         )
@@ -128,6 +145,10 @@ class Output:
             return None
         print(f"{self.path}: {self.rows} rows are complete, going on", file=sys.stderr)
         return Position(state["offset"], state["line"])
+
+    def problem(self, values: dict[str, Any], prediction: list[Any] | None) -> str | None:
+        """Why a row cannot stand in a file of this kind, or None."""
+        return None
 
     def write(self, lines: list[Line], end: Position, bad: int) -> None:
         """Append a window of rows and make it durable. ``end`` is where the window ends in the input."""
@@ -186,6 +207,7 @@ class Output:
                 "bytes": self.bytes,
                 "offset": end.offset,
                 "line": end.line,
+                "overwrite": self.overwrite,
                 "fingerprint": self.fingerprint,
             },
         )
@@ -220,6 +242,15 @@ class TextOutput(Output):
         os.fsync(self.file.fileno())
         self.bytes += len(data)
 
+    def problem(self, values: dict[str, Any], prediction: list[Any] | None) -> str | None:
+        if self.kind != "tsv":
+            return None
+        # A TSV record is one line, also where it is quoted.
+        for name, cell in zip(self.own + self.added, self._cells((values, prediction, None)), strict=True):
+            if isinstance(cell, str) and _LINE_BREAK.search(cell):
+                return f"{name!r} has a line break, which .tsv cannot hold; write .csv, .jsonl or .parquet"
+        return None
+
     def text(self, lines: list[Line]) -> str:
         """The lines of a window as they stand in the file."""
         if self.kind != "jsonl":
@@ -242,10 +273,11 @@ class TextOutput(Output):
         ]
 
     def _table(self, rows: list[list[Any]]) -> str:
-        buffer = io.StringIO()
+        lines: list[str] = []
         delimiter = "\t" if self.kind == "tsv" else ","
-        csv.writer(buffer, delimiter=delimiter, lineterminator="\n").writerows(rows)
-        return buffer.getvalue()
+        # Only with \r in the line's end does every version of Python quote a cell that has one.
+        csv.writer(SimpleNamespace(write=lines.append), delimiter=delimiter, lineterminator="\r\n").writerows(rows)
+        return "".join(f"{line[:-2]}\n" for line in lines)
 
     def close(self) -> None:
         if self.file is not None:
@@ -282,14 +314,26 @@ class ConllOutput(TextOutput):
         values, prediction, error = line
         if prediction is None:
             return f"-ERROR-\t{(error or '').replace(chr(9), ' ').replace(chr(10), ' ')}"
+        columns = self._columns(values, prediction)
+        return "\n".join("\t".join(cells) for cells in zip(*columns.values(), strict=True))
+
+    def _columns(self, values: dict[str, Any], prediction: list[Any]) -> dict[str, list[str]]:
+        """The columns with a cell for every word, and the tags."""
         tags: list[str] = prediction[0]
-        columns = []
+        columns = {}
         for name in self.own:
             value = values.get(name)
             cells = value.split() if isinstance(value, str) else value
             if isinstance(cells, list) and len(cells) == len(tags):
-                columns.append([str(cell) for cell in cells])
-        return "\n".join("\t".join(cells) for cells in zip(*columns, tags, strict=True))
+                columns[name] = [str(cell) for cell in cells]
+        return columns | {self.added[0]: tags}
+
+    def problem(self, values: dict[str, Any], prediction: list[Any] | None) -> str | None:
+        for name, cells in self._columns(values, prediction).items() if prediction else ():
+            for cell in cells:
+                if not cell or "\t" in cell or _LINE_BREAK.search(cell):
+                    return f"{name!r} has the word {cell!r}, which .conll cannot hold; write .jsonl or .parquet"
+        return None
 
 
 class StreamOutput(TextOutput):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoConfig
+from transformers.activations import ACT2FN
 
 from .batching import Batches, Masking, Phase, TokenBudget, row_lengths
 from .errors import CommandError, first_line
@@ -158,20 +161,22 @@ def _open_dataset(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, d
         raise CommandError(f"--dataset {path}: not a folder made by fastbert prepare (it has no {SETTINGS})")
     if not (folder / "state.json").is_file():
         raise CommandError(f"--dataset {path}: unfinished; run the same fastbert prepare again, it goes on")
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    if settings["tokenizer"]["digest"] != tokenizer_digest(tokenizer):
-        raise CommandError(
-            f"--dataset {path}: was prepared with another tokenizer (of {settings['tokenizer']['tokens']} tokens; "
-            f"--tokenizer_name has {len(tokenizer)})"
-        )
     try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        digest, tokens = settings["tokenizer"]["digest"], settings["tokenizer"]["tokens"]
+        found = {name: settings[name] for name in ("format", "max_seq_length")}
         data = datasets.load_from_disk(path)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise CommandError(
             f"--dataset {path}: cannot be read ({first_line(error)}); make it anew with the same fastbert prepare "
             "and --overwrite"
         ) from error
-    return data, settings
+    if digest != tokenizer_digest(tokenizer):
+        raise CommandError(
+            f"--dataset {path}: was prepared with another tokenizer (of {tokens} tokens; --tokenizer_name has "
+            f"{len(tokenizer)})"
+        )
+    return data, found
 
 
 def _same_format(data_args: PretrainDataArguments, settings: list[dict[str, Any]]) -> bool:
@@ -196,15 +201,38 @@ def _config(model_args: PretrainModelArguments, tokenizer: PreTrainedTokenizerBa
     config.vocab_size = len(tokenizer)
     config.pad_token_id = tokenizer.pad_token_id
     if model_args.config_overrides:
+        where = f"--config_overrides {model_args.config_overrides}"
+        for part in model_args.config_overrides.split(","):
+            if not re.fullmatch("[^=]+=[^=]+", part):
+                raise CommandError(f"{where}: {part!r} is not NAME=VALUE")
         try:
             config.update_from_string(model_args.config_overrides)
-        except (ValueError, KeyError) as error:
-            raise CommandError(f"--config_overrides {model_args.config_overrides}: {first_line(error)}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CommandError(f"{where}: {first_line(error)}") from error
     if config.vocab_size < len(tokenizer):
         raise CommandError(
             f"--config_overrides: vocab_size {config.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens"
         )
+    if config.pad_token_id != tokenizer.pad_token_id:
+        raise CommandError(
+            f"--config_overrides: pad_token_id {config.pad_token_id} is not the tokenizer's {tokenizer.pad_token_id}"
+        )
     return config
+
+
+def _check_numbers(config: PreTrainedConfig, pairs: bool, where: str) -> None:
+    """Raise CommandError for a configuration of which no model can be made, or none for data in ``pairs``."""
+    least = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), 1)
+    if pairs:
+        least["type_vocab_size"] = 2
+    for name, low in least.items():
+        if (value := getattr(config, name, low)) < low:
+            raise CommandError(f"{where}: {name} must be at least {low}, got {value}")
+    for name in ("initializer_range", "layer_norm_eps"):
+        if not 0 < (value := getattr(config, name, 1)) < math.inf:
+            raise CommandError(f"{where}: {name} must be above 0, got {value}")
+    if (activation := getattr(config, "hidden_act", "gelu")) not in ACT2FN:
+        raise CommandError(f"{where}: hidden_act {activation!r} is unknown; allowed are {', '.join(ACT2FN)}")
 
 
 def _model(model_args: PretrainModelArguments, config: PreTrainedConfig, pairs: bool, **hub: Any) -> PreTrainedModel:
@@ -219,12 +247,14 @@ def _model(model_args: PretrainModelArguments, config: PreTrainedConfig, pairs: 
             f"--dataset: has sentence pairs, but {config.model_type} has no next sentence prediction; prepare the data "
             "with --format full_sentences"
         )
-    if model_args.model_name_or_path is None:
+    name = model_args.model_name_or_path
+    new = f"--config_overrides {model_args.config_overrides}"
+    _check_numbers(config, pairs, new if name is None else f"--model_name_or_path {name}")
+    if name is None:
         try:
             return cls(config)
-        except (ValueError, ZeroDivisionError) as error:
-            raise CommandError(f"--config_overrides {model_args.config_overrides}: {first_line(error)}") from error
-    name = model_args.model_name_or_path
+        except LOAD_ERRORS as error:
+            raise CommandError(f"{new}: {first_line(error)}") from error
     model, missing = load_model(head, name, config, **hub)
     if missing:
         say(f"{name}: {len(missing)} weights of the heads are new: {', '.join(missing[:3])} …")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from .arguments import COMMON_TRAINING_FLAGS, HIDDEN_FLAGS, RunArguments
-from .flags import own_flags, parse_flags
+from .flags import check_ranges, own_flags, parse_flags
 
 
 @dataclass
@@ -38,8 +38,7 @@ class PretrainDataArguments:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.mlm_probability < 1:
-            raise ValueError(f"--mlm_probability must be between 0 and 1, got {self.mlm_probability}")
+        check_ranges(self)
         if len(self.dataset) > 1 and len(self.phase_steps or ()) != len(self.dataset):
             raise ValueError(
                 f"--phase_steps must give the steps of each --dataset ({len(self.dataset)} are given), got "
@@ -47,8 +46,6 @@ class PretrainDataArguments:
             )
         if self.phase_steps is not None and (len(self.dataset) != len(self.phase_steps) or min(self.phase_steps) < 1):
             raise ValueError(f"--phase_steps must be at least 1 for each --dataset, got {self.phase_steps}")
-        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
-            raise ValueError(f"--tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
 
 
 @dataclass
@@ -106,6 +103,8 @@ class PretrainArguments(RunArguments):
     def __post_init__(self) -> None:
         if getattr(self.eval_strategy, "value", self.eval_strategy) != "no" or self.do_eval:
             raise ValueError("--eval_strategy and --do_eval: pretraining has no validation data")
+        if self.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor: not in pretraining")
         if getattr(self.save_strategy, "value", self.save_strategy) not in ("no", "steps"):
             raise ValueError(f"--save_strategy must be no or steps, got {self.save_strategy}")
         super().__post_init__()

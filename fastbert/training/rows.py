@@ -310,6 +310,8 @@ def _open_parquet(path: Path, argument: str) -> RowFile:
         raise CommandError(f"{argument} {path}: not a readable Parquet file: {first_line(error)}") from error
     if size == 0:
         raise CommandError(f"{argument} {path}: the file has no rows")
+    if doubled := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise CommandError(f"{argument} {path}: columns that occur twice: {doubled}")
 
     def batches(first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         with pq.ParquetFile(path) as file:

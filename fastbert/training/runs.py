@@ -10,6 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +32,28 @@ if TYPE_CHECKING:
     from .arguments import RunArguments
 
 RUN = "run.json"  # marks a folder as one of ours, and says what a resumed run must agree with
+# Of a model's configuration: what the shapes of its weights depend on.
+SIZES = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+# Flags that a resumed run may have other values of; those of the optimizer are kept with its state.
+OPTIMIZER_FLAGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+NOTED_FLAGS = (
+    *OPTIMIZER_FLAGS,
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_grad_norm",
+    "label_smoothing_factor",
+)
 
 
 class Run(ABC):
@@ -125,8 +148,8 @@ class Run(ABC):
         self.checkpoint = prepare_output(self.output, args)
         if args.distributed_state is not None:
             args.distributed_state.wait_for_everyone()  # else one process could find what another has written
-        identity = {"seed": args.seed, "fsdp": wants_sharding(args)} | self.identity()
-        check_same_run(identity, self.checkpoint)
+        identity = {"seed": args.seed, "fsdp": wants_sharding(args), "optim": str(args.optim.value)} | self.identity()
+        noted = check_same_run(identity, self.config, args, self.checkpoint)
 
         set_seed(args.seed)
         self.model = self.load()
@@ -134,15 +157,17 @@ class Run(ABC):
             from fastbert import optimize
 
             optimize(self.model)
-        if args.process_index == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            write_json(self.output / RUN, identity | {"model_name_or_path": self.model_args.model_name_or_path})
         # With --enable_jit_checkpoint transformers handles SIGTERM itself.
         stop = StopOnSignal((signal.SIGINT,)) if args.enable_jit_checkpoint else StopOnSignal()
         self.trainer = self.make_trainer([NanCallback(), stop])
         self.trainer.remove_callback(PrinterCallback)
         if self.trainer.pop_callback(ProgressCallback) is not None:
             self.trainer.add_callback(LossProgressCallback())
+        check_batches(self.trainer)
+        if args.process_index == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            run = identity | {"model_name_or_path": self.model_args.model_name_or_path, "flags": noted}
+            write_json(self.output / RUN, run)
         say(self.headline())
 
         prepared = time.perf_counter()
@@ -215,6 +240,21 @@ def check_loggers(args: RunArguments) -> None:
             raise CommandError(f"--report_to {name}: {first_line(error)}") from error
 
 
+def check_batches(trainer: Resumable) -> None:
+    """Raise CommandError for data that ``--dataloader_drop_last`` leaves nothing of."""
+    args = trainer.args
+    if not args.dataloader_drop_last:
+        return
+    loaders = {"training": trainer.get_train_dataloader} if args.do_train else {}
+    if trainer.eval_dataset is not None:
+        loaders["validation"] = trainer.get_eval_dataloader
+    if (test := getattr(trainer, "test_dataset", None)) is not None:
+        loaders["test"] = partial(trainer.get_test_dataloader, test)
+    for name, loader in loaders.items():
+        if len(loader()) == 0:
+            raise CommandError(f"--dataloader_drop_last: the {name} data have fewer rows than a batch")
+
+
 def prepare_output(output: Path, args: RunArguments) -> Path | None:
     """Check that ``output`` may be written to; returns the checkpoint to resume from, or None to start anew."""
     resume = args.resume_from_checkpoint
@@ -250,22 +290,39 @@ def prepare_output(output: Path, args: RunArguments) -> Path | None:
     return None
 
 
-def check_same_run(run: dict[str, Any], checkpoint: Path | None) -> None:
-    """Refuse to resume with other labels or data, which would go wrong late or, worse, unnoticed."""
+def check_same_run(
+    run: dict[str, Any], config: PreTrainedConfig, args: RunArguments, checkpoint: Path | None
+) -> dict[str, Any]:
+    """Refuse to resume with another model, labels or data, which would go wrong late or, worse, unnoticed.
+
+    Says which of NOTED_FLAGS have changed, and returns what holds of them.
+    """
+    noted = {name: getattr(value := getattr(args, name), "value", value) for name in NOTED_FLAGS}
     if checkpoint is None:
-        return
+        return noted
     try:
         before = json.loads((checkpoint.parent / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = {}
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    before.setdefault("labels", list((config.get("id2label") or {}).values()))
-    for key, value in run.items():
+    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    before.setdefault("labels", list((saved.get("id2label") or {}).values()))
+    before |= _sizes(type(config).from_dict(saved)) | {"model_type": saved.get("model_type")}
+    for key, value in (_sizes(config) | run).items():
         if key in before and before[key] != value:
             raise CommandError(
                 f"--resume_from_checkpoint {checkpoint}: that run had other {key} ({_short(before[key])}) "
                 f"than this one ({_short(value)}); resume with the same data and flags, or start anew"
             )
+    for name, old in before.get("flags", {}).items():
+        if name in noted and noted[name] != old:
+            kept = "; the optimizer goes on with that" if name in OPTIMIZER_FLAGS else ""
+            say(f"--{name} {noted[name]}: the run that is resumed had {old}{kept}")
+            noted[name] = old if kept else noted[name]
+    return noted
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    return {name: getattr(config, name, None) for name in SIZES}
 
 
 def _short(value: Any) -> str:

@@ -26,9 +26,12 @@ COUNTED = frozenset(
 )
 
 # Where a sentence may end: the marks, what closes behind them, white space; what begins is looked at in code.
-_MARK = re.compile(r"""([.!?…]+)["'”’»)\]]*\s+|[。！？]+[」』”’）]*\s*""")
+# The look-behind: a run of marks that ends no sentence is not read again from each of its marks.
+_MARK = re.compile(r"""(?<![.!?…])([.!?…]+)["'”’»)\]]*\s+|[。！？]+[」』”’）]*\s*""")
 _OPENING = "\"'“‘«([¿¡"
 _LAST_WORD = re.compile(r"[^\s\"'“‘«(\[]+$")
+# Enough to see that a word is longer than any abbreviation, even behind a line break, which `$` passes over.
+_LOOK_BACK = max(map(len, ABBREVIATIONS | COUNTED)) + 2
 
 
 def split_sentences(paragraph: str) -> list[str]:
@@ -58,7 +61,7 @@ def _ends(paragraph: str, start: int, match: re.Match[str], end: int) -> bool:
         return False
     if match[1] != ".":
         return True
-    word = _LAST_WORD.search(paragraph, start, match.start())
+    word = _LAST_WORD.search(paragraph, max(start, match.start() - _LOOK_BACK), match.start())
     if word is None:
         return True
     last = word[0]

@@ -275,7 +275,7 @@ class TokenClassification(Task):
         if len(words) != len(tags):
             raise BadRowError(f"{len(words)} words in {self.words!r} but {len(tags)} tags in {self.tags!r}")
         for place, tag in enumerate(tags, start=1):
-            if tag is None or isinstance(tag, (list, dict)) or not label_name(tag):
+            if tag is None or isinstance(tag, (list, dict, bytes)) or not label_name(tag):
                 raise BadRowError(f"tag {place} of {self.tags!r} is missing or no tag: {tag!r}")
         return words, [label_name(tag) for tag in tags]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,19 +62,11 @@ def main(argv: list[str]) -> int:
     )
     quiet_transformers()
     output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise CommandError(f"--output {output}: a file is in the way")
-    content = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    if content and not (args.overwrite and "tokenizer.json" in content):
-        hint = "; replace it with --overwrite" if "tokenizer.json" in content else ""
-        raise CommandError(f"--output {output}: not empty (it holds {content[0]!r}){hint}")
+    with _output_errors(output):
+        _check_output(output, args.overwrite)
     vocabulary = learn(args)
-    try:
+    with _output_errors(output):
         _save(args, vocabulary, output)
-    except (OSError, RuntimeError) as error:
-        if not is_disk_full(error):
-            raise
-        raise CommandError(f"--output {output}: no space left ({first_line(error)})") from error
     if len(vocabulary) < args.vocab_size:
         print(
             f"--vocab_size {args.vocab_size}: the text has only {len(vocabulary)} pieces that occur at least "
@@ -82,6 +75,35 @@ def main(argv: list[str]) -> int:
         )
     print(f"{len(vocabulary)} tokens; the tokenizer is in {output}")
     return 0
+
+
+@contextmanager
+def _output_errors(output: Path) -> Iterator[None]:
+    """What keeps ``output`` from being written in here is a CommandError."""
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special
+        if is_disk_full(error):
+            raise CommandError(f"--output {output}: no space left ({first_line(error)})") from error
+        if isinstance(error, OSError):
+            problem = error.strerror or first_line(error)
+            raise CommandError(f"--output {output}: no folder can be written there: {problem}") from error
+        raise
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Raise CommandError or OSError, before the work, if ``output`` is occupied or cannot be written."""
+    if output.exists() and not output.is_dir():
+        raise CommandError(f"--output {output}: a file is in the way")
+    content = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if content and not (overwrite and "tokenizer.json" in content):
+        hint = "; replace it with --overwrite" if "tokenizer.json" in content else ""
+        raise CommandError(f"--output {output}: not empty (it holds {content[0]!r}){hint}")
+    # Permissions do not tell it all, to root least of all: a folder is made, and goes again.
+    nearest = next((path for path in (output, *output.parents) if path.exists()), Path())
+    tempfile.TemporaryDirectory(dir=nearest).cleanup()
 
 
 def learn(args: TokenizerArguments) -> list[str]:
@@ -146,13 +168,9 @@ def _save(args: TokenizerArguments, vocabulary: list[str], output: Path) -> None
     tokenizer = BertTokenizerFast(
         tokenizer_object=backend, do_lower_case=args.lowercase, model_max_length=args.max_seq_length
     )
-    partial = output.with_name(output.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        tokenizer.save_pretrained(str(partial))
-        (partial / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), encoding="utf-8")
-        output.mkdir(parents=True, exist_ok=True)
-        for path in sorted(partial.iterdir()):
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=output) as partial:
+        tokenizer.save_pretrained(partial)
+        Path(partial, "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), encoding="utf-8")
+        for path in sorted(Path(partial).iterdir()):
             path.replace(output / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -32,7 +32,7 @@ INFINITY = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-65536.0)
 """A bias of the lowest float forbids a key. Where it forbids all of a row, they share the weight alike (as in PyTorch),
 and of so large a number the log-sum-exp could not tell how many they are; of this one it can, to a quarter of a
-percent."""
+percent. In float32 the backward has it in two parts (`_probabilities`), and needs no bound."""
 UNSPECIALIZED = ("batch", "total", "heads", "threshold", "bias_batch", "bias_head", "bias_query", "bias_width")
 
 
@@ -139,9 +139,9 @@ def _load_bias(
 
 
 @triton.jit
-def _scale(scores, scale, bias):
-    """scores * scale, and the bias if that is not None, rounded once, in every kernel alike. With a bias, what is
-    finite is no lower than LOWEST.
+def _scale(scores, scale, bias, BOUNDED: tl.constexpr):
+    """scores * scale, and the bias if that is not None, rounded once, in every kernel alike. BOUNDED: with a bias, what
+    is finite is no lower than LOWEST.
 
     Left to itself the compiler fuses this product with whatever follows: with - lse in the backward, so that exp takes
     the rounding error of large scores for a difference.
@@ -150,7 +150,9 @@ def _scale(scores, scale, bias):
         return tl.fma(scores, scale, 0.0)
     else:
         scores = tl.fma(scores, scale, bias)
-        return tl.where((scores < LOWEST) & (scores > -INFINITY), LOWEST, scores)
+        if BOUNDED:
+            scores = tl.where((scores < LOWEST) & (scores > -INFINITY), LOWEST, scores)
+        return scores
 
 
 @triton.jit
@@ -201,9 +203,9 @@ def _attend(
     scores = _dot(q, tl.trans(k), None, BLOCK_D)
     if bias is not None:
         added = _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
-        scores = _scale(scores, scale, added)
+        scores = _scale(scores, scale, added, q.dtype != tl.float32)
     elif SCALED:
-        scores = _scale(scores, scale, None)
+        scores = _scale(scores, scale, None, False)
     top, p, shrink = _softmax_block(scores, top, scale, n, length, BLOCK_N, SCALED, MASKED)
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
@@ -285,9 +287,9 @@ def _attention_fwd_short_kernel(
     top = tl.full((BLOCK_S,), -INFINITY, tl.float32)
     if bias is not None:
         added = _load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True)
-        scores = _scale(scores, scale, added)
+        scores = _scale(scores, scale, added, q.dtype != tl.float32)
     elif SCALED:
-        scores = _scale(scores, scale, None)
+        scores = _scale(scores, scale, None, False)
     top, p, _ = _softmax_block(scores, top, scale, 0, length, BLOCK_S, SCALED, True)
     row_sum = tl.sum(p, 1)
     if seed is not None:
@@ -341,9 +343,9 @@ def _scores(
     scores = _dot_bwd(q, tl.trans(k), None)
     if bias is not None:
         added = _load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
-        scores = _scale(scores, scale, added)
+        scores = _scale(scores, scale, added, q.dtype != tl.float32)
     elif SCALED:
-        scores = _scale(scores, scale, None)
+        scores = _scale(scores, scale, None, False)
     return scores
 
 
@@ -549,9 +551,9 @@ def _attention_bwd_dkdv_kernel(
         scores = _dot_transposed(q, tl.trans(k))
         if bias is not None:
             added = tl.trans(_load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
-            scores = _scale(scores, scale, added)
+            scores = _scale(scores, scale, added, q.dtype != tl.float32)
         elif SCALED:
-            scores = _scale(scores, scale, None)
+            scores = _scale(scores, scale, None, False)
         p = _probabilities(scores, row_lse[None, :], row_mass, scale, SCALED)
         if dq_sum is not None:
             p = tl.where(key < length, p, 0.0)
@@ -609,9 +611,9 @@ def _attention_bwd_short_kernel(
     scores = _dot_bwd(k, tl.trans(q), None)
     if bias is not None:
         added = tl.trans(_load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True))
-        scores = _scale(scores, scale, added)
+        scores = _scale(scores, scale, added, q.dtype != tl.float32)
     elif SCALED:
-        scores = _scale(scores, scale, None)
+        scores = _scale(scores, scale, None, False)
     p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], None, scale, SCALED), 0.0)
     dp = _dot_bwd(v, tl.trans(do), None)
     kept = p
@@ -679,7 +681,7 @@ def _attention_bwd_dbias_kernel(
                 row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
                 scores = _dot_bwd(q, tl.trans(k), None)
                 added = _load_bias(bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
-                scores = _scale(scores, scale, added)
+                scores = _scale(scores, scale, added, q.dtype != tl.float32)
                 p = tl.where(key < length, _probabilities(scores, row_lse[:, None], row_mass, scale, SCALED), 0.0)
                 dp = _dot_bwd(do, tl.trans(v), None)
                 if seed is not None:

@@ -6,16 +6,21 @@ chunk's logits are kept in a scratch of bounded size, in the dtype of the hidden
 gradients there:
 
     logits = h W^T + b; per tile of the vocabulary: maximum, sum of exponentials, sum of logits (float32)
-    log-sum-exp and loss of each row
+    log-sum-exp and loss of each row, of the logits as they are kept: others would not sum up to 1 with these, and where
+        a label's probability is near 1 the gradient is what it lacks of 1
     gradient of the logits in place, and that of the bias
     dh = dlogits W;  dW += dlogits^T h
 
 The chunks follow one another in order and nothing is added atomically: results repeat bit for bit. A label that is
 neither ignore_index nor a row of the decoder makes the loss NaN, and the gradients with it.
+
+Gradients are formed before the factor of the loss is known, by which GradScaler keeps those of float16 from becoming 0.
+So in float16 those of the logits are kept GAIN times as large, and all others in float32.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -26,6 +31,7 @@ from torch import Tensor
 from fastbert.kernels import configs, matmul, rows
 
 SCRATCH_BYTES = 256 * 1024 * 1024  # for the logits of a chunk
+GAIN = tl.constexpr(32768.0)
 ROW_MULTIPLE = 128  # of rows in a chunk, and of columns in the scratch, which tiles of BLOCK_K and of dW read whole
 
 _COMPACT = {"BLOCK": 4096, "num_warps": 8}
@@ -108,6 +114,7 @@ def _mlm_loss_logits_kernel(
         word = column < vocabulary
         if bias is not None:
             v += tl.load(bias + column, mask=word, other=0.0).to(tl.float32)[None, :]
+        v = v.to(h.dtype.element_ty).to(tl.float32)
         if logits is not None:
             offset = row.to(tl.int64)[:, None] * width + column[None, :]
             tl.store(logits + offset, v, mask=live[:, None] & (column < width)[None, :])  # 128 bits at once
@@ -132,7 +139,7 @@ def _mlm_loss_lse_kernel(
     labels,  # int64 [num_rows]
     index,  # int32 [num_rows]
     count,  # int32 [1]
-    lse,  # float32 [chunk]
+    lse,  # float32 [2, chunk]: the maximum, and the log-sum-exp less it, which has more digits apart
     losses,  # float32 [num_rows], of the labelled rows in their order
     begin,
     chunk,
@@ -159,20 +166,20 @@ def _mlm_loss_lse_kernel(
         total += tl.sum(tl.load(pointer + 2 * part, mask=inside, other=0.0), 0)
         maximum = highest
     label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
-    log_sum = maximum + tl.log(powers)
-    log_sum = tl.where((label >= 0) & (label < vocabulary), log_sum, float("nan"))
+    above = tl.where((label >= 0) & (label < vocabulary), tl.log(powers), float("nan"))
     on_label = tl.load(label_logit + row, mask=live, other=0.0)
-    loss = log_sum - on_label
+    loss = maximum - on_label + above
     if smoothing > 0.0:
         loss += smoothing * (on_label - total / vocabulary)
-    tl.store(lse + row, log_sum, mask=live)
+    tl.store(lse + row, maximum, mask=live)
+    tl.store(lse + chunk + row, above, mask=live)
     tl.store(losses + begin + row, loss, mask=live)
 
 
 @triton.jit(do_not_specialize=("begin", "chunk"))
 def _mlm_loss_dlogits_kernel(
-    logits,  # [chunk, width], replaced by their gradients; zero in the columns beyond the vocabulary
-    lse,  # float32 [chunk]
+    logits,  # [chunk, width], replaced by their gradients (GAIN); zero in the columns beyond the vocabulary
+    lse,  # float32 [2, chunk]
     labels,  # int64 [num_rows]
     index,  # int32 [num_rows]
     count,  # int32 [1]
@@ -194,12 +201,14 @@ def _mlm_loss_dlogits_kernel(
         live = row < number
         pointer = logits + row.to(tl.int64)[:, None] * width + column[None, :]
         v = tl.load(pointer, mask=live[:, None] & (column < width)[None, :], other=float("-inf")).to(tl.float32)
-        log_sum = tl.load(lse + row, mask=live, other=0.0)
+        maximum = tl.load(lse + row, mask=live, other=0.0)
+        above = tl.load(lse + chunk + row, mask=live, other=0.0)
         label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
-        d = tl.exp(v - log_sum[:, None]) - smoothing / vocabulary
+        d = tl.exp(v - maximum[:, None] - above[:, None]) - smoothing / vocabulary
         d -= tl.where(column[None, :] == label[:, None], 1.0 - smoothing, 0.0)
         d = tl.where(live[:, None] & word[None, :], d, 0.0)
-        tl.store(pointer, d, mask=live[:, None] & (column < width)[None, :])
+        kept = d * GAIN if logits.dtype.element_ty == tl.float16 else d
+        tl.store(pointer, kept, mask=live[:, None] & (column < width)[None, :])
         sums += d
     if dbias is not None:
         before = tl.load(dbias + column, mask=word, other=0.0)
@@ -248,6 +257,8 @@ def _mlm_loss_dh_kernel(
             BLOCK_K,
             PRECISION,
         )
+        if dlogits.dtype.element_ty == tl.float16:
+            d *= 1.0 / GAIN
         to = tl.load(index + begin + row, mask=row < number, other=0).to(tl.int64)
         live = (row < number)[:, None] & (column < HIDDEN)[None, :]
         tl.store(dh + to[:, None] * HIDDEN + column[None, :], d, mask=live)
@@ -295,6 +306,8 @@ def _mlm_loss_dweight_kernel(
             BLOCK_K,
             PRECISION,
         )
+        if dlogits.dtype.element_ty == tl.float16:
+            d *= 1.0 / GAIN
         pointer = dweight + row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         live = (row < vocabulary)[:, None] & (column < HIDDEN)[None, :]
         if begin > 0:
@@ -315,14 +328,17 @@ def mlm_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h [N, H]; labels int64 [N]; weight [V, H]; bias [V]; contiguous.
 
-    Returns the sum of the losses (float32), and the gradients of h, weight and bias; those not needed are empty.
+    Returns the sum of the losses (float32), and the gradients of h, weight and bias, in float32 if these are float16;
+    those not needed are empty.
     """
     num_rows, hidden = h.shape
     vocabulary = weight.size(0)
-    dh = torch.zeros_like(h) if need_dh else h.new_empty(0)
+    stored = torch.float32 if h.dtype is torch.float16 else h.dtype
+    none = functools.partial(h.new_empty, 0, dtype=stored)
+    dh = torch.zeros_like(h, dtype=stored) if need_dh else none()
     if num_rows == 0:
-        dweight = torch.zeros_like(weight) if need_dweight else weight.new_empty(0)
-        dbias = weight.new_zeros(vocabulary if need_dbias else 0)
+        dweight = torch.zeros_like(weight, dtype=stored) if need_dweight else none()
+        dbias = h.new_zeros(vocabulary if need_dbias else 0, dtype=stored)
         return h.new_zeros((), dtype=torch.float32), dh, dweight, dbias
     width = configs.cdiv(vocabulary, ROW_MULTIPLE) * ROW_MULTIPLE
     chunk = _chunk_rows(num_rows, width * h.element_size())
@@ -331,9 +347,9 @@ def mlm_loss_fwd(
     count = index.new_empty(1)
     gathered = torch.empty_like(h)
     losses = h.new_zeros(num_rows, dtype=torch.float32)
-    lse, label_logit = losses.new_empty(chunk), losses.new_empty(chunk)
+    lse, label_logit = losses.new_empty(2, chunk), losses.new_empty(chunk)
     logits = h.new_empty(chunk, width) if need_dh or need_dweight or need_dbias else None
-    dweight = torch.empty_like(weight, dtype=weight.dtype if one else torch.float32) if need_dweight else None
+    dweight = torch.empty_like(weight, dtype=stored if one else torch.float32) if need_dweight else None
     dbias = None if logits is None or bias is None else losses.new_zeros(vocabulary)
     forward, dh_config, dweight_config = (_config(name, h) for name in ("fwd", "dh", "dweight"))
     whole = {dh_config["BLOCK_K"], dweight_config["BLOCK_M"], dweight_config["BLOCK_K"]}
@@ -422,8 +438,8 @@ def mlm_loss_fwd(
     return (
         losses.sum(),
         dh,
-        weight.new_empty(0) if dweight is None else dweight.to(weight.dtype),
-        dbias.to(weight.dtype) if dbias is not None and need_dbias else weight.new_empty(0),
+        none() if dweight is None else dweight.to(stored),
+        dbias.to(stored) if dbias is not None and need_dbias else none(),
     )
 
 
@@ -448,7 +464,8 @@ def cases(arch: int) -> Iterator[configs.Case]:
     def case(
         label: str, kernel: triton.JITFunction, kind: str, launch: dict[str, object], matrix: bool
     ) -> configs.Case:
-        tensors = dict.fromkeys(("h", "weight", "bias", "logits", "dlogits", "dh", "dweight", "out"), f"*{kind}")
+        tensors = dict.fromkeys(("h", "weight", "bias", "logits", "dlogits", "out"), f"*{kind}")
+        tensors |= dict.fromkeys(("dh", "dweight"), "*fp32" if kind == "fp16" else f"*{kind}")
         types = {name: type_ for name, type_ in (tensors | pointers | integers).items() if name in kernel.arg_names}
         options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
         constants = {name: value for name, value in launch.items() if name not in options}

@@ -59,6 +59,22 @@ def test_unknown_flags(capsys: pytest.CaptureFixture[str], command: str) -> None
     assert "--colour" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("variable", ["FASTBERT_BACKEND", "FASTBERT_CPU_ISA"])
+def test_a_wrong_environment_stops_a_command_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str
+) -> None:
+    pytest.importorskip("fastbert._C")
+
+    def wrong() -> str:
+        raise RuntimeError("FASTBERT_CPU_ISA is 'foo'")
+
+    monkeypatch.setenv(variable, "foo")
+    monkeypatch.setattr("fastbert._C.isa", wrong)  # what it chose when it was loaded is kept
+    for command in ("info", "predict"):
+        assert main([command]) == 1
+        assert f"fastbert {command}: error: {variable}" in capsys.readouterr().err
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

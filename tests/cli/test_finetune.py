@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fastbert.cli import main
+from fastbert.training.labels import sorted_names
 
 FAST = ["--num_train_epochs", "6", "--learning_rate", "5e-3", "--per_device_train_batch_size", "16"]
 SHORT = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16"]
@@ -133,6 +134,41 @@ def test_whole_numbers_are_classes_unless_told_otherwise(kit: Any, base_model: P
     assert report(tmp_path / "b")["task"]["problem_type"] == "regression"
 
 
+def test_order_of_names() -> None:
+    assert sorted_names({"10", "9", "-1"}) == ["-1", "9", "10"]
+    assert sorted_names({"1", "01", "0"}) == ["0", "01", "1"]
+    assert sorted_names({"10", "9", "²"}) == ["10", "9", "²"]
+    assert sorted_names({"10", "9", "--1"}) == ["--1", "10", "9"]
+    assert sorted_names({"1", "1" * 5000}) == ["1", "1" * 5000]
+
+
+@pytest.mark.parametrize(
+    ("metric", "save_strategy", "words"),
+    [
+        ("pearson", "epoch", "validation pearson undefined (NaN) in every evaluation"),
+        ("rmse", "no", "(epoch 1)"),
+    ],
+)
+def test_no_best_checkpoint(
+    kit: Any,
+    base_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    metric: str,
+    save_strategy: str,
+    words: str,
+) -> None:
+    train = kit.write_rows(tmp_path / "train.csv", [{"text": "dog", "label": i + 0.5} for i in range(8)])
+    constant = kit.write_rows(tmp_path / "validation.csv", [{"text": "dog", "label": 0.5}] * 4)
+    more = {"validation_file": constant, "metric_for_best_model": metric, "save_strategy": save_strategy}
+    assert main(kit.finetune_flags(base_model, train, tmp_path / "out", **more) + SHORT) == 0
+    assert words in capsys.readouterr().out
+    found = report(tmp_path / "out")
+    assert found["best"]["metric"] == metric
+    assert found["best"]["value"] == found["history"]["eval"][0][metric]
+    assert found["best"]["checkpoint"] is None
+
+
 def test_several_text_columns_and_a_saved_dataset_dict(kit: Any, base_model: Path, tmp_path: Path) -> None:
     import datasets
 
@@ -201,6 +237,28 @@ def test_bad_rows(kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.Cap
     assert found["train"]["rows"] + found["validation"]["rows"] == 28
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"label": ["animal", None]}, "a label is missing in the list in 'label'"),
+        ({"text": b"dog"}, "'text' is not a text but bytes"),
+        ({"label": b"animal"}, "'label' is not a text but bytes"),
+    ],
+)
+def test_bad_cells_of_parquet(
+    kit: Any,
+    base_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    row: dict[str, Any],
+    words: str,
+) -> None:
+    train = kit.write_rows(tmp_path / "train.parquet", [{"text": "dog", "label": "animal"} | row])
+    assert main(kit.finetune_flags(base_model, train, tmp_path / "out")) == 1
+    assert f"train.parquet: 1 bad row (of 1), the first at line 1: {words}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_labels(kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = kit.write_rows(tmp_path / "train.csv", kit.examples(30))
     strange = [*kit.examples(6), {"text": "a", "label": "music"}, {"text": "b", "label": "music"}]
@@ -255,6 +313,20 @@ def test_wrong_flags(
         (["--problem_type", "other"], "invalid choice"),
         (["--early_stopping_patience", "0"], "--early_stopping_patience must be at least 1"),
         (["--max_train_samples", "0"], "--max_train_samples must be at least 1"),
+        (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0, got nan"),
+        (["--weight_decay", "-1"], "--weight_decay must be a finite number of at least 0, got -1"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs must be a finite number above 0, got inf"),
+        (["--eval_strategy", "steps", "--eval_steps", "-5"], "--eval_steps must be a finite number above 0"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size must be at least 1, got 0"),
+        (["--max_steps", "0"], "--max_steps must be at least 1, or -1 for --num_train_epochs, got 0"),
+        (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
+        (["--adam_beta1", "1.5"], "--adam_beta1 must be at least 0 and below 1, got 1.5"),
+        (["--label_smoothing_factor", "2"], "--label_smoothing_factor must be from 0 to 1, got 2.0"),
+        (["--null_score_diff_threshold", "nan"], "--null_score_diff_threshold must be a finite number, got nan"),
+        (["--save_strategy", "best", "--eval_strategy", "no"], "--save_strategy best needs --eval_strategy"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_type cosine_with_min_lr with --lr_scheduler_k"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "--lr_scheduler_type warmup_stable_decay with --lr_schedule"),
+        (["--use_cpu", "--fp16"], "--fp16: not on a CPU"),
         (["--do_regression", "--problem_type", "single_label_classification"], "--do_regression contradicts"),
     ],
 )
@@ -263,6 +335,21 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], flags: list[str], word
         main(["finetune", "--model_name_or_path", "x", "--train_file", "y", "--output_dir", "z", *flags])
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_batches_that_are_all_dropped(
+    kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    files = {
+        f"{part}_file": kit.write_rows(tmp_path / f"{part}.csv", kit.examples(6 if part == name else 9))
+        for part in ("train", "validation", "test")
+    }
+    flags = kit.finetune_flags(base_model, files.pop("train_file"), tmp_path / "out", **files)
+    assert main([*flags, *SHORT, "--dataloader_drop_last", "true", "--per_device_train_batch_size", "8"]) == 1
+    what = "training" if name == "train" else name
+    assert f"--dataloader_drop_last: the {what} data have fewer rows than a batch" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir()), "the mended command is not refused"
 
 
 def test_an_occupied_folder_is_refused(
@@ -348,6 +435,10 @@ def test_broken_models(kit: Any, base_model: Path, tmp_path: Path, capsys: pytes
         torch.save(load_file(weights), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
 
+    def no_tokenizer(folder: Path) -> None:
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+
     def missing(folder: Path) -> None:
         tensors = load_file(weights)
         del tensors["encoder.layer.0.output.dense.bias"]
@@ -363,6 +454,7 @@ def test_broken_models(kit: Any, base_model: Path, tmp_path: Path, capsys: pytes
     assert "lacks encoder weights: bert.encoder.layer.0.output.dense.bias" in attempt("missing", missing)
     assert "config.json" in attempt("no-config", lambda folder: (folder / "config.json").unlink())
     assert "config.json" in attempt("bad-config", lambda folder: (folder / "config.json").write_text("{"))
+    assert "has no tokenizer" in attempt("no-tokenizer", no_tokenizer)
     assert "tokenizer" in attempt("bad-tokenizer", lambda folder: (folder / "tokenizer.json").write_text("{"))
     assert not (tmp_path / "out").exists()
 

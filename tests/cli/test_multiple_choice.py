@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fastbert.cli import main
+from fastbert.training.output import Output
 
 TOPICS = ["animal", "food", "space"]
 
@@ -108,6 +109,53 @@ def test_bad_choices(kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.
     assert "--text_column_name is needed" in capsys.readouterr().err
     assert main([*flags, "--text_column_name", "text", "--doc_stride", "3"]) == 1
     assert "--doc_stride: not a flag of --task multiple_choice" in capsys.readouterr().err
+
+
+def listed(kit: Any, count: int) -> list[dict[str, Any]]:
+    """Rows with two choices in a list."""
+    found = [{"sent1": row["sent1"], "options": [row["ending0"], row["ending1"]]} for row in choices(kit, count)]
+    return [row | {"label": i % 2} for i, row in enumerate(found)]
+
+
+def test_a_bad_row_does_not_tell_how_many_choices_there_are(kit: Any, base_model: Path, tmp_path: Path) -> None:
+    rows = listed(kit, 10)
+    rows[0] |= {"options": ["a", "b", "c"], "label": 3}
+    train = kit.write_rows(tmp_path / "train.jsonl", rows)
+    flags = kit.finetune_flags(base_model, train, tmp_path / "out", choice_column_names="options", max_steps=1)
+    assert main([*flags, "--on_bad_row", "skip", "--eval_strategy", "no"]) == 0
+    found = report(tmp_path / "out")
+    assert found["task"]["choices"] == 2
+    assert found["data"]["train"]["bad_row_lines"] == [1]
+
+
+def test_lists_of_different_lengths_are_predicted_and_resumed(
+    kit: Any, chooser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = listed(kit, 9)
+    rows[4]["options"] += ["the moon"]
+    rows[6]["options"] = ["the moon"]
+    given = kit.write_rows(tmp_path / "in.jsonl", rows)
+    settings = {"choice_column_names": "options", "window_rows": 2}
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert main(flags_for(kit.predict_flags(chooser, given, whole, **settings))) == 3
+    found = [json.loads(line) for line in whole.read_text(encoding="utf-8").splitlines()]
+    assert [line.get("error") for line in found if "error" in line] == [
+        "line 7: 1 choices in 'options' where at least 2 are wanted"
+    ]
+    assert found[4]["predicted_choice"] in (0, 1, 2)
+    flags = flags_for(kit.predict_flags(chooser, given, output, **settings))
+    write = Output.write
+
+    def stopped(self: Output, *arguments: Any) -> None:
+        write(self, *arguments)
+        if self.rows == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "write", stopped)
+        assert main(flags) == 130
+    assert main([*flags, "--resume"]) == 3
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def test_predicted_choices(kit: Any, chooser: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ import pytest
 
 from fastbert.cli import main
 from fastbert.predictors import batches
+from fastbert.training.output import Output, open_output
+from fastbert.training.rows import open_rows
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -202,6 +204,10 @@ def test_later_fields_of_jsonl_have_their_column(kit: Any, classifier: Path, tmp
         ({"text_column_name": "words"}, "its columns are: 'text'"),
         ({"model_name_or_path": "/no/such/model"}, "--model_name_or_path /no/such/model: no such folder"),
         ({"max_seq_length": 65}, "--max_seq_length 65: the model has 64 positions"),
+        ({"max_seq_length": 2}, "--max_seq_length 2: must be at least 3"),
+        ({"max_seq_length": 3, "text_pair_column_name": "text"}, "--max_seq_length 3: must be at least 4"),
+        ({"threshold": 0.2}, "--threshold: not a flag for a classifier (single_label_classification)"),
+        ({"label_delimiter": ";"}, "--label_delimiter: not a flag for a classifier (single_label_classification)"),
         ({"device": "quantum"}, "--device quantum"),
     ],
 )
@@ -223,9 +229,52 @@ def test_wrong_flags(
     assert os.listdir() == ["in.csv"]
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("threshold", "2", "must be from 0 to 1, got '2'"),
+        ("threshold", "nan", "must be a finite number, got 'nan'"),
+        ("null_score_diff_threshold", "nan", "must be a finite number, got 'nan'"),
+        ("window_rows", "abc", "must be a whole number of at least 1, got 'abc'"),
+    ],
+)
+def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], flag: str, value: str, words: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "--model_name_or_path", "x", "--input", "y", "--output", "z", f"--{flag}", value])
+    assert caught.value.code == 2
+    assert f"argument --{flag}: {words}" in capsys.readouterr().err
+
+
+def test_what_a_table_cannot_hold_is_an_error_of_its_row(
+    kit: Any, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["a\tdog", "a\ndog", "the\rmoon", 'my "old" star']
+    given = kit.write_rows(tmp_path / "in.jsonl", [{"text": text, "id": i} for i, text in enumerate(texts)])
+    assert main(kit.predict_flags(classifier, given, tmp_path / "out.tsv")) == 3
+    assert "in.jsonl:2: 'text' has a line break, which .tsv cannot hold; write .csv" in capsys.readouterr().err
+    found = [row.values for row in open_rows(tmp_path / "out.tsv", "--input").rows()]
+    assert [row["text"] for row in found] == [texts[0], "", "", texts[3]]
+    assert [bool(row["error"]) for row in found] == [False, True, True, False]
+    assert main(kit.predict_flags(classifier, given, tmp_path / "out.csv")) == 0
+    assert [row["text"] for row in read(tmp_path / "out.csv")] == texts
+    (tmp_path / "wide.jsonl").write_text('{"text": "a", "b\\nc": 1}\n', encoding="utf-8")
+    assert main(kit.predict_flags(classifier, tmp_path / "wide.jsonl", tmp_path / "wide.tsv")) == 1
+    assert "the column 'b\\nc' has a line break in its name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["a\tb", "a\nb", ""])
+def test_words_that_conll_cannot_hold(tmp_path: Path, word: str) -> None:
+    output = open_output(str(tmp_path / "out.conll"), ["words"], ["predicted_tags", "scores", "error"], None, " ")
+    assert output.problem({"words": ["dog", "c d"]}, [["O", "O"], [1, 1]]) is None
+    assert f"'words' has the word {word!r}" in str(output.problem({"words": ["dog", word]}, [["O", "O"], [1, 1]]))
+
+
 def test_unusable_models_and_inputs(
     kit: Any, classifier: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     given = kit.write_rows(tmp_path / "in.csv", [{"text": "a dog"}])
     assert main(kit.predict_flags(base_model, given, tmp_path / "out.csv")) == 1
     assert "not a trained classifier" in capsys.readouterr().err
@@ -240,7 +289,11 @@ def test_unusable_models_and_inputs(
     (tmp_path / "empty.csv").write_text("text\n", encoding="utf-8")
     assert main(kit.predict_flags(classifier, tmp_path / "empty.csv", tmp_path / "out.csv")) == 1
     assert "no rows" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "empty.csv", "in.csv"]
+    doubled = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(doubled, tmp_path / "doubled.parquet")
+    assert main(kit.predict_flags(classifier, tmp_path / "doubled.parquet", tmp_path / "out.csv")) == 1
+    assert "columns that occur twice: ['text']" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "doubled.parquet", "empty.csv", "in.csv"]
 
 
 def test_an_existing_output_is_not_replaced_unasked(
@@ -252,10 +305,36 @@ def test_an_existing_output_is_not_replaced_unasked(
     assert main(kit.predict_flags(classifier, given, output)) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert output.read_text(encoding="utf-8") == "mine"
-    assert main(kit.predict_flags(classifier, given, output, resume=True)) == 0
+    assert main(kit.predict_flags(classifier, given, output, resume=True)) == 1
+    assert "exists already and no unfinished run is there to go on with" in capsys.readouterr().err
     assert output.read_text(encoding="utf-8") == "mine"
     assert main(kit.predict_flags(classifier, given, output, overwrite=True)) == 0
     assert read(output)[0]["predicted_label"] == "animal"
+
+
+def test_a_resumed_run_replaces_no_file_that_has_come_meanwhile(
+    kit: Any,
+    classifier: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = kit.write_rows(tmp_path / "in.csv", data(kit, 20))
+    output = tmp_path / "out.csv"
+    flags = kit.predict_flags(classifier, given, output, window_rows=5)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "finish", stop)
+        assert main(flags) == 130
+    output.write_text("mine", encoding="utf-8")
+    assert main([*flags, "--resume"]) == 1
+    assert f"{output} is a file that the unfinished run has not written" in capsys.readouterr().err
+    assert output.read_text(encoding="utf-8") == "mine"
+    assert main([*flags, "--resume", "--overwrite"]) == 0
+    assert len(read(output)) == 20
 
 
 def windows(output: Path) -> int:
@@ -288,7 +367,6 @@ def test_killed_and_resumed(
     assert f"{8 * done} rows are complete, going on" in capsys.readouterr().err
     assert output.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([given.name, whole.name, output.name])
-    assert main([*flags, "--resume"]) == 0
 
 
 def test_interrupted_and_resumed(kit: Any, classifier: Path, tmp_path: Path) -> None:

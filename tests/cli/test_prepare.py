@@ -354,3 +354,38 @@ def test_tokenizer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert not [token for token in tokenizer.all_special_tokens if token.startswith("##")]
     assert len((tmp_path / "one" / "vocab.txt").read_text(encoding="utf-8").splitlines()) == len(tokenizer) <= 200
     assert main(flags(corpus, tmp_path / "one", tmp_path / "data")) == 0
+
+
+def test_where_a_tokenizer_is_written(
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file_size_limit: Callable[[int], None],
+) -> None:
+    arguments = ["tokenizer", "--input", str(corpus), "--vocab_size", "100", "--quiet", "--output"]
+    (tmp_path / "keep.part").mkdir()
+    mine = tmp_path / "keep.part" / "mine"
+    mine.touch()
+    assert main([*arguments, str(tmp_path / "keep")]) == 0
+    assert mine.exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([*arguments, "."]) == 0
+    assert content(tmp_path / "here") == content(tmp_path / "keep")
+
+    file_size_limit(100)
+    status = main([*arguments, str(tmp_path / "full")])
+    file_size_limit(-1)
+    assert status == 1
+    assert f"--output {tmp_path / 'full'}: no space left" in capsys.readouterr().err
+    assert not any((tmp_path / "full").iterdir())
+
+    def learn(args: Any) -> list[str]:
+        raise AssertionError("the output is looked at first")
+
+    monkeypatch.setattr("fastbert.training.vocabulary.learn", learn)
+    for output in (f"{mine}/x", "/proc/nope/x", "x" * 300):
+        capsys.readouterr()
+        assert main([*arguments, output]) == 1
+        assert f"--output {output}: no folder can be written there: " in capsys.readouterr().err

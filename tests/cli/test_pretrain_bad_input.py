@@ -18,6 +18,16 @@ from fastbert.cli import main
     [
         ({"config_overrides": "hidden_size=33"}, "--config_overrides hidden_size=33: "),
         ({"config_overrides": "hidden_sise=32"}, "--config_overrides hidden_sise=32: "),
+        ({"config_overrides": "hidden_size=-32"}, "hidden_size=-32: hidden_size must be at least 1, got -32"),
+        ({"config_overrides": "num_attention_heads=-4"}, "num_attention_heads must be at least 1, got -4"),
+        ({"config_overrides": "num_hidden_layers=0"}, "num_hidden_layers must be at least 1, got 0"),
+        ({"config_overrides": "type_vocab_size=1"}, "type_vocab_size must be at least 2, got 1"),
+        ({"config_overrides": "initializer_range=-1"}, "initializer_range must be above 0, got -1"),
+        ({"config_overrides": "layer_norm_eps=nan"}, "layer_norm_eps must be above 0, got nan"),
+        ({"config_overrides": "hidden_act=foo"}, "hidden_act 'foo' is unknown; allowed are gelu, "),
+        ({"config_overrides": "pad_token_id=999999"}, "pad_token_id 999999 is not the tokenizer's 0"),
+        ({"config_overrides": "hidden_size"}, "--config_overrides hidden_size: 'hidden_size' is not NAME=VALUE"),
+        ({"config_overrides": "hidden_size=32,"}, "--config_overrides hidden_size=32,: '' is not NAME=VALUE"),
         ({"config_overrides": "vocab_size=20"}, "vocab_size 20 is less than the tokenizer's"),
         ({"config_overrides": "max_position_embeddings=16"}, "the model has 16 positions"),
         ({"tokens_per_batch": 20}, "--tokens_per_batch 20: --dataset"),
@@ -61,6 +71,8 @@ def test_processes_that_do_not_know_of_each_other(
     [
         ({"eval_strategy": "steps"}, "pretraining has no validation data"),
         ({"phase_steps": [3, 4]}, "--phase_steps"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor: not in pretraining"),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be at least 1, got 0"),
         ({"mlm_probability": 1.5}, "--mlm_probability must be between 0 and 1, got 1.5"),
         ({"tokenizer_name": None}, "--tokenizer_name is needed for a new model"),
         ({"model_name_or_path": "x"}, "--config_overrides and --config_name are for a new model"),
@@ -120,6 +132,10 @@ def test_bad_data(
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     assert main(kit.pretrain_flags(broken, base_model, tmp_path / "out")) == 1
     assert f"--dataset {broken}: cannot be read" in capsys.readouterr().err
+    for content in ("{", "{}", "[]"):
+        (broken / "prepare.json").write_text(content, encoding="utf-8")
+        assert main(kit.pretrain_flags(broken, base_model, tmp_path / "out")) == 1
+        assert f"--dataset {broken}: cannot be read" in capsys.readouterr().err
     (broken / "state.json").unlink()
     assert main(kit.pretrain_flags(broken, base_model, tmp_path / "out")) == 1
     assert "unfinished" in capsys.readouterr().err

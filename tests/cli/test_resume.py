@@ -151,6 +151,34 @@ def test_resuming_by_name_and_with_other_data(
     flags = kit.finetune_flags(base_model, train, tmp_path / "third", seed=7, **STEPS, **BY_STEPS)
     assert main([*flags, "--resume_from_checkpoint", str(checkpoint)]) == 1
     assert "other seed (42) than this one (7)" in capsys.readouterr().err
+    flags = kit.finetune_flags(base_model, train, tmp_path / "third", optim="sgd", **STEPS, **BY_STEPS)
+    assert main([*flags, "--resume_from_checkpoint", str(checkpoint)]) == 1
+    assert "other optim (adamw_torch_fused) than this one (sgd)" in capsys.readouterr().err
+
+
+def test_resuming_with_a_model_of_another_size(
+    kit: Any, base_model: Path, train: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base_model, model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}), encoding="utf-8")
+    flags = kit.finetune_flags(model, train, tmp_path / "out", **STEPS, **BY_STEPS)
+    assert main([*flags, "--resume_from_checkpoint", str(checkpoints(uninterrupted)[-1])]) == 1
+    assert "that run had other num_hidden_layers (2) than this one (1)" in capsys.readouterr().err
+
+
+def test_resuming_with_another_learning_rate_says_so(
+    kit: Any, base_model: Path, train: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    settings = {**STEPS, **BY_STEPS, "learning_rate": 0.5, "warmup_steps": 3}
+    for _ in range(2):  # what the optimizer has is told of as often as it is another
+        assert main([*kit.finetune_flags(base_model, train, out, **settings), "--resume_from_checkpoint"]) == 0
+        errors = capsys.readouterr().err
+        assert "--learning_rate 0.5: the run that is resumed had 0.001; the optimizer goes on with that" in errors
+    assert "--warmup_steps" not in errors
 
 
 def test_early_stopping_survives_a_resume(kit: Any, base_model: Path, train: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import time
 from itertools import pairwise
 
 import pytest
@@ -36,6 +37,7 @@ PLACE = 10_000  # token ids are document * PLACE + place, so that a token says w
         ('"Really?" she asked. (He nodded.) Then...', ['"Really?" she asked.', "(He nodded.)", "Then..."]),
         ("Wait... and see. So did I. He won.", ["Wait... and see.", "So did I.", "He won."]),
         ("No mark at the end", ["No mark at the end"]),
+        ("A superapprox. It ends here.", ["A superapprox.", "It ends here."]),
         ("a.b.c example.com costs 1.5", ["a.b.c example.com costs 1.5"]),
         ("这是第一句。这是第二句！好吗？", ["这是第一句。", "这是第二句！", "好吗？"]),
         ("¿Qué? ¡Sí! Élan vital.", ["¿Qué?", "¡Sí!", "Élan vital."]),
@@ -53,6 +55,15 @@ def test_sentences_lose_nothing(paragraph: str) -> None:
     found = split_sentences(paragraph)
     assert all(found)
     assert "".join("".join(found).split()) == "".join(paragraph.split())
+
+
+@pytest.mark.parametrize("part", [".", ".)", "a", "Mr. ", "J. K. Rowling and "])
+def test_long_paragraphs(part: str) -> None:
+    """In time that grows with their length, not with its square: that took 10 s and more for each of these."""
+    paragraph = part * (50_000 // len(part)) + '". A'
+    began = time.process_time()
+    split_sentences(paragraph)
+    assert time.process_time() - began < 2
 
 
 def documents(count: int, seed: int = 0, most: int = 12, longest: int = 25) -> list[list[list[int]]]:

@@ -143,6 +143,15 @@ def test_conll_rows(tmp_path: Path) -> None:
         assert len(list(rows.rows(row.end))) == rest
 
 
+@pytest.mark.parametrize("start", ["-DOCSTART-\n\n", "\n", ""])
+def test_a_byte_order_mark(tmp_path: Path, start: str) -> None:
+    path = tmp_path / "a.conll"
+    path.write_text(f"\ufeff{start}EU B-ORG\nrejects O\n", encoding="utf-8")
+    (row,) = open_rows(path, "--train_file").rows()
+    assert row.error is None
+    assert row.values == {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv", ""])
 def test_other_files_and_windows(kit: Any, base_model: Path, tmp_path: Path, ending: str) -> None:
     """Long sentences are trained on in windows; tags need not be entities; a CSV's cells are split at white space."""

@@ -59,6 +59,7 @@ def test_length_of_another_family() -> None:
         (torch.ones(4, 21, 21), r"attention_mask has shape \[4, 21, 21\]"),
         (torch.zeros(4, 2, 21, 21), r"bias must have shape \[4 or 1, 3 or 1"),
         (torch.zeros(4, 1, 20, 21), r"attention_mask has shape \[4, 1, 20, 21\]"),
+        (torch.ones(4, 1, 1, 20, dtype=torch.bool), r"attention_mask has shape \[4, 1, 1, 20\]"),
         (torch.zeros(4, 1, 21, 21, dtype=torch.long), "attention_mask with 4 dimensions has dtype torch.int64"),
     ],
 )

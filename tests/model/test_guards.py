@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import accelerate
@@ -13,6 +13,7 @@ import pytest
 import torch
 from comparison import all_fast, build, inputs, real, reasons
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 from transformers.models.bert import modeling_bert
@@ -116,6 +117,14 @@ def tensor_subclass(model: Any) -> None:
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Marked))
 
 
+def one_bias(model: Any) -> None:
+    first(model).output.dense.bias = nn.Parameter(torch.ones(1))
+
+
+def one_bias_through_data(model: Any) -> None:
+    first(model).output.dense.bias.data = torch.ones(1)
+
+
 CHANGES = [
     (subclass, "attention.self.query is a Doubled, not exactly nn.Linear"),
     (replace, "output.dense is a Doubled"),
@@ -132,6 +141,8 @@ CHANGES = [
     (other_activation, "the activation is relu"),
     (plain_weight, "a weight is no parameter"),
     (tensor_subclass, "a weight is a"),
+    (one_bias, "output.dense.bias has shape [1], not [48]"),
+    (one_bias_through_data, "output.dense.bias has shape [1], not [48]"),
 ]
 
 
@@ -532,6 +543,46 @@ def no_type_buffer(model: Any) -> None:
     del model.embeddings.token_type_ids
 
 
+def position_buffer_through_data(model: Any) -> None:
+    model.embeddings.position_ids.data.copy_(model.embeddings.position_ids.flip(1))
+
+
+def type_buffer_through_data(model: Any) -> None:
+    model.embeddings.token_type_ids.data.fill_(1)
+
+
+def one_column_of_types(model: Any) -> None:
+    table = model.embeddings.token_type_embeddings
+    table.weight = nn.Parameter(table.weight[:, :1].detach().clone())
+
+
+def kept(layer: Any, width: int = 32) -> Iterator[tuple[Any, str, torch.Tensor]]:
+    """What a layer keeps if so much is left of its three heads, 48 wide: module, name, numbers."""
+    for name in ("query", "key", "value"):
+        linear = getattr(layer.attention.self, name)
+        yield linear, "weight", linear.weight[:width].detach().clone()
+        yield linear, "bias", linear.bias[:width].detach().clone()
+    out = layer.attention.output.dense
+    yield out, "weight", out.weight[:, :width].detach().clone()
+
+
+def fewer_heads(model: Any) -> None:
+    for layer in model.encoder.layer:
+        for module, name, numbers in kept(layer):
+            setattr(module, name, nn.Parameter(numbers))  # `out_features` stays what it was
+
+
+def fewer_heads_in_one_layer(model: Any) -> None:
+    for module, name, numbers in kept(model.encoder.layer[1]):
+        setattr(module, name, nn.Parameter(numbers))
+
+
+def fewer_heads_through_data(model: Any) -> None:
+    for layer in model.encoder.layer:
+        for module, name, numbers in kept(layer):
+            getattr(module, name).data = numbers
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -544,6 +595,12 @@ def no_type_buffer(model: Any) -> None:
         type_buffer,
         position_buffer,
         no_type_buffer,
+        position_buffer_through_data,
+        type_buffer_through_data,
+        one_column_of_types,
+        fewer_heads,
+        fewer_heads_in_one_layer,
+        fewer_heads_through_data,
     ],
 )
 @pytest.mark.parametrize("calls", [0, 2])
@@ -561,6 +618,65 @@ def test_attributes_changed_at_any_time(change: Callable[[Any], None], calls: in
         y, expected = ours(**batch)[0], stock(**batch)[0]
     keep = real(batch)
     torch.testing.assert_close(y[keep], expected[keep], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("path", ["embeddings.LayerNorm", "encoder.layer.1.output.LayerNorm"])
+def test_what_stock_refuses_is_refused(path: str) -> None:
+    model = fastbert.optimize(build())
+    with torch.no_grad():
+        model(**inputs())
+        model.get_submodule(path).normalized_shape = (24,)
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            model(**inputs())
+    assert "LayerNorm.normalized_shape is (24,), not (48,)" in str(fastbert.report(model))
+
+
+def test_fewer_heads_are_fast() -> None:
+    model = fastbert.optimize(build())
+    model(**inputs())
+    fewer_heads_in_one_layer(model)
+    model(**inputs())
+    assert all_fast(model)
+
+
+def test_half_a_head() -> None:
+    model = fastbert.optimize(build())
+    model(**inputs())
+    for module, name, numbers in kept(first(model), 24):
+        getattr(module, name).data = numbers
+    with pytest.raises(RuntimeError, match="shape"):
+        model(**inputs())
+    assert "query, key and value have width 24, not 16 times the number of heads" in str(reasons(model)[0])
+
+
+def test_new_table_without_the_padding_index() -> None:
+    stock, batch = build("roberta"), inputs("right")
+    table = stock.embeddings.position_embeddings
+    stock.embeddings.position_embeddings = nn.Embedding(72, 48, _weight=table.weight.detach().clone())
+    model = fastbert.optimize(copy.deepcopy(stock))
+    torch.testing.assert_close(model(**batch)[0][real(batch)], stock(**batch)[0][real(batch)], atol=2e-5, rtol=2e-5)
+
+
+def test_padding_index_of_the_types() -> None:
+    stock, batch = build(), inputs("none")
+    stock.embeddings.token_type_embeddings.padding_idx = 1
+    batch["token_type_ids"] = batch["input_ids"] % 2
+    upstream = torch.randn(4, 21, 48)
+    ours, expected = (
+        torch.autograd.grad(model(**batch)[0], model.embeddings.token_type_embeddings.weight, upstream)[0]
+        for model in (fastbert.optimize(copy.deepcopy(stock)), stock)
+    )
+    assert not expected[1].any()
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_fake_tensors(calls: int) -> None:
+    model, batch = fastbert.optimize(build()), inputs("none")
+    for _ in range(calls):
+        model(**batch)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(**batch)[0].shape == (4, 21, 48)
 
 
 def test_replaced_chunk_is_reported() -> None:

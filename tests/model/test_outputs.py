@@ -98,6 +98,18 @@ def test_bool_4d_mask_per_head() -> None:
     assert all_fast(ours)
 
 
+def test_a_query_that_a_bool_4d_mask_forbids_everything() -> None:
+    """Its attention is 0, as SDPA has it, and it learns nothing of what it may not see."""
+    batch = inputs("none")
+    visible = torch.ones(4, 1, 21, 21, dtype=torch.bool)
+    visible[1, :, 4] = visible[2, :, 7:9] = False
+    ours, _, truth = contestants(build())
+    truth.set_attn_implementation("sdpa")
+    found, expected = (m(**batch, attention_mask=visible)[0] for m in (ours, truth))
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    assert all_fast(ours)
+
+
 def test_gradient_of_a_4d_bias() -> None:
     batch = inputs("none")
     gradients = []
@@ -126,6 +138,20 @@ def test_packed_input_equals_each_sequence_alone() -> None:
     )[0]
     torch.testing.assert_close(together, alone)
     assert all_fast(model)
+
+
+@pytest.mark.parametrize("watched", ["hidden states", "a hook"])
+def test_packed_input_that_somebody_watches(watched: str) -> None:
+    model = fastbert.optimize(build())
+    cu_seqlens = torch.tensor([0, 5, 6], dtype=torch.int32)
+    packed = {"input_ids": torch.randint(2, 100, (1, 6)), "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0]])}
+    expected = model(**packed, cu_seq_lens_q=cu_seqlens)[0]
+    if watched == "a hook":
+        model.encoder.layer[0].register_forward_hook(lambda *_: None)
+    found = model(**packed, cu_seq_lens_q=cu_seqlens, output_hidden_states=watched == "hidden states")
+    torch.testing.assert_close(found[0], expected)
+    if watched == "hidden states":
+        torch.testing.assert_close(found.hidden_states[-1], expected)
 
 
 def test_packed_input_in_stock_layers() -> None:
@@ -241,6 +267,20 @@ def test_question_answering_keeps_the_padded_places() -> None:
     batch = inputs("right")
     ours, eager, truth = contestants(build(head="ForQuestionAnswering"))
     judge("start_logits", *(m(**batch).start_logits for m in (ours, eager, truth)))
+
+
+@pytest.mark.parametrize("summary", ["first", "last", "mean", "cls_index"])
+def test_summaries_of_electra(summary: str) -> None:
+    batch = {name: value.view(2, 2, 21) for name, value in inputs("right").items()}
+    stock = build("electra", "ForMultipleChoice", summary_type=summary)
+    results = []
+    for model in contestants(stock):
+        outputs = model(**batch, labels=torch.tensor([0, 1]))
+        gradients = torch.autograd.grad(outputs.loss, list(model.parameters()), allow_unused=True)
+        results.append((outputs.logits, gradients))
+        assert results[1:] or all_fast(model)
+    judge("logits", *(logits for logits, _ in results))
+    judge_gradients([name for name, _ in stock.named_parameters()], *(gradients for _, gradients in results))
 
 
 def test_real_weights(minilm: Path) -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from comparison import all_fast, build, inputs, judge_gradients, real
+from comparison import SMALL, all_fast, build, inputs, judge_gradients, real
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -167,11 +167,60 @@ def through_data(model: Any) -> None:
         parameter.data.mul_(0.5)
 
 
+def by_a_fused_optimizer(model: Any, part: str) -> None:
+    """Writes that PyTorch does not count."""
+    parameters = [parameter for name, parameter in model.named_parameters() if part in name]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(parameters, lr=0.1, fused=True).step()
+
+
+def all_biases(model: Any) -> None:
+    by_a_fused_optimizer(model, "bias")
+
+
+def norm_alone(model: Any) -> None:
+    by_a_fused_optimizer(model, "predictions.transform.LayerNorm.weight")
+
+
+def decoder_bias_alone(model: Any) -> None:
+    by_a_fused_optimizer(model, "cls.predictions.bias")
+
+
+def dense_bias_through_data(model: Any) -> None:
+    model.cls.predictions.transform.dense.bias.data[7] += 1
+
+
+def last_words_through_data(model: Any) -> None:
+    model.cls.predictions.decoder.weight.data[-1:] += 1
+
+
+def most_words_through_data(model: Any) -> None:
+    model.cls.predictions.decoder.weight.data[1:-1] += 1
+
+
+def states_through_data(model: Any) -> None:
+    model.seen.data.mul_(2)
+
+
 def states_in_place(model: Any) -> None:
     model.seen.add_(1)
 
 
-@pytest.mark.parametrize("change", [through_data, states_in_place])
+@pytest.mark.parametrize(
+    "change",
+    [
+        through_data,
+        all_biases,
+        norm_alone,
+        decoder_bias_alone,
+        dense_bias_through_data,
+        last_words_through_data,
+        most_words_through_data,
+        states_through_data,
+        states_in_place,
+    ],
+)
 def test_logits_of_overwritten_numbers_are_an_error(change: Callable[[Any], None]) -> None:
     model = fastbert.optimize(build(head="ForMaskedLM"))
     with torch.no_grad():
@@ -238,6 +287,175 @@ def test_labels_at_masked_places_count_as_in_stock(head: str, family: str) -> No
         torch.testing.assert_close(outputs[1], expected[1], atol=2e-5, rtol=2e-5)
 
 
+def check_loss(stock: Any, batch: dict[str, Any]) -> Any:
+    """Loss and gradients, all of them, are those of stock. Returns the optimized model."""
+    ours = fastbert.optimize(copy.deepcopy(stock))
+    results = []
+    for model in (ours, stock):
+        loss = model(**batch).loss
+        results.append((loss.detach(), torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    largest = max(gradient.abs().max() for gradient in results[1][1] if gradient is not None)
+    for one, expected in zip(*(gradients for _, gradients in results), strict=True):
+        assert (one is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(one, expected, atol=float(largest) * 1e-5, rtol=1e-4)
+    return ours
+
+
+MASK_FORMS = {
+    "2-D": lambda mask: mask,
+    "one row": lambda mask: mask.bool()[:, None, None, :],
+    "every row": lambda mask: mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1),
+}
+
+
+@pytest.mark.parametrize("form", MASK_FORMS)
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("bert", "ForPreTraining"),
+        ("roberta", "ForTokenClassification"),
+        ("distilbert", "ForMaskedLM"),
+        ("electra", "ForMaskedLM"),
+        ("roc_bert", "ForPreTraining"),
+    ],
+)
+def test_labels_at_masked_places_count_in_any_shape_under_any_mask(family: str, head: str, form: str) -> None:
+    stock, batch = build(family, head), inputs("right")
+    labels = batch["input_ids"] % 2
+    batch["attention_mask"] = MASK_FORMS[form](batch["attention_mask"])
+    name = "labels_input_ids" if (family, head) == ("roc_bert", "ForPreTraining") else "labels"
+    if (family, head) == ("bert", "ForPreTraining"):
+        batch["next_sentence_label"] = torch.tensor([0, 1, 0, 1])
+    for given in (labels, labels.view(-1)):
+        assert all_fast(check_loss(stock, batch | {name: given}))
+
+
+def test_one_4d_mask_for_all_rows() -> None:
+    batch = inputs("none")
+    batch["attention_mask"] = (torch.arange(21) < 15)[None, None, None]
+    check_loss(build(head="ForTokenClassification"), batch | {"labels": batch["input_ids"] % 2})
+
+
+@pytest.mark.parametrize("form", MASK_FORMS)
+def test_padding_without_labels_is_not_computed(form: str) -> None:
+    batch = inputs("right")
+    keep = real(batch)
+    batch["attention_mask"] = MASK_FORMS[form](batch["attention_mask"])
+    labels = (batch["input_ids"] % 2).masked_fill(~keep, -100)
+    for given in (labels, labels.view(-1)):
+        model = check_loss(build(head="ForTokenClassification"), batch | {"labels": given})
+        logits = model(**batch, labels=given).logits[~keep]
+        torch.testing.assert_close(logits, model.classifier.bias.expand_as(logits))  # of states that are zero
+    model = check_loss(build(head="LMHeadModel", tie_word_embeddings=False), batch | {"labels": labels})
+    logits = model(**batch, labels=labels).logits[~keep]
+    assert torch.equal(logits, logits[:1].expand_as(logits))
+
+
+def test_electra_leaves_out_the_labels_of_masked_places_itself() -> None:
+    batch = inputs("holes")
+    keep = real(batch)
+    batch["labels"] = batch["input_ids"] % 2
+    logits = check_loss(build("electra", "ForPreTraining"), batch)(**batch).logits[~keep]
+    assert torch.equal(logits, logits[:1].expand_as(logits))
+
+
+@pytest.mark.parametrize("form", MASK_FORMS)
+@pytest.mark.parametrize("mask", ["left", "holes"])
+@pytest.mark.parametrize("decoder", [False, True])
+def test_masked_places_that_predict_the_next_token(decoder: bool, mask: str, form: str) -> None:
+    batch = inputs(mask)
+    batch["labels"] = batch["input_ids"].masked_fill(~real(batch), -100)
+    batch["attention_mask"] = MASK_FORMS[form](batch["attention_mask"])
+    for stock in (build(head="LMHeadModel", is_decoder=decoder), build("roberta", "ForCausalLM", is_decoder=decoder)):
+        model = check_loss(stock, batch)
+        assert all_fast(model) is not decoder
+        assert type(fastbert.restore(model)) is type(stock)
+
+
+def test_bert_generation_predicts_from_masked_places() -> None:
+    config = transformers.BertGenerationConfig(**SMALL)
+    batch = inputs("left")
+    check_loss(transformers.BertGenerationDecoder(config).eval(), batch | {"labels": batch["input_ids"]})
+
+
+def test_places_that_another_causal_loss_reads() -> None:
+    stock, batch = build(head="LMHeadModel"), inputs("left")
+    labels = batch["input_ids"].masked_fill(~real(batch), -100)
+    first = torch.where(real(batch), -100, batch["input_ids"])
+    check_loss(stock, batch | {"labels": labels, "shift_labels": first})
+    stock.loss_function = lambda logits, labels, vocab_size: logits.square().mean()
+    check_loss(stock, batch | {"labels": labels})
+
+
+def test_compiled_causal_loss() -> None:
+    torch.compiler.reset()
+    model, batch = fastbert.optimize(build("roberta", "ForCausalLM", num_hidden_layers=1)), inputs("left")
+    batch["labels"] = batch["input_ids"].masked_fill(~real(batch), -100)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(**batch)
+    torch.testing.assert_close(compiled.loss, fastbert.restore(model)(**batch).loss)
+
+
+def loss_forward(model: Any) -> None:
+    forward = model.mlm_loss_fct.forward
+    model.mlm_loss_fct.forward = lambda *args: forward(*args) * 2
+
+
+def loss_hook(model: Any) -> None:
+    model.mlm_loss_fct.register_forward_hook(lambda module, args, output: output * 3)
+
+
+def loss_weight(model: Any) -> None:
+    model.mlm_loss_fct.weight = torch.linspace(0.1, 2.0, 120)
+
+
+def loss_attribute(**changes: Any) -> Callable[[Any], None]:
+    return lambda model: vars(model.mlm_loss_fct).update(changes)
+
+
+class Squared(nn.Module):
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return logits[labels >= 0].square().mean()
+
+
+def another_loss(model: Any) -> None:
+    model.mlm_loss_fct = Squared()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        loss_forward,
+        loss_hook,
+        loss_weight,
+        another_loss,
+        loss_attribute(label_smoothing=0.2),
+        loss_attribute(reduction="sum"),
+        loss_attribute(ignore_index=7),
+    ],
+)
+def test_loss_that_is_a_part_of_distilbert(change: Callable[[Any], None]) -> None:
+    stock, batch = build("distilbert", "ForMaskedLM"), mlm_batch()
+    batch["labels"][batch["labels"] == -100] = 7
+    ours = check_loss(stock, batch)
+    for model in (stock, ours):
+        change(model)
+    expected = stock(**batch).loss
+    torch.testing.assert_close(ours(**batch).loss, expected)  # after a call without
+    check_loss(stock, batch)
+
+
+def test_a_loss_that_is_no_mean_is_not_rescaled() -> None:
+    model, batch = fastbert.optimize(build("distilbert", "ForMaskedLM")), mlm_batch()
+    smoothed, total = nn.CrossEntropyLoss(label_smoothing=0.2), nn.CrossEntropyLoss(reduction="sum")
+    count = (batch["labels"] != -100).sum()
+    model.mlm_loss_fct = smoothed
+    torch.testing.assert_close(model(**batch, num_items_in_batch=count * 2).loss, model(**batch).loss / 2)
+    model.mlm_loss_fct = total
+    torch.testing.assert_close(model(**batch, num_items_in_batch=count * 2).loss, model(**batch).loss)
+
+
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its settings for the whole process, and those of another test would be in the way."""
@@ -291,6 +509,48 @@ def test_a_changed_head_falls_back() -> None:
     model.cls.predictions.transform.register_forward_hook(lambda module, args, output: output * 2)
     loss = model(**batch).loss
     torch.testing.assert_close(loss, fastbert.restore(model)(**batch).loss)
+
+
+def one_bias(head: Any) -> None:
+    head.transform.dense.bias.data = torch.ones(1)
+
+
+def narrow(head: Any) -> None:
+    dense, decoder = head.transform.dense, head.decoder
+    dense.weight, dense.bias = (nn.Parameter(p[:16].detach().clone()) for p in (dense.weight, dense.bias))
+    decoder.weight = nn.Parameter(decoder.weight[:, :16].detach().clone())
+    head.transform.LayerNorm = nn.LayerNorm(16)
+
+
+def other_eps(head: Any) -> None:
+    head.transform.LayerNorm.eps = 0.5
+
+
+def wrong_norm(head: Any) -> None:
+    head.transform.LayerNorm.normalized_shape = (24,)
+
+
+def fewer_words(head: Any) -> None:
+    decoder = head.decoder
+    decoder.weight, decoder.bias = (nn.Parameter(p[:60].detach().clone()) for p in (decoder.weight, decoder.bias))
+
+
+@pytest.mark.parametrize("change", [one_bias, narrow, other_eps])
+def test_numbers_of_the_head_changed_after_a_call(change: Callable[[Any], None]) -> None:
+    model, batch = fastbert.optimize(build(head="ForMaskedLM")), mlm_batch()
+    model(**batch)
+    change(model.cls.predictions)
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, fastbert.restore(model)(**batch).loss)
+
+
+@pytest.mark.parametrize(("change", "error"), [(wrong_norm, RuntimeError), (fewer_words, ValueError)])
+def test_a_head_that_stock_refuses(change: Callable[[Any], None], error: type[Exception]) -> None:
+    model, batch = fastbert.optimize(build(head="ForMaskedLM")), mlm_batch()
+    model(**batch)
+    change(model.cls.predictions)
+    with pytest.raises(error, match="normalized_shape|batch_size"):
+        model(**batch)
 
 
 ACCUMULATED = {

@@ -244,6 +244,36 @@ def test_attention_expanded_bias(backend: str) -> None:
     )
 
 
+@backends
+@pytest.mark.parametrize("is_leaf", [False, True])
+def test_attention_gradient_of_the_expanded_bias(is_leaf: bool, backend: str) -> None:
+    """Not of what it was expanded from: each place has its own."""
+    accuracy.require("attention", backend, torch.float32, 32)
+    lengths = (9, 4)
+    tensors = tensors_for(lengths, 2, 32, "11SS", torch.float32, backend)
+    gradients = []
+    for run in (ours(backend, lengths), reference(lengths)):
+        bias = tensors["bias"].requires_grad_(not is_leaf).expand(2, 2, -1, -1).requires_grad_()
+        gradients.append(torch.autograd.grad(run(tensors["qkv"], bias).square().sum(), bias)[0])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@backends
+def test_attention_of_a_low_bias(backend: str) -> None:
+    """A softmax does not change if all scores fall alike, as far as float32 can tell them apart."""
+    accuracy.require("attention", backend, torch.float32, 32)
+    lengths = (20, 12)
+    tensors = tensors_for(lengths, 2, 32, None, torch.float32, backend)
+    bias = torch.full((2, 1, 20, 20), -(2.0**18), device=accuracy.device(backend))
+
+    def with_bias(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda qkv: run(qkv, bias)
+
+    accuracy.check_backward(
+        with_bias(ours(backend, lengths)), with_bias(eager(lengths)), with_bias(reference(lengths)), tensors
+    )
+
+
 @typed
 def test_attention_masking_bias(backend: str, dtype: torch.dtype) -> None:
     """-inf and the lowest float both forbid keys. Where all are, by the lowest float they share the weight alike, by

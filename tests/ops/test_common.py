@@ -16,6 +16,7 @@ import accuracy
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fastbert import dispatch, ops
@@ -362,6 +363,23 @@ def test_second_order_gradients_raise(op: str) -> None:
     with pytest.raises(RuntimeError, match='no second-order gradients; use backend="reference"'):
         penalty(of)
     penalty(sample(op, 0.0, backend="reference"))
+
+
+@every_op
+def test_forward_mode_differentiation(op: str) -> None:
+    """By the reference; a backend that was asked for raises, where autograd would make the tangent 0."""
+    accuracy.require(op, "cpu", torch.float32)
+    tangents = []
+    for backend in (None, "reference", "cpu"):
+        of = sample(op, 0.0, backend=backend)
+        with forward_ad.dual_level():
+            dual = {name: forward_ad.make_dual(value, torch.ones_like(value)) for name, value in of.tensors.items()}
+            if backend == "cpu":
+                with pytest.raises(RuntimeError, match="no forward-mode differentiation"):
+                    of.run(**dual)
+            else:
+                tangents.append(forward_ad.unpack_dual(of.run(**dual)).tangent)
+    torch.testing.assert_close(*tangents)
 
 
 @on_every_backend

@@ -36,7 +36,7 @@ def tensors_for(
         "x": torch.randn(rows, features, generator=random),
         "weight1": torch.randn(inner, features, generator=random) * 2 * features**-0.5,
         "bias1": torch.randn(inner, generator=random),
-        "weight2": torch.randn(outer, inner, generator=random) * inner**-0.5,
+        "weight2": torch.randn(outer, inner, generator=random) * max(inner, 1) ** -0.5,
     }
     return {name: value.to(accuracy.device(backend), dtype) for name, value in tensors.items()}
 
@@ -74,6 +74,17 @@ def test_ffn_fwd(backend: str, dtype: torch.dtype, case: tuple[int, ...]) -> Non
 def test_ffn_bwd(backend: str, dtype: torch.dtype, case: tuple[int, ...]) -> None:
     accuracy.require("ffn", backend, dtype, in_eights(case))
     accuracy.check_backward(ours(backend), eager, ffn_ref, tensors_for(*case, dtype, backend))
+
+
+@backends
+@pytest.mark.parametrize("rows", [3, 200])
+def test_ffn_without_intermediate_units(rows: int, backend: str) -> None:
+    accuracy.require("ffn", backend, torch.float32, in_eights((rows, 8, 0, 16)))
+    tensors = tensors_for(rows, 8, 0, 16, torch.float32, backend)
+    y = ours(backend)(**{name: value.requires_grad_() for name, value in tensors.items()})
+    assert torch.equal(y, y.new_zeros(rows, 16))
+    y.sum().backward()
+    assert all((value.grad == 0).all() for value in tensors.values())
 
 
 @pytest.fixture

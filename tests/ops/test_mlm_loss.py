@@ -158,6 +158,34 @@ def test_mlm_loss_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     check(backend, dtype, *case, backward=True)
 
 
+@pytest.mark.parametrize("spread", [4.0, 8.0, 16.0])
+@typed
+def test_mlm_loss_of_a_confident_model(backend: str, dtype: torch.dtype, spread: float) -> None:
+    """Gradients are what the probabilities of the labels lack of 1, which here is little, under GradScaler's factor."""
+    accuracy.require("mlm_loss", backend, dtype)
+    tensors = tensors_for(64, 96, True, dtype, (40,), backend)
+    tensors["decoder_weight"] = F.normalize(tensors["decoder_weight"].float()).to(dtype)
+    tensors["norm_weight"] = torch.full_like(tensors["norm_weight"], spread)
+    logits: list[Tensor] = []
+
+    def keep(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> Tensor:
+        logits.append(F.linear(hidden, weight, bias))
+        return logits[0].sum()
+
+    guess = torch.zeros(40, dtype=torch.int64, device=accuracy.device(backend))
+    formula(guess, 0.0, lambda x, w, b: layernorm_ref(x, w, b, eps=1e-5), keep)(**accuracy.double(tensors))
+    labels = logits[0].argmax(1)
+    probability = torch.softmax(logits[0], 1).amax(1)
+    assert probability.mean() > 0.6
+
+    def scaled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda **tensors: loss(**tensors) * 65536
+
+    accuracy.check_backward(
+        scaled(ours(backend, labels, 0.0)), scaled(eager(labels, 0.0)), scaled(reference(labels, 0.0)), tensors
+    )
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     rows=st.integers(8, 70),  # the error of one row is that of one probability, and chance
