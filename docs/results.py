@@ -56,12 +56,18 @@ def newest(folder: Path) -> dict[str, dict[str, Measured]]:
     contents = [(json.loads(path.read_text(encoding="utf-8")), path) for path in folder.glob("*.json")]
     measured = [item for item in contents if item[0].get("command") in ("table", "model", "training", "op")]
     for content, path in sorted(measured, key=lambda item: item[0]["time"]):
-        device = content["machine"]["device"]
+        device = processor(content)
         for row in content["rows"]:
             if row["kind"] != "op" and row["complete"] and "median_s" in row["contestants"].get("fastbert", {}):
                 rows = found.pop(device, {})
                 found[device] = rows | {row["row"]: Measured(row, content, path)}
     return dict(reversed(found.items()))
+
+
+def processor(content: dict[str, Any]) -> str:
+    """Its name, and the instruction set that was used: virtual machines call several generations by one name."""
+    machine = content["machine"]
+    return f"{machine['device']} ({machine['extension'].get('isa', 'no extension')})"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -92,10 +98,8 @@ def table(rows: dict[str, Measured]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *(line(item.row) for item in rows.values())]
     sources = {}
     for row, content, _ in rows.values():
-        machine = content["machine"]
         peak = f"peak {row['peak']['rate']:.0f} {row['unit']}" if row["peak"]["rate"] else "peak not measured"
-        isa = machine["extension"].get("isa", "no extension")
-        sources[row["row"]] = f"{machine['device']} ({isa}), {content['threads']} threads, {peak}, {code(content)}"
+        sources[row["row"]] = f"{processor(content)}, {content['threads']} threads, {peak}, {code(content)}"
     for text in dict.fromkeys(sources.values()):
         names = ", ".join(name for name, source in sources.items() if source == text)
         lines += ["", f"{names}: {text}."]

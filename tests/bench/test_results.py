@@ -1,8 +1,9 @@
-"""What `make results` writes into README.md from results of a GPU."""
+"""What `make results` writes into README.md."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,16 @@ def test_plots_of_all_results(results: Any, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["gpu-nvidia-h200-ops.png", "gpu-nvidia-h200.png"]
     assert "gpu-nvidia-h200.png)" in text
     assert "gpu-nvidia-h200-ops.png)" in text
+
+
+def test_processors_of_one_name_are_told_apart_by_their_instruction_set(results: Any, tmp_path: Path) -> None:
+    row = {"row": "base", "kind": "inference", "complete": True, "contestants": {"fastbert": {"median_s": 1.0}}}
+    for time, isa in (("2026-01-01", "avx512"), ("2026-01-02", "avx2"), ("2026-01-03", "avx2")):
+        content = {"command": "table", "time": time, "rows": [row]}
+        content["machine"] = {"device": "AMD EPYC", "extension": {"isa": isa}}
+        (tmp_path / f"{time}.json").write_text(json.dumps(content))
+    found = results.newest(tmp_path)
+    assert {name: rows["base"].path.stem for name, rows in found.items()} == {
+        "AMD EPYC (avx2)": "2026-01-03",
+        "AMD EPYC (avx512)": "2026-01-01",
+    }
