@@ -126,8 +126,7 @@ class FastCausalLM(FastModel):
             # Not by KEEP_PADDING: the loss function gets all further arguments, too, and may be anybody's.
             visible = kwargs["attention_mask"].bool()
             visible = visible if visible.dim() == 4 else visible[:, None, None, :]
-            bias = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
-            kwargs = kwargs | {"attention_mask": bias.masked_fill(~visible, -torch.inf)}
+            kwargs = kwargs | {"attention_mask": packing.additive(visible, self.dtype, -torch.inf)}
         return stock(self, **kwargs)
 
     def _reads_masked_places(self, kwargs: dict[str, Any]) -> bool:

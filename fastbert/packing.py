@@ -161,8 +161,7 @@ class PackedBatch:
     def from_bias(cls, attention_mask: Tensor, batch: int, seqlen: int, dtype: torch.dtype) -> PackedBatch:
         """From a mask [B|1, h|1, S|1, S]: bool (True takes part) or floating (added to the scores)."""
         if attention_mask.dtype is torch.bool:  # as SDPA reads it: what sees nothing gets 0
-            bias = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
-            bias = bias.masked_fill(~attention_mask, -torch.inf)
+            bias = additive(attention_mask, dtype, -torch.inf)
         elif attention_mask.is_floating_point():
             bias = attention_mask
         else:
@@ -354,10 +353,11 @@ def capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `visible` is True, else the lowest finite number: with -inf a row that sees nothing would become NaN."""
+def additive(visible: Tensor, dtype: torch.dtype, forbidden: float | None = None) -> Tensor:
+    """0 where `visible` is True, else `forbidden`: by default the lowest finite number, as with -inf a row that sees
+    nothing would become NaN in stock code."""
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return bias.masked_fill(~visible, torch.finfo(dtype).min)
+    return bias.masked_fill(~visible, torch.finfo(dtype).min if forbidden is None else forbidden)
 
 
 def checked_mask(attention_mask: Tensor) -> Tensor:

@@ -120,8 +120,8 @@ struct Kernels {
                         void* const* dtables, void* dweight, void* dbias, float* workspace);
 
   // The sum of the cross-entropies of h [rows, columns] weight [vocabulary, columns]^T + bias (or null), and those of its
-  // gradients that are not null. Labels are in range or ignore_index. dweight_sums: as many floats as weight has if dweight is
-  // bf16 and there is more than one chunk.
+  // gradients that are not null. Labels are in range or ignore_index. dweight_sums: as many floats as weight has if
+  // dweight is bf16 and there is more than one chunk.
   double (*mlm_loss)(const Executor&, DType, const MlmLossShape&, const void* h, const int64_t* labels,
                      const void* weight, const void* bias, void* dh, void* dweight, void* dbias, float* dweight_sums);
 

@@ -350,6 +350,7 @@ def mlm_loss_fwd(
     lse, label_logit = losses.new_empty(2, chunk), losses.new_empty(chunk)
     logits = h.new_empty(chunk, width) if need_dh or need_dweight or need_dbias else None
     dweight = torch.empty_like(weight, dtype=stored if one else torch.float32) if need_dweight else None
+    # Summed wherever there is a bias, so that none is left out by a kernel of its own.
     dbias = None if logits is None or bias is None else losses.new_zeros(vocabulary)
     forward, dh_config, dweight_config = (_config(name, h) for name in ("fwd", "dh", "dweight"))
     whole = {dh_config["BLOCK_K"], dweight_config["BLOCK_M"], dweight_config["BLOCK_K"]}
