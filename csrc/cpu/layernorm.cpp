@@ -17,7 +17,8 @@ struct LayerNormForward {
   float *mean, *rstd;
 };
 
-// One row at a time, and everything copied to locals, as in norm_backward_row. buffer: two padded rows.
+// One row at a time, and everything copied to locals, as in norm_backward_row. buffer: two padded rows. The statistics are
+// those of the sum as the backward will find it: in a row that is constant but for rounding, other ones would be far off.
 template <bool Drop, class X, class R, class Y>
 void layernorm_row(const LayerNormForward<X, R, Y>& a, int64_t row, float* buffer) {
   const int64_t n = a.columns;
@@ -32,6 +33,7 @@ void layernorm_row(const LayerNormForward<X, R, Y>& a, int64_t row, float* buffe
     if (x_bias != nullptr) v += load_n(x_bias + c, count);
     if constexpr (Drop) v *= load(factors + c);
     if (residual != nullptr) v += load_n(residual + c, count);
+    v = rounded<Y>(v);
     if (z != nullptr) store_n(z + c, v, count);
     store(buffer + c, v);
     return v;

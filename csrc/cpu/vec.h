@@ -118,6 +118,18 @@ FASTBERT_INLINE void store(bf16* p, vf v) {
 #endif
 }
 
+// As storing in a T and loading again leaves it.
+template <class T>
+FASTBERT_INLINE vf rounded(vf v) {
+  T stored[VLEN];
+  store(stored, v);
+  return load(stored);
+}
+template <>
+FASTBERT_INLINE vf rounded<float>(vf v) {
+  return v;
+}
+
 // sum += a * b for loops that need every register: where GCC 12 may choose which of the three is overwritten, sums
 // change their registers from step to step, and some are copied or spilled.
 #if defined(__AVX512F__)

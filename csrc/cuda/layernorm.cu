@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_fwd_kernel(Forwar
   const Team team{a.warps};
   const int64_t row = team.first_row();
   if (row >= a.rows) return;  // a whole warp, of a block whose warps do not wait for each other
-  const Columns<N, CHUNKS> columns{team.lane(), team.stride(), a.columns};
+  Columns<N, CHUNKS> columns{team.lane(), team.stride(), a.columns};
   const int64_t place = row * a.columns;
 
   const DropoutMask dropout(a.dropout);
@@ -138,8 +138,13 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_fwd_kernel(Forwar
   for (int i = 0; i < CHUNKS; ++i) {
     if (!columns.has(i)) continue;
     if (a.z != nullptr) store<N>(a.z + place + columns[i], values[i]);
+    // The statistics are those of the sum as the backward will find it: in a row that is constant but for rounding,
+    // other ones would be far off.
 #pragma unroll
-    for (int j = 0; j < N; ++j) total += values[i][j];
+    for (int j = 0; j < N; ++j) {
+      values[i][j] = to_float(from_float<Y>(values[i][j]));
+      total += values[i][j];
+    }
   }
   const float mean = team.sum(total, slots) / static_cast<float>(a.columns);
   float squares = 0.0f;  // of the centred values, so that nothing cancels
@@ -151,6 +156,7 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_fwd_kernel(Forwar
   }
   const float rstd = 1.0f / sqrtf(team.sum(squares, slots + kMaxWarps) / static_cast<float>(a.columns) + a.eps);
   if (a.mean != nullptr && columns.lane == 0) a.mean[row] = mean, a.rstd[row] = rstd;
+  recompute(columns.lane);  // or parameters are read early, and take registers
   float parameter[CHUNKS][N];
   columns.read(a.weight, parameter);
 #pragma unroll

@@ -96,6 +96,7 @@ def embedding(
         token_type_ids = torch.zeros((), dtype=torch.int64, device=input_ids.device)
     position_ids = like_input(position_ids, "position_ids", input_ids)
     token_type_ids = like_input(token_type_ids, "token_type_ids", input_ids)
+    weight, bias = leaf.in_one_dtype(weight, bias)
     others = (weight.dtype, operator.index(weight.size(0)))
     chosen = dispatch.select("embedding", device=word.device, dtype=word.dtype, requires=others, backend=backend)
     if dropout_p > 0.0 and seed is None:
@@ -346,14 +347,13 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias = inputs[:8]
+    input_ids, position_ids, token_type_ids, word, position, token_type, weight, _ = inputs[:8]
     ctx.padding_idx, _, ctx.dropout_p, seed, ctx.saved = inputs[8:]
     _, xhat, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(xhat, rstd)
     ctx.save_for_backward(xhat, rstd, input_ids, position_ids, token_type_ids, weight, seed)
     ctx.rows = word.size(0), position.size(0), token_type.size(0)
-    ctx.bias_dtype = bias.dtype
 
 
 def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dxhat: None, drstd: None) -> tuple[Any, ...]:
@@ -365,7 +365,7 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dxhat: None, drst
     dword, dposition, dtoken_type, dweight, dbias = kernels.backward(
         dy.contiguous(), *tensors, *ctx.rows, ctx.padding_idx, ctx.dropout_p, seed
     )
-    gradients = dword, dposition, dtoken_type, dweight, dbias.to(ctx.bias_dtype)
+    gradients = dword, dposition, dtoken_type, dweight, dbias
     return (None, None, None, *gradients, None, None, None, None, None)
 
 

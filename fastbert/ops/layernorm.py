@@ -70,6 +70,7 @@ def layernorm(
         if done is not None:
             return done[0]
     _check(x, weight, bias, x_bias, residual, dropout_p, seed)
+    weight, bias = leaf.in_one_dtype(weight, bias)
     others = (weight.dtype, None if residual is None else residual.dtype, operator.index(weight.size(0)))
     chosen = dispatch.select("layernorm", device=x.device, dtype=x.dtype, requires=others, backend=backend)
     if dropout_p > 0.0 and seed is None:
@@ -207,12 +208,12 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, x_bias, residual, weight, bias, _, ctx.dropout_p, seed, ctx.saved = inputs
+    x, x_bias, residual, weight, _, _, ctx.dropout_p, seed, ctx.saved = inputs
     _, z, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(z, mean, rstd)
     ctx.save_for_backward(z if _saves_sum(x_bias, residual, ctx.dropout_p) else x, weight, mean, rstd, seed)
-    ctx.dtypes = [None if value is None else value.dtype for value in (x, x_bias, residual, bias)]
+    ctx.dtypes = [None if value is None else value.dtype for value in (x, x_bias, residual)]
 
 
 def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dz: None, dmean: None, drstd: None) -> tuple[Any, ...]:
@@ -227,13 +228,13 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dy: Tensor | None, dz: None, dmean: 
     )
     if ctx.dropout_p == 0.0:
         dx = dsum
-    x_dtype, x_bias_dtype, residual_dtype, bias_dtype = ctx.dtypes
+    x_dtype, x_bias_dtype, residual_dtype = ctx.dtypes
     return (
         dx.to(x_dtype) if need_x else None,
         dx_bias.to(x_bias_dtype) if need_x_bias else None,
         dsum.to(residual_dtype) if need_residual else None,
         dweight,
-        dbias.to(bias_dtype),
+        dbias,
         None,
         None,
         None,

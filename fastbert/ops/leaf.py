@@ -152,3 +152,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def in_one_dtype(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm's parameters in the wider of their dtypes: kernels give both gradients in one."""
+    if weight.dtype == bias.dtype:
+        return weight, bias
+    dtype = torch.promote_types(weight.dtype, bias.dtype)
+    return weight.to(dtype), bias.to(dtype)

@@ -47,6 +47,9 @@ def _layernorm_fwd_kernel(
         v = tl.where(dropout.keep_rows(seed, threshold, row, BLOCK_M, BLOCK_N), v * keep_scale, 0.0)
     if residual is not None:
         v += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
+    # The statistics are those of the sum as the backward will find it: in a row that is constant but for rounding,
+    # other ones would be far off.
+    v = v.to(y.dtype.element_ty).to(tl.float32)
     if z is not None:
         tl.store(z + offset, v, mask=inside)
     average, inverse, centred = rows.standardize(v, column, eps, HIDDEN)
@@ -92,7 +95,7 @@ def _layernorm_bwd_kernel(
         v = tl.load(z + offset, mask=inside, other=0.0).to(tl.float32)
         average = tl.load(mean + row, mask=row < num_rows, other=0.0)
         inverse = tl.load(rstd + row, mask=row < num_rows, other=0.0)[:, None]
-        xhat = v * inverse - average[:, None] * inverse
+        xhat = (v - average[:, None]) * inverse
         dbias += g
         dweight += g * xhat
         g *= w  # zero outside, whatever xhat is there

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import layernorm as public_layernorm
+from fastbert.ops import leaf
 from fastbert.ops.attention import _run as run_attention
 from fastbert.ops.attention import attention_ref
 from fastbert.ops.ffn import _run as run_ffn
@@ -23,6 +24,7 @@ from fastbert.ops.layernorm import _run as run_layernorm
 
 # Every format, with and without dropout, but not every pair: the cases run thread by thread.
 LAYERNORM_VARIANTS = [(torch.float32, 0.0), (torch.float32, 0.1), (torch.bfloat16, 0.1), (torch.float16, 0.0)]
+MIXED = ["wide residual", "half", "wide x", "no residual", "wide bias"]
 ORDERS = pytest.mark.parametrize("order", ["reverse", "ahead", "priority"])
 ATTENTION_VARIANTS = [(torch.bfloat16, 0.0), (torch.float16, 0.1)]
 # Every number of warps to a row and of accesses to a thread, whole and in part; with and without eights.
@@ -46,6 +48,7 @@ def layernorm(emulated: Any, p: float = 0.0) -> Callable[..., Tensor]:
     def run(
         x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
+        weight, bias = leaf.in_one_dtype(weight, bias)
         return run_layernorm(emulated.leaves["layernorm"], x, weight, bias, x_bias, residual, p, 1e-5, seed)
 
     return run
@@ -61,15 +64,21 @@ def test_layernorm(emulated: Any, dtype: torch.dtype, p: float, case: tuple) -> 
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=accuracy.name_of)
-@pytest.mark.parametrize("mixed", layernorm_cases.MIXED, ids=["wide residual", "half", "wide x", "no residual"])
+@pytest.mark.parametrize("mixed", layernorm_cases.MIXED, ids=MIXED)
 def test_layernorm_mixed_dtypes(emulated: Any, mixed: tuple, half: torch.dtype) -> None:
-    x, residual, weight, x_bias = (half if dtype is torch.bfloat16 else dtype for dtype in mixed)
-    of = {"x": x, "residual": residual, "weight": weight, "bias": weight, "x_bias": x_bias}
+    dtypes = (half if dtype is torch.bfloat16 else dtype for dtype in mixed)
+    of = dict(zip(("x", "residual", "weight", "bias", "x_bias"), dtypes, strict=True))
+    residual = of["residual"]
     tensors = layernorm_cases.tensors_for(19, 384, "b" if residual is None else "br", torch.float32)
     tensors = {name: value.to(of[name]) for name, value in tensors.items()}
     references = layernorm_cases.eager(0.1), layernorm_cases.reference(0.1)
     accuracy.check_forward(layernorm(emulated, 0.1), *references, tensors)
     accuracy.check_backward(layernorm(emulated, 0.1), *references, tensors)
+
+
+def test_layernorm_rows_constant_but_for_rounding(emulated: Any) -> None:
+    tensors = layernorm_cases.constant_but_for_rounding(torch.bfloat16)
+    accuracy.check_backward(layernorm(emulated), layernorm_cases.eager(), layernorm_cases.reference(), tensors)
 
 
 def test_layernorm_where_rows_do_not_lie_on_16_bytes(emulated: Any) -> None:

@@ -107,7 +107,7 @@ def interpreted(backend: str | None) -> bool:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """PyTorch's, which on a GPU takes one dtype alone; where they differ, as on the CPU: rounded once, to x's."""
-    if weight.dtype is x.dtype:
+    if weight.dtype == bias.dtype == x.dtype:
         return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
     return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), 1e-5).to(x.dtype)
 

@@ -174,6 +174,15 @@ def test_embedding_frequent_ids(backend: str, dtype: torch.dtype, padding_idx: i
     )
 
 
+@backends
+def test_embedding_bias_wider_than_the_weight(backend: str) -> None:
+    accuracy.require("embedding", backend, torch.bfloat16)
+    ids = ids_for(3, 5, True, backend)
+    tensors = tensors_for(100, torch.bfloat16, backend)
+    tensors["bias"] = tensors["bias"].float() + 1e-4
+    accuracy.check_backward(ours(backend, ids, None), eager(ids, None), reference(ids, None), tensors)
+
+
 @pytest.mark.parametrize("padding_idx", [3, -58])
 @backends
 def test_embedding_padding_row_gets_no_gradient(backend: str, padding_idx: int) -> None:

@@ -33,12 +33,13 @@ CASES = [
     (2, 8192, "b"),
     (0, 384, "br"),
 ]
-# x, residual, weight and bias, x_bias
+# x, residual, weight, bias, x_bias
 MIXED = [
-    (torch.bfloat16, torch.float32, torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16),
-    (torch.bfloat16, None, torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32, torch.float32, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16),
+    (torch.bfloat16, None, torch.float32, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
 ]
 
 
@@ -56,6 +57,13 @@ def tensors_for(
     if "r" in parts:
         tensors["residual"] = torch.randn(rows, hidden, generator=random)
     return {name: value.to(accuracy.device(backend), dtype) for name, value in tensors.items()}
+
+
+def constant_but_for_rounding(dtype: torch.dtype, backend: str | None = None) -> dict[str, Tensor]:
+    """A sum of x, x_bias and residual that is no number of 16 bits, the same in all places."""
+    tensors = tensors_for(5, 384, "br", dtype, backend)
+    values = {"x": 1.0, "x_bias": 2.0**-7, "residual": 2.0**-12}
+    return tensors | {name: torch.full_like(tensors[name], value) for name, value in values.items()}
 
 
 def ours(backend: str, p: float = 0.0) -> Callable[..., Tensor]:
@@ -110,7 +118,7 @@ def test_layernorm_bwd(backend: str, dtype: torch.dtype, p: float, case: tuple) 
 @backends
 def test_layernorm_mixed_dtypes(backend: str, p: float, mixed: tuple) -> None:
     accuracy.require("layernorm", backend, mixed[0], (mixed[2], mixed[1], 384))
-    of = dict(zip(("x", "residual", "weight", "x_bias"), mixed, strict=True)) | {"bias": mixed[2]}
+    of = dict(zip(("x", "residual", "weight", "bias", "x_bias"), mixed, strict=True))
     tensors = tensors_for(19, 384, "b" if mixed[1] is None else "br", torch.float32, backend)
     tensors = {name: value.to(of[name]) for name, value in tensors.items()}
     accuracy.check_forward(ours(backend, p), eager(p), reference(p), tensors)
@@ -136,6 +144,13 @@ def test_layernorm_dropout_one_keeps_the_residual(backend: str) -> None:
     tensors = tensors_for(5, 24, "br", torch.float32, backend)
     expected = F.layer_norm(tensors["residual"], (24,), tensors["weight"], tensors["bias"], eps=1e-5)
     torch.testing.assert_close(ours(backend, 1.0)(**tensors), expected)
+
+
+@typed
+def test_layernorm_rows_constant_but_for_rounding(backend: str, dtype: torch.dtype) -> None:
+    """A mean of other values than those that the backward finds would be off by a rounding times 1 / sqrt(eps)."""
+    accuracy.require("layernorm", backend, dtype)
+    accuracy.check_backward(ours(backend), eager(), reference(), constant_but_for_rounding(dtype, backend))
 
 
 @backends
