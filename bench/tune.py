@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import gpu, gpu_rows, gpu_worker, machine, report, runner, worker
+from . import gpu, gpu_rows, gpu_worker, machine, ops, report, runner, worker
 from .workloads import Workload
 
 WORTH = 0.98
@@ -37,6 +37,7 @@ def rows() -> dict[str, Callable[[], Workload]]:
             lengths = [width] * (gpu_rows.TOKENS // width)
             shape = gpu_rows.attention_shape(lengths, 1024 // head_dim, head_dim)
             add("attention", f"d{head_dim}-{width}", shape)
+            add("attention", f"d{head_dim}-{width}-dropout", shape, dropout=ops.DROPOUT)
             if width == 512:  # the backward has kernels of its own then
                 add("attention", f"d{head_dim}-{width}-deterministic", shape, deterministic=True)
     sizes = {"base": (768, 3072), "large": (1024, 4096), "minilm": (384, 1536)}

@@ -7,12 +7,15 @@ two passes (seven products), dQ by tiles of queries and dK, dV by tiles of keys,
 bits reads and adds in every step lies in tiles of its own, padded at the end of a sequence: loads are vectors, and
 nothing is masked. The tiles of a ragged batch are found from cu_seqlens on the device (`_find_tile`), so that the host
 never waits. The gradient of a bias is a pass of its own.
+
+The forward of heads up to 64 has four warps a program and two programs a multiprocessor, one of which multiplies while
+the other is in its softmax (as FlashAttention-2 and PyTorch's FlexAttention have it, by measurements on A100 and H100).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor
 from fastbert.kernels import attention_kernels as kernels
 from fastbert.kernels import configs, dropout
 
+_PADDED, _DROPOUT = "-padded", "-dropout"  # what a shape class of their own is called after
 _TILE_WARPS = 4  # of the kernels before and after the backward, which go over the tokens once
 
 
@@ -52,12 +56,12 @@ def attention_fwd(
     block_s = _short("attention_fwd_short", qkv, max_seqlen, bias)
     with torch.cuda.device_of(qkv):
         if block_s:
-            config = _config("attention_fwd_short", qkv, bias, block_s)
+            config = _config("attention_fwd_short", qkv, bias, seed, block_s)
             kernels._attention_fwd_short_kernel[batch * heads,](
                 qkv, out, lse, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
             )
         else:
-            config = _config("attention_fwd", qkv, bias)
+            config = _config("attention_fwd", qkv, bias, seed)
             kernels._attention_fwd_kernel[total // config["BLOCK_M"] + batch, heads](
                 qkv, out, lse, cu_seqlens, seed, bias, *scalars, **constants, **config
             )
@@ -96,7 +100,7 @@ def attention_bwd(
     block_s = 0 if need_dbias else _short("attention_bwd_short", qkv, max_seqlen, bias)
     with torch.cuda.device_of(qkv):
         if block_s:
-            config = _config("attention_bwd_short", qkv, bias, block_s)
+            config = _config("attention_bwd_short", qkv, bias, seed, block_s)
             kernels._attention_bwd_short_kernel[batch * heads,](
                 dout, qkv, lse, dqkv, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
             )
@@ -105,7 +109,7 @@ def attention_bwd(
         if qkv.dtype is torch.float32:
             lse = lse.new_empty(2, heads, total)  # which attention_bwd_dq writes
         two_passes = qkv.dtype is torch.float32 or deterministic
-        config = _config("attention_bwd_dkdv" if two_passes else "attention_bwd", qkv, bias)
+        config = _config("attention_bwd_dkdv" if two_passes else "attention_bwd", qkv, bias, seed)
         slots = total // config["BLOCK_M"] + batch
         stats = dq_sum = None
         if qkv.dtype is not torch.float32:
@@ -116,7 +120,7 @@ def attention_bwd(
                 **constants, BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
             )  # fmt: skip
         if two_passes:
-            dq_config = _config("attention_bwd_dq", qkv, bias)
+            dq_config = _config("attention_bwd_dq", qkv, bias, seed)
             kernels._attention_bwd_dq_kernel[total // dq_config["BLOCK_M"] + batch, heads](
                 dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **dq_config
             )
@@ -130,7 +134,7 @@ def attention_bwd(
                 HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
             )  # fmt: skip
         if need_dbias:
-            config = _config("attention_bwd_dbias", qkv, bias)
+            config = _config("attention_bwd_dbias", qkv, bias, seed)
             batches, bias_heads, queries, keys = shape
             grid = (
                 batches * bias_heads,
@@ -194,11 +198,15 @@ def _shape_class(qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> str:
     return name + "-bias" * (bias is not None)
 
 
-def _config(kernel: str, qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> dict[str, int]:
-    """Head sizes that are padded need registers for it: some kernels have a shape class of their own for them."""
+def _config(kernel: str, qkv: Tensor, bias: Tensor | None, seed: Tensor | None, block_s: int = 0) -> dict[str, int]:
+    """Padded head sizes and dropout need registers: some kernels have a shape class of their own for them."""
     arch, name = configs.architecture(qkv.device), _shape_class(qkv, bias, block_s)
-    padded = qkv.size(3) < _block_d(qkv.size(3)) and f"{name}-padded" in configs.table(arch)[kernel]
-    return configs.choose(kernel, f"{name}-padded" if padded else name, arch)
+    offered = configs.table(arch)[kernel]
+    if qkv.size(3) < _block_d(qkv.size(3)) and name + _PADDED in offered:
+        name += _PADDED
+    if seed is not None and name + _DROPOUT in offered:
+        name += _DROPOUT
+    return configs.choose(kernel, name, arch)
 
 
 # For the compile-time table: the kernels with a configuration, by its name, and their pointers. What else they take,
@@ -225,11 +233,13 @@ def cases(arch: int) -> Iterator[configs.Case]:
     One head size a shape class, and 40 for those that are not a power of two.
     """
     for op, (kernel, pointers) in _KERNELS.items():
-        for name, config in configs.table(arch)[op].items():
+        offered = configs.table(arch)[op]
+        for name, config in offered.items():
             block_d = int(name.split("-")[0][1:])
             dtypes = ("fp32",) if "-fp32" in name else ("bf16", "fp16")
-            bias = name.endswith("-bias")
-            for head_dim, dtype, drops in itertools.product(_head_dims(arch, op, name), dtypes, (False, True)):
+            bias = "-bias" in name
+            dropouts = (True,) if name.endswith(_DROPOUT) else (False,) if name + _DROPOUT in offered else (False, True)
+            for head_dim, dtype, drops in itertools.product(_head_dims(offered, name), dtypes, dropouts):
                 constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
                 constants["SCALED"] = bias or dtype == "fp32"
                 constants |= {key: value for key, value in config.items() if key.startswith("BLOCK")}
@@ -254,17 +264,19 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 }
                 label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * drops
                 options = {key: config[key] for key in ("num_warps", "num_stages")}
-                matrix = dtype != "fp32" or (block_d <= 64 and op == "attention_fwd")
-                yield configs.Case(label, kernel, signature, constants, options, matrix)
+                narrow = block_d <= 64 and op == "attention_fwd"
+                matrix = dtype != "fp32" or narrow
+                together = 2 if narrow and dtype != "fp32" and not bias else 1
+                yield configs.Case(label, kernel, signature, constants, options, matrix, together)
     yield from _tile_cases(arch)
 
 
-def _head_dims(arch: int, kernel: str, name: str) -> tuple[int, ...]:
-    """The head sizes that a shape class is compiled for."""
+def _head_dims(offered: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The head sizes that a shape class of those offered is compiled for."""
     block_d = int(name.split("-")[0][1:])
-    if name.endswith("-padded"):
+    if _PADDED in name:
         return (40,)
-    return (block_d,) if block_d != 64 or f"{name}-padded" in configs.table(arch)[kernel] else (40, 64)
+    return (block_d,) if block_d != 64 or name.removesuffix(_DROPOUT) + _PADDED in offered else (40, 64)
 
 
 def _tile_cases(arch: int) -> Iterator[configs.Case]:
@@ -274,11 +286,12 @@ def _tile_cases(arch: int) -> Iterator[configs.Case]:
     options = {"num_warps": _TILE_WARPS}
     found: dict[tuple[Any, str], dict[str, Any]] = {}
     for op, summed in (("attention_bwd", True), ("attention_bwd_dkdv", False)):
-        for name, config in configs.table(arch)[op].items():
+        offered = configs.table(arch)[op]
+        for name, config in offered.items():
             if "-fp32" in name:
                 continue
-            block_d, scaled = int(name.split("-")[0][1:]), name.endswith("-bias")
-            for head_dim in _head_dims(arch, op, name):
+            block_d, scaled = int(name.split("-")[0][1:]), "-bias" in name
+            for head_dim in _head_dims(offered, name):
                 constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": config["BLOCK_M"]}
                 label = f"bf16-{head_dim}-m{config['BLOCK_M']}"
                 if summed:
