@@ -1,12 +1,12 @@
-"""Attention over packed sequences: launches the kernels of attention_kernels.py.
+"""Attention over packed sequences: launches the kernels of attention_fwd.py and attention_bwd.py.
 
 Up to 128 tokens a sequence, a program holds a whole head, where its registers have room. Otherwise the forward has a
 program for each tile of queries, and the backward one for each tile of keys, which forms the scores once (five matrix
 products) and adds what it has for dQ to a float32 copy by atomics. A deterministic backward, and that of float32, is
 two passes (seven products), dQ by tiles of queries and dK, dV by tiles of keys, without atomics. What a backward in 16
 bits reads and adds in every step lies in tiles of its own, padded at the end of a sequence: loads are vectors, and
-nothing is masked. The tiles of a ragged batch are found from cu_seqlens on the device (`_find_tile`), so that the host
-never waits. The gradient of a bias is a pass of its own.
+nothing is masked. The tiles of a ragged batch are found from cu_seqlens on the device
+(`attention_tiles.find_tile`), so that the host never waits. The gradient of a bias is a pass of its own.
 
 The forward of heads up to 64 has four warps a program and two programs a multiprocessor, one of which multiplies while
 the other is in its softmax (as FlashAttention-2 and PyTorch's FlexAttention have it, by measurements on A100 and H100).
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.kernels import attention_kernels as kernels
+from fastbert.kernels import attention_bwd as bwd
+from fastbert.kernels import attention_fwd as fwd
 from fastbert.kernels import configs, dropout
 
 _PADDED, _DROPOUT = "-padded", "-dropout"  # what a shape class of their own is called after
@@ -57,12 +58,12 @@ def attention_fwd(
     with torch.cuda.device_of(qkv):
         if block_s:
             config = _config("attention_fwd_short", qkv, bias, seed, block_s)
-            kernels._attention_fwd_short_kernel[batch * heads,](
+            fwd._attention_fwd_short_kernel[batch * heads,](
                 qkv, out, lse, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
             )
         else:
             config = _config("attention_fwd", qkv, bias, seed)
-            kernels._attention_fwd_kernel[total // config["BLOCK_M"] + batch, heads](
+            fwd._attention_fwd_kernel[total // config["BLOCK_M"] + batch, heads](
                 qkv, out, lse, cu_seqlens, seed, bias, *scalars, **constants, **config
             )
     return out, lse
@@ -101,7 +102,7 @@ def attention_bwd(
     with torch.cuda.device_of(qkv):
         if block_s:
             config = _config("attention_bwd_short", qkv, bias, seed, block_s)
-            kernels._attention_bwd_short_kernel[batch * heads,](
+            bwd._attention_bwd_short_kernel[batch * heads,](
                 dout, qkv, lse, dqkv, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
             )
             return dqkv, dbias
@@ -115,21 +116,21 @@ def attention_bwd(
         if qkv.dtype is not torch.float32:
             stats = lse.new_empty(heads, slots, 2, config["BLOCK_M"])
             dq_sum = None if two_passes else lse.new_empty(heads, slots, config["BLOCK_M"], _block_d(head_dim))
-            kernels._attention_bwd_begin_kernel[slots, heads](
+            bwd._attention_bwd_begin_kernel[slots, heads](
                 dout, out, lse, delta, stats, dq_sum, cu_seqlens, batch, total, heads,
                 **constants, BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
             )  # fmt: skip
         if two_passes:
             dq_config = _config("attention_bwd_dq", qkv, bias, seed)
-            kernels._attention_bwd_dq_kernel[total // dq_config["BLOCK_M"] + batch, heads](
+            bwd._attention_bwd_dq_kernel[total // dq_config["BLOCK_M"] + batch, heads](
                 dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **dq_config
             )
-        kernels._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
+        bwd._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
             dout, qkv, lse, delta, stats, dqkv, dq_sum, cu_seqlens, seed, bias,
             *scalars, **constants, **config,
         )  # fmt: skip
         if dq_sum is not None:
-            kernels._attention_bwd_end_kernel[slots, heads](
+            bwd._attention_bwd_end_kernel[slots, heads](
                 dq_sum, dqkv, cu_seqlens, batch, heads, scale,
                 HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
             )  # fmt: skip
@@ -141,7 +142,7 @@ def attention_bwd(
                 configs.cdiv(queries, config["BLOCK_M"]),
                 configs.cdiv(keys, config["BLOCK_N"]),
             )
-            kernels._attention_bwd_dbias_kernel[grid](
+            bwd._attention_bwd_dbias_kernel[grid](
                 dout, qkv, lse, delta, dbias, cu_seqlens, seed, bias, *scalars, *shape,
                 **constants, ONE_ROW=queries == 1, **config,
             )  # fmt: skip
@@ -212,16 +213,16 @@ def _config(kernel: str, qkv: Tensor, bias: Tensor | None, seed: Tensor | None, 
 # For the compile-time table: the kernels with a configuration, by its name, and their pointers. What else they take,
 # all take alike.
 _KERNELS = {
-    "attention_fwd": (kernels._attention_fwd_kernel, "qkv out lse cu_seqlens seed bias"),
-    "attention_fwd_short": (kernels._attention_fwd_short_kernel, "qkv out lse cu_seqlens seed bias"),
-    "attention_bwd": (kernels._attention_bwd_dkdv_kernel, "dout qkv lse delta stats dqkv dq_sum cu_seqlens seed bias"),
-    "attention_bwd_dq": (kernels._attention_bwd_dq_kernel, "dout qkv lse delta dqkv cu_seqlens seed bias"),
+    "attention_fwd": (fwd._attention_fwd_kernel, "qkv out lse cu_seqlens seed bias"),
+    "attention_fwd_short": (fwd._attention_fwd_short_kernel, "qkv out lse cu_seqlens seed bias"),
+    "attention_bwd": (bwd._attention_bwd_dkdv_kernel, "dout qkv lse delta stats dqkv dq_sum cu_seqlens seed bias"),
+    "attention_bwd_dq": (bwd._attention_bwd_dq_kernel, "dout qkv lse delta dqkv cu_seqlens seed bias"),
     "attention_bwd_dkdv": (
-        kernels._attention_bwd_dkdv_kernel,
+        bwd._attention_bwd_dkdv_kernel,
         "dout qkv lse delta stats dqkv dq_sum cu_seqlens seed bias",
     ),
-    "attention_bwd_short": (kernels._attention_bwd_short_kernel, "dout qkv lse dqkv cu_seqlens seed bias"),
-    "attention_bwd_dbias": (kernels._attention_bwd_dbias_kernel, "dout qkv lse delta dbias cu_seqlens seed bias"),
+    "attention_bwd_short": (bwd._attention_bwd_short_kernel, "dout qkv lse dqkv cu_seqlens seed bias"),
+    "attention_bwd_dbias": (bwd._attention_bwd_dbias_kernel, "dout qkv lse delta dbias cu_seqlens seed bias"),
 }
 _FLOATS = ("lse", "delta", "stats", "dq_sum", "bias", "dbias")
 _TYPES = dict.fromkeys(_FLOATS, "*fp32") | {"cu_seqlens": "*i32", "seed": "*i64"}
@@ -295,9 +296,9 @@ def _tile_cases(arch: int) -> Iterator[configs.Case]:
                 constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": config["BLOCK_M"]}
                 label = f"bf16-{head_dim}-m{config['BLOCK_M']}"
                 if summed:
-                    found[kernels._attention_bwd_end_kernel, label] = constants
+                    found[bwd._attention_bwd_end_kernel, label] = constants
                 begin = constants | {"SCALED": scaled} | ({} if summed else {"dq_sum": None})
-                found[kernels._attention_bwd_begin_kernel, label + "-sum" * summed + "-bias" * scaled] = begin
+                found[bwd._attention_bwd_begin_kernel, label + "-sum" * summed + "-bias" * scaled] = begin
     for (kernel, label), constants in found.items():
         signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
         yield configs.Case(label, kernel, signature, constants, options, matrix=False)

@@ -13,10 +13,10 @@ pytest.importorskip("triton", reason="there are no Triton kernels without triton
 import triton
 import triton.language as tl
 
-from fastbert.kernels import attention, attention_kernels
+from fastbert.kernels import attention, attention_bwd, attention_fwd, attention_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-find_tile = attention_kernels._find_tile
+find_tile = attention_tiles.find_tile
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def test_a_ragged_batch_idles_few_programs(deterministic: bool, monkeypatch: pyt
     tiles["bwd_dq" if deterministic else "bwd_end"] = "BLOCK_M"
     launches = {}
     for name in tiles:
-        kernel = getattr(attention_kernels, f"_attention_{name}_kernel")
+        kernel = getattr(attention_fwd if name == "fwd" else attention_bwd, f"_attention_{name}_kernel")
         launches[name] = mock.Mock(wraps=kernel.run)  # which launches it, on a GPU or in the interpreter
         monkeypatch.setattr(kernel, "run", launches[name])
     qkv = torch.randn(sum(lengths), 3, 1, 64, device=DEVICE).bfloat16()
