@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from transformers.activations import GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastbert import encoder, internals
 from fastbert.internals import active_collector, func_transform
@@ -76,7 +78,8 @@ class Resolved:
     paths: of the parts, below the module. check: gives that reason, from the parts by path. methods: what the fast path
     stands in for besides the parts' forwards: the path of a part, "" for the module itself, and the name of its method.
     `current` tells in a few microseconds whether everything still is what it was. weights: where those of the parts
-    are, if nothing speaks against the fast path; `misfit` looks at their shapes.
+    are, if nothing speaks against the fast path; `misfit` looks at their shapes. Nothing here leads to the module
+    itself, which holds this: a cycle would keep its weights in memory after `del model`.
     """
 
     weights: Weights
@@ -108,18 +111,23 @@ class Resolved:
         self.hooks = [*_GLOBAL_HOOKS, *(getattr(part, name) for part in self.modules for name in HOOKS)]
         self.hook_ids = tuple(chain.from_iterable(self.hooks))
         owned = [(part, "forward") for part in self.modules]
-        owned += [(parts[path] if path else module, name) for path, name in methods if not path or path in parts]
+        owned += [(parts[path], name) for path, name in methods if path in parts]
         self.instances = [vars(part) for part, _ in owned]
         self.methods = [name for _, name in owned]
-        self.replaced = tuple(map(operator.contains, self.instances, self.methods))
-        functions = [(module.stock if part is module else type(part), name) for part, name in owned]
+        self.own_methods = [name for path, name in methods if not path]
+        self.replaced = self._replaced(module)
+        functions = [(type(part), name) for part, name in owned]
+        functions += [(module.stock, name) for name in self.own_methods]
         self.functions = dict.fromkeys(its for its in ((module.stock, "forward"), *functions) if hasattr(*its))
         self.reason = self.missing or self._common() or check(parts)
         self.reason = self.reason or next(filter(None, starmap(replaced_method, self.functions)), None)
         if torch.compiler.is_compiling():  # then nobody asks whether it is current
             return
         self.watched = [(its._modules, path.rpartition(".")[2]) for its, path in zip(parents, found, strict=True)]
-        self.watched += [(vars(its), name) for its, name in self.attributes(module) if name in vars(its)]
+        attributes = [(its, name) for its, name in self.attributes(module) if name in vars(its)]
+        self.watched += [(vars(its), name) for its, name in attributes if its is not module]
+        self.own = [name for its, name in attributes if its is module]
+        self.own_values = [vars(module)[name] for name in self.own]
         self.dicts, self.names = zip(*self.watched, *_definitions(self.functions), strict=True)
         self.values = tuple(map(operator.getitem, self.dicts, self.names))
 
@@ -135,10 +143,18 @@ class Resolved:
                 and tuple(map(operator.getitem, self.dicts, self.names)) == self.values
                 and tuple(map(type, self.modules)) == self.types
                 and (tuple(chain.from_iterable(self.hooks)) == self.hook_ids if any(self.hooks) else not self.hook_ids)
-                and tuple(map(operator.contains, self.instances, self.methods)) == self.replaced
+                and self._replaced(module) == self.replaced
+                and list(map(vars(module).__getitem__, self.own)) == self.own_values
             )
         except KeyError:
             return False
+
+    def _replaced(self, module: nn.Module) -> tuple[bool, ...]:
+        """Which of the methods an object has of its own, in place of its class's."""
+        return (
+            *map(operator.contains, self.instances, self.methods),
+            *map(vars(module).__contains__, self.own_methods),
+        )
 
     def expected(self, shapes: list[torch.Size]) -> list[tuple[int, ...]]:
         """The shapes that the weights must have, by the sizes that some of them do have."""
@@ -176,7 +192,8 @@ class Resolved:
                 return f"a hook ({hook}) sits on {path}"
             if "forward" in vars(part):
                 return f"the forward of {path} is replaced"
-        replaced = [name for name, found in zip(self.methods, self.replaced, strict=True) if found]
+        methods = [*self.methods, *self.own_methods]
+        replaced = [name for name, found in zip(methods, self.replaced, strict=True) if found]
         return f"{replaced[0]} is replaced" if replaced else None
 
 
@@ -284,7 +301,7 @@ class ResolvedLayer(Resolved):
         self.weights = Weights.of(parts, *product(weighted, ("weight", "bias")))
         self.norms = parts[names.attention_norm], parts[names.norm]
         self.attention = parts[names.query.rpartition(".")[0]]
-        self.chunked = parts[owner] if owner else module
+        self.chunked = parts[owner] if owner else None
         self.attention_dropout = parts[names.attention_dropout]
         self.hidden_dropout = None if names.attention_out_dropout is None else parts[names.attention_out_dropout]
         self.ffn_dropout = parts[names.down_dropout]
@@ -329,7 +346,11 @@ class ResolvedLayer(Resolved):
         for path, attributes in looked_at.items():
             yield from ((self.parts[path], name) for name in attributes if path in self.parts)
 
-    def settings_from(self) -> Iterator[tuple[nn.Module, str]]:
+    def chunking(self, module: nn.Module) -> nn.Module:
+        """What `chunk_size_feed_forward` is an attribute of: the layer itself, or its feed-forward part."""
+        return module if self.chunked is None else self.chunked
+
+    def settings_from(self, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         """The attributes on which `settings` depends."""
         yield from ((norm, "eps") for norm in self.norms)
         yield self.attention, "scaling"
@@ -338,8 +359,8 @@ class ResolvedLayer(Resolved):
         for dropout in (self.hidden_dropout, self.ffn_dropout):
             if dropout is not None:
                 yield from ((dropout, name) for name in ("p", "training"))
-        if "chunk_size_feed_forward" in vars(self.chunked):
-            yield self.chunked, "chunk_size_feed_forward"
+        if "chunk_size_feed_forward" in vars(self.chunking(module)):
+            yield self.chunking(module), "chunk_size_feed_forward"
 
     def settings(self, weights: tuple[Tensor, ...]) -> encoder.LayerSettings:
         """What the packed layer needs besides its weights, read anew at each call."""
@@ -370,14 +391,17 @@ class ResolvedStack:
         self.roots = tuple(layer._modules for layer in layers)
         self.modules = (*layers, *(part for its in resolved for part in its.modules))
         self.types = tuple(map(type, self.modules))
-        self.instances = [*map(vars, layers), *(instance for its in resolved for instance in its.instances)]
-        self.methods = ["forward"] * len(layers) + [name for its in resolved for name in its.methods]
+        owned = [(vars(layer), name) for layer, its in zip(layers, resolved, strict=True) for name in its.own_methods]
+        owned += [(vars(layer), "forward") for layer in layers]
+        self.instances = [*(instance for instance, _ in owned), *(one for its in resolved for one in its.instances)]
+        self.methods = [*(name for _, name in owned), *(name for its in resolved for name in its.methods)]
         self.hooks = [*_GLOBAL_HOOKS, *(getattr(module, name) for module in self.modules for name in HOOKS)]
         self.hook_ids = tuple(chain.from_iterable(self.hooks))
         watched = list(_definitions(dict.fromkeys(function for its in resolved for function in its.functions)))
-        for its in resolved:
+        for layer, its in zip(layers, resolved, strict=True):
             watched += its.watched
-            watched += ((vars(module), name) for module, name in its.settings_from())
+            watched += ((vars(layer), name) for name in its.own)
+            watched += ((vars(module), name) for module, name in its.settings_from(layer))
         self.dicts, self.names = zip(*watched, strict=True)
         self.values = tuple(map(operator.getitem, self.dicts, self.names))
         self.parameter_dicts = [parameters for its in resolved for parameters in its.weights.dicts]
@@ -495,11 +519,21 @@ def recording(config: Any) -> bool:
     return config.output_hidden_states or config.output_attentions or captured()
 
 
+def is_stock_attention(implementation: str | None) -> bool:
+    """Whether an attention implementation is transformers' own: somebody else's may compute something else."""
+    if implementation in (None, "eager"):
+        return True
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    return (getattr(getattr(function, "func", function), "__module__", None) or "").startswith("transformers.")
+
+
 def call_reason(config: Any, kwargs: dict[str, Any]) -> str | None:
     """Why the call that runs now has to take the stock forward, or None."""
     implementation = None if config is None else config._attn_implementation
     if config is not None and implementation not in PACKABLE:
         return f"the attention implementation was set to {implementation!r}"
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
+        return "another function was registered for the attention implementation 'sdpa'"
     if kwargs.get("output_attentions") or captured("attentions"):
         return "attentions were asked for"
     if kwargs.get("past_key_values") is not None or kwargs.get("encoder_hidden_states") is not None:

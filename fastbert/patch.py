@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 import fastbert.implementation  # noqa: F401  (registers the attention implementation)
 from fastbert import graphs
 from fastbert.families import FAMILIES, ROLES, Family, role_of
-from fastbert.guards import IMPLEMENTATION
+from fastbert.guards import IMPLEMENTATION, is_stock_attention
 from fastbert.swapped import Fast, FastDistilBertEncoder, FastEmbeddings, FastEncoder, FastLayer, State, calls
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -113,7 +113,9 @@ def optimize(model: Model, *, cuda_graphs: bool | int = False) -> Model:
 
 
 def swap(model: nn.Module, *, replace: tuple[str | None, ...] | None = None) -> bool:
-    """Swap what can be swapped. replace: the attention implementations to put ours in place of; None: any.
+    """Swap what can be swapped.
+
+    replace: the attention implementations to put ours in place of; None: those that are transformers' own.
 
     Returns whether anything in the model is swapped now.
     """
@@ -145,9 +147,12 @@ def _adopt(module: nn.Module, replace: tuple[str | None, ...] | None) -> None:
                 layer._fastbert.config = config
         if config is None or config.output_attentions or config._attn_implementation == IMPLEMENTATION:
             return
-        if replace is not None and config._attn_implementation not in replace:
+        implementation = config._attn_implementation
+        if implementation not in replace if replace is not None else not is_stock_attention(implementation):
             return
-        state.implementation = config._attn_implementation or "sdpa"
+        for swapped in module.modules():
+            if isinstance(swapped, Fast):
+                swapped._fastbert.implementation = implementation or "sdpa"
         config._attn_implementation = IMPLEMENTATION
     elif isinstance(module, PreTrainedModel):
         embeddings = getattr(module, "embeddings", None)

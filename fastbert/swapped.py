@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
 from fastbert import encoder, graphs
@@ -47,7 +48,7 @@ class State:
 
     def __init__(self, config: Any = None, implementation: str | None = None, graphs_held: int = 0) -> None:
         self.config = config
-        self.implementation = implementation  # of the configuration before optimize; on an encoder
+        self.implementation = implementation  # of the configuration before optimize; on an encoder and its layers
         self.resolved: Any = None  # the parts as last found: a guards.Resolved
         self.buffers: Any = None  # of embeddings, as guards.plain_buffers found them
         self.graphs = graphs.EncoderGraphs(graphs_held) if graphs_held else None  # of an encoder
@@ -97,7 +98,10 @@ class FastLayer(Fast):
         reason, weights, settings = self._readiness(hidden_states, args, kwargs)
         batch = attention_mask
         if reason is None and not isinstance(batch, PackedBatch):
-            batch = batch_of(hidden_states, attention_mask, kwargs)
+            # A token that one layer does not attend to has hidden states all the same, unlike one that the encoder's
+            # mask leaves out.
+            alone = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
+            batch = batch_of(hidden_states, attention_mask, kwargs, keep_padding=alone)
             if isinstance(batch, str):
                 reason, batch = batch, attention_mask
         if not torch.compiler.is_compiling():
@@ -109,7 +113,7 @@ class FastLayer(Fast):
         if not isinstance(batch, PackedBatch):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         padded = batch.unpack(hidden_states) if hidden_states.dim() == 2 else hidden_states
-        padded = super().forward(padded, batch.stock_mask(padded.dtype), *args, **kwargs)
+        padded = super().forward(padded, stock_mask(self, batch, padded.dtype), *args, **kwargs)
         return batch.pack(padded) if hidden_states.dim() == 2 else padded
 
     def _readiness(self, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -128,7 +132,7 @@ class FastLayer(Fast):
         resolved = self.resolve()
         if resolved.reason is not None:
             return resolved.reason, None, None
-        if getattr(resolved.chunked, "chunk_size_feed_forward", 0):
+        if getattr(resolved.chunking(self), "chunk_size_feed_forward", 0):
             return "chunk_size_feed_forward is set", None, None
         weights = resolved.weights.read()
         if weights is None:
@@ -178,9 +182,8 @@ class FastEncoder(Fast):
         batch = encoder_batch(self, hidden_states, attention_mask, kwargs, crossing)
         if batch is None or all_stock(self):
             crossing["encoder_attention_mask"] = encoder_attention_mask
-            return cleared(
-                super().forward(hidden_states, attention_mask, **crossing, use_cache=use_cache, **kwargs), batch
-            )
+            mask = expanded_mask(self, attention_mask, hidden_states)
+            return cleared(super().forward(hidden_states, mask, **crossing, use_cache=use_cache, **kwargs), batch)
         watched = kwargs | {"encoder_attention_mask": encoder_attention_mask, "past_key_values": None}
         x = encode(self, hidden_states, batch, None, **watched)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x)
@@ -196,7 +199,8 @@ class FastDistilBertEncoder(Fast):
             return restored_forward(self, hidden_states, attention_mask, **kwargs)
         batch = encoder_batch(self, hidden_states, attention_mask, kwargs, {})
         if batch is None or all_stock(self):
-            return cleared(super().forward(hidden_states, attention_mask, **kwargs), batch)
+            mask = expanded_mask(self, attention_mask, hidden_states)
+            return cleared(super().forward(hidden_states, mask, **kwargs), batch)
         return BaseModelOutput(last_hidden_state=encode(self, hidden_states, batch, **kwargs))
 
 
@@ -215,6 +219,35 @@ def encoder_batch(
         return None
     batch = batch_of(hidden_states, attention_mask, kwargs, keep_padding=keep_padding)
     return batch if isinstance(batch, PackedBatch) else None
+
+
+def expanded_mask(module: Any, attention_mask: Any, hidden_states: Tensor) -> Any:
+    """A mask as the stock layers of an encoder get it: what transformers makes of a 2-D one for their attention."""
+    implementation = module._fastbert.implementation
+    if implementation is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return attention_mask
+    batch, seqlen = hidden_states.shape[:2]
+    make = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation, sdpa_mask)
+    return make(
+        batch_size=batch,
+        q_length=seqlen,
+        kv_length=attention_mask.shape[1],  # with a cache, more than the states
+        q_offset=0,
+        kv_offset=0,
+        mask_function=bidirectional_mask_function,
+        attention_mask=attention_mask.to(hidden_states.device, torch.bool),
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=True,
+        dtype=hidden_states.dtype,
+        config=module._fastbert.config,
+        use_vmap=False,
+        device=hidden_states.device,
+    )
+
+
+def stock_mask(module: Any, batch: PackedBatch, dtype: torch.dtype) -> Tensor | None:
+    """The mask of a batch for stock code in a swapped encoder or layer: additive if its attention was the eager one."""
+    return batch.stock_mask(dtype, as_bias=module._fastbert.implementation == "eager")
 
 
 def cleared(outputs: Any, batch: PackedBatch | None) -> Any:
@@ -253,6 +286,8 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
         if y is not None:
             return y
     recorded = captured("hidden_states")
+    if torch.is_grad_enabled():
+        module._fastbert.resolved = None  # or weights that were replaced stay in memory while the model trains
     if hidden_states.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not captured():
         y = encode_at_once(module, hidden_states, batch)
         if y is not None:
@@ -262,7 +297,7 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
         hidden_states,
         batch,
         lambda layer: not recorded and takes_packed(layer, batch),
-        lambda: linked_mask(batch, hidden_states.dtype),
+        lambda: linked_mask(module, batch, hidden_states.dtype),
         *args,
         **kwargs,
     )
@@ -308,8 +343,10 @@ def encode_at_once(
 
 def settled(module: Any) -> ResolvedStack | None:
     """The layers of an encoder that ran as one before, if nothing about them has changed since."""
-    stack = module._fastbert.resolved
-    return None if stack is None or stack.weights(module.layer) is None else stack
+    stack = module._fastbert.resolved  # read once: other threads share it
+    if stack is not None and stack.weights(module.layer) is None:
+        stack = module._fastbert.resolved = None
+    return stack
 
 
 def stack_of(layers: nn.ModuleList, hidden_states: Tensor, batch: PackedBatch) -> ResolvedStack | None:
@@ -338,9 +375,9 @@ def takes_packed(layer: nn.Module, batch: PackedBatch) -> bool:
     return not (batch.bias is not None and batch.bias.requires_grad and layer.gradient_checkpointing)
 
 
-def linked_mask(batch: PackedBatch, dtype: torch.dtype) -> Tensor | None:
-    """The stock mask for a watched layer. If made here, it carries the batch, so that the layer need not look at it."""
-    mask = batch.stock_mask(dtype)
+def linked_mask(module: Any, batch: PackedBatch, dtype: torch.dtype) -> Tensor | None:
+    """An encoder's mask for a watched layer. If made here, it carries the batch, so that the layer need not look."""
+    mask = stock_mask(module, batch, dtype)
     if mask is not None and batch.source is None and not torch.compiler.is_compiling():
         mask = mask.view(mask.shape)  # so that the batch, which keeps the mask, is not in a cycle with it
         mask._fastbert_batch = batch

@@ -40,6 +40,7 @@ def attention_ref(
 
     accumulate = torch.promote_types(qkv.dtype, torch.float32)
     padded = qkv[token.clamp(max=total - 1)].to(accumulate)  # [B, S, 3, h, d]
+    padded = padded.masked_fill(~is_key[:, :, None, None, None], 0.0)  # or a NaN of the sequence behind would get in
     query, key, value = padded.permute(2, 0, 3, 1, 4)
     scores = query @ key.transpose(-1, -2) * scale
     if bias is not None:
