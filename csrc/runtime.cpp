@@ -68,11 +68,11 @@ const Kernels& kernels() {
   return *chosen;
 }
 
+// When the library is loaded, not at the first kernel: PyTorch's threads may be in use before that.
 static std::atomic<bool> forked{false};
+[[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 Executor executor() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  (void)registered;
   const int workers = forked ? 1 : static_cast<int>(torch::stable::get_num_threads());
   return {workers, [](int n, void (*body)(void*, int), void* context) {
             torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
@@ -80,6 +80,8 @@ Executor executor() {
             });
           }};
 }
+
+constexpr int64_t kKeptBytes = 64 << 20;
 
 void* scratch(ScratchSlot slot, int64_t bytes) {
   struct Slot {
@@ -89,7 +91,8 @@ void* scratch(ScratchSlot slot, int64_t bytes) {
   };
   static thread_local Slot slots[kScratchSlots];
   Slot& s = slots[slot];
-  if (s.size < bytes) {
+  // The states of one huge batch go when a usual one comes.
+  if (s.size < bytes || (slot == kScratchLayer && s.size > kKeptBytes && bytes <= kKeptBytes)) {
     std::free(s.data);
     s.size = (bytes + 4095) / 4096 * 4096;
     s.data = std::aligned_alloc(64, static_cast<size_t>(s.size));

@@ -129,6 +129,14 @@ def layers_at_once(
     return layers_op(x, batch.cu_seqlens, batch.max_seqlen, heads, scale, batch.bias, weights, eps1, eps2)
 
 
+def layers_in_turn(x: Tensor, batch: PackedBatch, weights: tuple[Tensor, ...], settings: LayerSettings) -> Tensor:
+    """The same op by op, without a look at the modules between them."""
+    count = 2 * len(WEIGHTED)
+    for start in range(0, len(weights), count):
+        x = layer(x, batch, weights[start : start + count], settings)
+    return x
+
+
 def encode(
     layers: nn.ModuleList,
     hidden_states: Tensor,

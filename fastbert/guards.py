@@ -407,7 +407,12 @@ class ResolvedStack:
         self.parameter_dicts = [parameters for its in resolved for parameters in its.weights.dicts]
         self.parameter_names = [name for its in resolved for name in its.weights.names]
         self.parameters: tuple[Tensor, ...] = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
-        self.shape = self.parameters[0].shape  # of a query; the op holds all other shapes against it
+        self.shape = self.parameters[0].shape  # of a query; the op holds all other shapes against it, or `fits` does
+        self.shapes = [parameter.shape for parameter in self.parameters]
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether layers of these shapes may take the states x one after another."""
+        return wrong_weights(self.parameters, x) is None and [weight.shape for weight in self.parameters] == self.shapes
 
     def weights(self, layers: nn.ModuleList) -> tuple[Tensor, ...] | None:
         """Weight and bias of each layer's modules in turn, or None if anything is not what it was."""

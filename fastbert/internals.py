@@ -21,11 +21,15 @@ TESTED = {"torch": "2.11 to 2.13", "transformers": "5.17 to 5.23"}
 _PLACES = {
     # A context below PyTorch's autograd, where an op costs a few microseconds less (ops/leaf.py).
     "below_autograd": ("torch", "_C._AutoDispatchBelowAutograd"),
+    # How many modes follow the calls of ops (ops/leaf.py).
+    "dispatch_modes": ("torch", "_C._len_torch_dispatch_stack"),
+    # Whether the profiler is recording (ops/leaf.py).
+    "profiling": ("torch", "_C._autograd._profiler_enabled"),
     # The tensors in a fake kernel's arguments, lists included (ops/leaf.py).
     "tree_leaves": ("torch.utils._pytree", "tree_leaves"),
     # A condition that the device looks at, without making the host wait (packing.py).
     "assert_async": ("torch", "_assert_async"),
-    # Whether a torch.func transform is running, under which the ops cannot (guards.py).
+    # Whether a torch.func transform is running, under which the ops cannot (guards.py, ops/leaf.py).
     "func_transform": ("torch", "_C._functorch.peek_interpreter_stack"),
     # Hooks on every module, which speak against the fast path (guards.py).
     "global_forward_hooks": ("torch.nn.modules.module", "_global_forward_hooks"),

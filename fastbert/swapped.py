@@ -288,7 +288,7 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
     recorded = captured("hidden_states")
     if torch.is_grad_enabled():
         module._fastbert.resolved = None  # or weights that were replaced stay in memory while the model trains
-    if hidden_states.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not captured():
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not captured():
         y = encode_at_once(module, hidden_states, batch)
         if y is not None:
             return y
@@ -324,7 +324,7 @@ def replay(
 def encode_at_once(
     module: Any, hidden_states: Tensor, batch: PackedBatch, stack: ResolvedStack | None = None
 ) -> Tensor | None:
-    """All layers of an encoder in one op, or None if they have to be called one by one.
+    """All layers of an encoder past their modules, on a CPU in one op; None if they have to be called one by one.
 
     stack: `settled`, if that has been asked.
     """
@@ -333,9 +333,12 @@ def encode_at_once(
         stack = module._fastbert.resolved = stack_of(module.layer, hidden_states, batch)
         if stack is None:
             return None
-    y = encoder.layers_at_once(batch.rows(hidden_states), batch, stack.parameters, stack.settings)
+    x = batch.rows(hidden_states)
+    y = encoder.layers_at_once(x, batch, stack.parameters, stack.settings)
     if y is None:
-        return None
+        if not stack.fits(x):
+            return None
+        y = encoder.layers_in_turn(x, batch, stack.parameters, stack.settings)
     for layer in module.layer:
         layer._fastbert.count(None)
     return batch.unpack(y)

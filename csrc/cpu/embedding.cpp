@@ -38,7 +38,7 @@ void embedding_row(const EmbeddingForward<T>& a, int64_t row, float* buffer) {
     store(buffer + c, v);
     return v;
   });
-  const float mean = total / static_cast<float>(n), rstd = inverse_deviation(buffer, n, mean, a.eps);
+  const auto [mean, rstd] = statistics(buffer, n, total, a.eps);
   if (a.rstd != nullptr) a.rstd[row] = rstd;
   for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
     const vf x = (load(buffer + c) - mean) * rstd;

@@ -38,7 +38,7 @@ void layernorm_row(const LayerNormForward<X, R, Y>& a, int64_t row, float* buffe
     store(buffer + c, v);
     return v;
   });
-  const float mean = total / static_cast<float>(n), rstd = inverse_deviation(buffer, n, mean, a.eps);
+  const auto [mean, rstd] = statistics(buffer, n, total, a.eps);
   if (a.mean != nullptr) a.mean[row] = mean, a.rstd[row] = rstd;
   for_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
     store_n(y + c, (load(buffer + c) - mean) * rstd * load_n(weight + c, count) + load_n(bias + c, count), count);

@@ -48,13 +48,22 @@ inline const float* as_float(const Vector& v, int64_t n, float* room) {
   return room;
 }
 
-// 1 / standard deviation of a row in fp32 whose mean is known: from the centred values, so that nothing cancels.
-FASTBERT_INLINE float inverse_deviation(const float* row, int64_t n, float mean, double eps) {
+struct Statistics {
+  float mean, rstd;  // rstd: 1 / standard deviation
+};
+
+// Of a row in fp32 whose sum is known. The variance is taken from the centred values, so that nothing cancels, and so is
+// the rest of the mean, whose rounding would make a constant row steep.
+FASTBERT_INLINE Statistics statistics(const float* row, int64_t n, float total, double eps) {
+  const float mean = total / static_cast<float>(n);
+  vf rest = {};
   const float squares = sum_columns(n, [&](int64_t c, int64_t count) FASTBERT_INLINED {
     const vf d = first_lanes(load(row + c) - mean, count);
+    rest += d;
     return d * d;
   });
-  return static_cast<float>(1.0 / __builtin_sqrt(squares / static_cast<double>(n) + eps));
+  const double offset = sum(rest) / static_cast<double>(n), variance = squares / static_cast<double>(n) - offset * offset;
+  return {mean + static_cast<float>(offset), static_cast<float>(1.0 / __builtin_sqrt((variance > 0.0 ? variance : 0.0) + eps))};
 }
 
 // Backward of dropout_after(LayerNorm(z)) (embedding) or of LayerNorm(z) with z = dropout(x) + ... (layernorm).

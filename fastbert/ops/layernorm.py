@@ -38,6 +38,7 @@ def layernorm_ref(
     if residual is not None:
         z = z + residual.to(accumulate)
     centred = z - z.mean(-1, keepdim=True)
+    centred = centred - centred.mean(-1, keepdim=True)  # the mean's rounding would make a constant row steep
     normalised = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return (normalised * weight.to(accumulate) + bias.to(accumulate)).to(out_dtype)
 

@@ -16,40 +16,73 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastbert import dispatch
-from fastbert.internals import below_autograd, forward_mode, tree_leaves
+from fastbert.internals import below_autograd, dispatch_modes, forward_mode, func_transform, profiling, tree_leaves
+
+# What arguments of an op may be for its kernel to be called past PyTorch's dispatcher.
+_PLAIN = {Tensor, Parameter, type(None), int, float, bool}
 
 
 class Leaf:
     """The leaf ops of one backend: `fastbert::<op>_fwd_<backend>` and, where there is one, `<op>_bwd_<backend>`.
 
-    missing: why they cannot be called, or None.
+    missing: why they cannot be called, or None. function: what records a call of the forward.
     """
 
-    __slots__ = ("backend", "backward", "forward", "missing", "op")
+    __slots__ = ("backend", "backward_op", "forward_op", "function", "missing", "op")
 
     def __init__(self, op: str, backend: str, *, backward: bool = True) -> None:
         names = [f"{op}_fwd_{backend}"] + [f"{op}_bwd_{backend}"] * backward
         self.op, self.backend = op, backend
         self.missing = next(filter(None, map(dispatch.missing_leaf, names)), None)
-        self.forward: Any = dispatch.leaf(names[0])
-        self.backward: Any = dispatch.leaf(names[-1]) if backward else None
+        self.forward_op: Any = dispatch.leaf(names[0])
+        self.backward_op: Any = dispatch.leaf(names[-1]) if backward else None
+        self.function: Any = None
 
     def call(self, recorded: bool, *arguments: Any) -> Any:
-        """The forward op. recorded: whether autograd has to record the call. If not, it is made below autograd, but not
-        while compiling.
+        """The forward. recorded: whether autograd has to record the call.
+
+        The op that is registered does for every call, and tracing wants to see it; but its way through the dispatcher
+        and autograd takes longer than a kernel on a small batch, and where nobody looks there are shorter ones.
         """
-        if recorded or torch.compiler.is_compiling():
-            return self.forward(*arguments)
+        if torch.compiler.is_compiling() or watched():
+            return self.forward_op(*arguments)
+        if not recorded:
+            return self.run(self.forward_op, "fwd", arguments)
+        if self.function is not None and _PLAIN.issuperset(map(type, arguments)):
+            return self.function.apply(*arguments)
+        return self.forward_op(*arguments)
+
+    def backward(self, *arguments: Any) -> Any:
+        """The backward, called from what `register` was given for it."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched():
+            return self.backward_op(*arguments)
+        return self.run(self.backward_op, "bwd", arguments)
+
+    def run(self, op: Any, name: str, arguments: tuple[Any, ...]) -> Any:
+        """One of the ops below autograd, or its kernel itself if that is a Python function."""
+        if self.backend == "triton" and all(
+            type(value) in _PLAIN or (type(value) is list and _PLAIN.issuperset(map(type, value)))
+            for value in arguments
+        ):
+            return _kernel(self.op, f"{self.op}_{name}")(*arguments)
         with below_autograd():
-            return self.forward(*arguments)
+            return op(*arguments)
 
     def attempt(self, *arguments: Any) -> Any:
         """The forward op below autograd, where `direct` allows it; None if it refuses these arguments."""
         try:
             with below_autograd():
-                return self.forward(*arguments)
+                return self.forward_op(*arguments)
         except RuntimeError:
             return None
+
+
+def watched() -> bool:
+    """Whether somebody follows the calls of ops: a dispatch mode (as for fake tensors), a torch.func transform,
+    torch.jit.trace or the profiler."""
+    return bool(
+        dispatch_modes() or func_transform() is not None or torch._C._get_tracing_state() is not None or profiling()
+    )
 
 
 def define_triton(op: str, forward: str, backward: str | None = None) -> Leaf:
@@ -97,6 +130,7 @@ def register(
     name = f"fastbert::{leaf.op}_fwd_{leaf.backend}"
     torch.library.register_fake(name, _guarded(leaf.op, forward_fake))
     torch.library.register_autograd(name, functools.partial(backward, leaf), setup_context=setup_context)
+    leaf.function = _function(leaf, setup_context, backward)
     if backward_fake is None:
         return
 
@@ -106,6 +140,21 @@ def register(
     name = f"fastbert::{leaf.op}_bwd_{leaf.backend}"
     torch.library.register_fake(name, _guarded(leaf.op, backward_fake))
     torch.library.register_autograd(name, second_order)
+
+
+def _function(leaf: Leaf, setup_context: Callable[..., None], backward: Callable[..., Any]) -> type:
+    """An autograd.Function that does what is registered for a forward op, for arguments that are no lists."""
+
+    def run_forward(ctx: Any, *arguments: Any) -> Any:
+        output = leaf.run(leaf.forward_op, "fwd", arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    def run_backward(ctx: Any, *gradients: Any) -> Any:
+        return backward(leaf, ctx, *gradients)
+
+    members = {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}
+    return type(f"fastbert_{leaf.op}_{leaf.backend}_", (torch.autograd.Function,), members)
 
 
 def _guarded(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:

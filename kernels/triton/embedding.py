@@ -67,7 +67,7 @@ def _embedding_fwd_kernel(
     v = _table_rows(word, word_id, num_words, column, inside, HIDDEN)
     v += _table_rows(token_type, type_id, num_types, column, inside, HIDDEN)
     v += _table_rows(position, position_id, num_positions, column, inside, HIDDEN)
-    _, inverse, centred = rows.standardize(v, column, eps, HIDDEN)
+    _, inverse, centred = rows.standardize(v, column, eps, HIDDEN, y.dtype.element_ty != tl.float32)
     normal = centred * inverse[:, None]
     offset = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
     if xhat is not None:

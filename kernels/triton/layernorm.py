@@ -52,7 +52,7 @@ def _layernorm_fwd_kernel(
     v = v.to(y.dtype.element_ty).to(tl.float32)
     if z is not None:
         tl.store(z + offset, v, mask=inside)
-    average, inverse, centred = rows.standardize(v, column, eps, HIDDEN)
+    average, inverse, centred = rows.standardize(v, column, eps, HIDDEN, y.dtype.element_ty != tl.float32)
     if mean is not None:
         tl.store(mean + row, average, mask=row < num_rows)
         tl.store(rstd + row, inverse, mask=row < num_rows)

@@ -29,10 +29,17 @@ def block_columns(columns: int) -> int:
 
 
 @triton.jit
-def standardize(v, column, eps, HIDDEN: tl.constexpr):
-    """Of whole rows v [BLOCK_M, BLOCK_N]: their mean, 1 / their standard deviation, and v - mean, 0 from HIDDEN on."""
+def standardize(v, column, eps, HIDDEN: tl.constexpr, EXACT: tl.constexpr):
+    """Of whole rows v [BLOCK_M, BLOCK_N]: their mean, 1 / their standard deviation, and v - mean, 0 from HIDDEN on.
+
+    EXACT: the numbers of v have 16 bits, whose sums have no rounding that would make a constant row steep.
+    """
     average = tl.sum(v, 1) / HIDDEN
     centred = tl.where((column < HIDDEN)[None, :], v - average[:, None], 0.0)
+    if not EXACT:
+        rest = tl.sum(centred, 1) / HIDDEN
+        average += rest
+        centred = tl.where((column < HIDDEN)[None, :], centred - rest[:, None], 0.0)
     return average, tl.rsqrt(tl.sum(centred * centred, 1) / HIDDEN + eps), centred
 
 
