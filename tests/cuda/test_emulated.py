@@ -76,6 +76,13 @@ def test_layernorm_mixed_dtypes(emulated: Any, mixed: tuple, half: torch.dtype) 
     accuracy.check_backward(layernorm(emulated, 0.1), *references, tensors)
 
 
+def test_layernorm_constant_rows(emulated: Any) -> None:
+    x = (torch.randn(20, 1, generator=accuracy.generator()) * 100).expand(20, 312).contiguous()
+    weight, bias = torch.ones(312), torch.randn(312, generator=accuracy.generator())
+    y = run_layernorm(emulated.leaves["layernorm"], x, weight, bias, None, None, 0.0, 1e-12, None)
+    torch.testing.assert_close(y, bias.expand_as(y), atol=1e-6, rtol=1e-6)
+
+
 def test_layernorm_rows_constant_but_for_rounding(emulated: Any) -> None:
     tensors = layernorm_cases.constant_but_for_rounding(torch.bfloat16)
     accuracy.check_backward(layernorm(emulated), layernorm_cases.eager(), layernorm_cases.reference(), tensors)

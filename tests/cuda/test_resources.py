@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from fastbert.bench import cuda_resources, kernels
+from fastbert.bench import cuda_resources, kernels, wgmma
 
 from fastbert import dispatch
 
@@ -16,6 +17,15 @@ pytestmark = pytest.mark.skipif(dispatch.cuda_error is not None, reason=str(disp
 @pytest.fixture(scope="module")
 def built() -> dict:
     return cuda_resources.collect(cuda_resources.reports())
+
+
+@pytest.fixture(scope="module")
+def code_sm90() -> dict[Path, dict[str, str]]:
+    """The machine code of the kernels for sm_90a alone: file -> function -> listing."""
+    pytest.importorskip("triton", reason="its package has cuobjdump")
+    tools = kernels.triton_tools()
+    objects = sorted((cuda_resources.ROOT / "build").glob("ext-*/cuda/*_sm90.o"))
+    return {file: kernels.listings(file, tools) for file in objects}
 
 
 def test_no_kernel_spills(built: dict) -> None:
@@ -49,33 +59,34 @@ def test_registers_change_hands() -> None:
     ("direction", "opcodes"),
     [("fwd", {"HGMMA", "UTMALDG", "USETMAXREG"}), ("bwd", {"HGMMA", "UTMALDG", "USETMAXREG", "STSM", "REDG"})],
 )
-def test_attention_for_sm_90_is_made_of_wgmma_and_tma(direction: str, opcodes: set[str]) -> None:
-    pytest.importorskip("triton", reason="its package has cuobjdump")
+def test_attention_for_sm_90_is_made_of_wgmma_and_tma(
+    direction: str, opcodes: set[str], code_sm90: dict[Path, dict[str, str]]
+) -> None:
     kernel = f"attention_{direction}_sm90"
-    objects = sorted((cuda_resources.ROOT / "build").glob(f"ext-*/cuda/{kernel}.o"))
     note = json.loads((cuda_resources.ROOT / "fastbert" / "_build.json").read_text(encoding="utf-8"))
-    assert bool(objects) == could_have(note, f"{kernel}_kernel")
-    for binary in objects:
-        functions = kernels.instructions(binary, kernels.triton_tools())
-        functions = {name: found for name, found in functions.items() if f"{kernel}_kernel" in name}
+    codes = [code for file, code in code_sm90.items() if file.stem == kernel]
+    assert bool(codes) == could_have(note, f"{kernel}_kernel")
+    for code in codes:
+        functions = {name: text for name, text in code.items() if f"{kernel}_kernel" in name}
         assert functions
-        for name, found in functions.items():
-            first = {opcode.split(".")[0] for opcode in found}
+        for name, text in functions.items():
+            first = {opcode.split(".")[0] for opcode in kernels.instructions(text)}
             assert first >= opcodes, name
             assert not first & {"HMMA", "LDL", "STL"}, name
 
 
-def test_the_softmax_runs_under_the_product_with_the_values() -> None:
+def test_the_softmax_runs_under_the_product_with_the_values(code_sm90: dict[Path, dict[str, str]]) -> None:
     """The wait for the product comes behind the exponentials, where the assembler has not moved it up."""
-    pytest.importorskip("triton", reason="its package has cuobjdump")
-    for binary in sorted((cuda_resources.ROOT / "build").glob("ext-*/cuda/attention_fwd_sm90.o")):
-        code = kernels.dump("--dump-sass", binary, kernels.triton_tools())
-        names_and_bodies = re.split(r"Function : (\S+)", code)[1:]
-        assert names_and_bodies
-        for name, body in zip(names_and_bodies[::2], names_and_bodies[1::2], strict=True):
-            found = re.findall(r"MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]", body)
-            behind_scores = found[found.index("WARPGROUP.DEPBAR.LE gsb0, 0x1") + 1 :]
-            assert behind_scores.index("WARPGROUP.DEPBAR.LE gsb0, 0x0") >= 60, name
+    code = [item for file, found in code_sm90.items() if file.stem == "attention_fwd_sm90" for item in found.items()]
+    for name, text in code:
+        found = re.findall(r"MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]", text)
+        behind_scores = found[found.index("WARPGROUP.DEPBAR.LE gsb0, 0x1") + 1 :]
+        assert behind_scores.index("WARPGROUP.DEPBAR.LE gsb0, 0x0") >= 60, name
+
+
+def test_registers_of_wgmma_are_left_alone_until_it_is_waited_for(code_sm90: dict[Path, dict[str, str]]) -> None:
+    found = {name: wgmma.problems(text) for code in code_sm90.values() for name, text in code.items()}
+    assert not {name: problems for name, problems in found.items() if problems}
 
 
 def could_have(note: dict, name: str) -> bool:

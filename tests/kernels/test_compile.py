@@ -37,7 +37,7 @@ def name(row: dict[str, Any]) -> str:
 
 def code_with(registers: int) -> kernels.Code:
     nothing = dict.fromkeys(("stack", "shared", "local", "loads", "loads_128", "stores", "stores_128"), 0)
-    return kernels.Code(registers=registers, matrix={}, serialized=False, **nothing)
+    return kernels.Code(registers=registers, matrix={}, serialized=False, touched=[], **nothing)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,10 @@ class TestCheck:
         lonely = kernels.problems(code, 90, shared, warps=8, matrix=False, together=held + 1)
         assert lonely == [f"a multiprocessor holds {held} of the {held + 1} programs that work side by side"]
         assert not kernels.problems(code, 90, shared, warps=8, matrix=False, together=held)
+
+    def test_registers_that_are_touched_too_early_are_a_problem(self):
+        code = code_with(registers=4)._replace(matrix={"HGMMA": 1}, touched=["x"])
+        assert kernels.problems(code, 90, shared=1024, warps=4, matrix=True) == ["x"]
 
     def test_a_crash_takes_no_other_case_along(self, broken):
         assert len(broken) == 6

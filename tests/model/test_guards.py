@@ -215,12 +215,19 @@ def a_forward_hook(model: Any) -> None:
         layers_swapped,
         other_part,
         a_forward_hook,
+        lambda model: fewer_heads_in_one_layer(model),
     ],
 )
-def test_changes_between_calls_that_run_all_layers_in_one_op(change: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("backend", ["", "ffn:reference"], ids=["one op", "in turn"])
+def test_changes_between_calls_that_go_past_the_layers(
+    backend: str, change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are all in one op, or, where that cannot run, the ops of one after another."""
+    monkeypatch.setenv("FASTBERT_BACKEND", backend)
     model, batch = fastbert.optimize(build()), inputs("holes")
     with torch.no_grad():
         before = model(**batch)[0]
+        assert model.encoder._fastbert.resolved is not None
         change(model)
         ours = model(**batch)[0]
         stock = fastbert.restore(model)(**batch)[0]

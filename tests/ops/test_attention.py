@@ -355,9 +355,7 @@ def test_attention_very_negative_scores(
 @pytest.mark.usefixtures("any_order")
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("longest", [65, 129], ids=["short", "long"])
-@pytest.mark.parametrize(
-    "backend", [name for name in accuracy.backends_of("attention") if name in accuracy.GPU_BACKENDS]
-)
+@backends
 def test_attention_keeps_sequences_apart(backend: str, longest: int, deterministic: bool) -> None:
     """What overflows in one sequence leaves its neighbours as they are, though their tiles overlap."""
     dtype, lengths = torch.bfloat16, (65, 9, 33)

@@ -154,6 +154,17 @@ def test_layernorm_rows_constant_but_for_rounding(backend: str, dtype: torch.dty
 
 
 @backends
+@pytest.mark.parametrize("hidden", [64, 312, 384, 768, 1000])
+def test_layernorm_constant_rows(backend: str, hidden: int) -> None:
+    """With BERT's eps, a mean that is off by its rounding would give the bias plus or minus the weight."""
+    accuracy.require("layernorm", backend, torch.float32)
+    tensors = tensors_for(50, hidden, "", torch.float32, backend)
+    tensors["x"] = (tensors["x"][:, :1] * 100).expand(50, hidden).contiguous()
+    y = ops.layernorm(**tensors, eps=1e-12, backend=backend)
+    torch.testing.assert_close(y, tensors["bias"].expand_as(y), atol=1e-6, rtol=1e-6)
+
+
+@backends
 def test_layernorm_large_mean(backend: str) -> None:
     """A variance taken as E[x^2] - E[x]^2 has no correct digit here."""
     accuracy.require("layernorm", backend, torch.float32)
