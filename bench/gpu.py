@@ -39,6 +39,8 @@ AGAIN = ("fastbert", "triton", "cuda", "hf-compile", "fa2", "varlen", "flash-att
 """How the names of these begin; of scaled_dot_product_attention the fastest backend is one more."""
 
 OURS = ("triton", "cuda")
+CUTLASS = ("attention", "ffn")
+"""Whose CUDA C++ kernels for sm_90 are there only if CUTLASS was when fastbert was built."""
 COMPILING = ("fastbert", "fastbert-graphs", "triton")
 """Those of fastbert that may compile Triton kernels."""
 NO_TRUTH = "there is nothing to compare with: "
@@ -86,8 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{name}: {workload.title}\n    {', '.join(gpu_rows.entries(workload))}")
             return 0
         if arguments.preferred_from is not None:
-            print(f"preferred: {write_preferred(_result(arguments.preferred_from))}")
-            return 0
+            path, unknown = write_preferred(_result(arguments.preferred_from))
+            print(f"preferred: {path}")
+            if unknown:
+                said = f"{' and '.join(unknown)} left as they were: not known to be measured with a build with CUTLASS"
+                print(f"fastbert bench gpu: {said}", file=sys.stderr)
+            return 1 if unknown else 0
         if not arguments.budget > 0:
             raise ValueError(f"--budget is {arguments.budget}; it must be more than 0 seconds")
         if reason := machine.no_gpu():
@@ -393,7 +399,7 @@ def _resumed(given: Path, new: dict[str, Any], path: Path) -> tuple[dict[str, An
 
 def apart(then: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Why figures of two machines do not belong together, or None."""
-    for key in ("device", "arch", "cuda", "cudnn", "versions", "commit"):
+    for key in ("device", "arch", "cuda", "cudnn", "cuda_kernels", "versions", "commit"):
         if then.get(key) != now.get(key):
             return f"its {key} is {then.get(key)}, here it is {now.get(key)}"
     if now["commit"] is None:
@@ -439,12 +445,19 @@ def preferred(content: dict[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def write_preferred(content: dict[str, Any]) -> Path:
-    """Note in the package what `preferred` says of this architecture. Raises OSError if it cannot be written."""
+def write_preferred(content: dict[str, Any]) -> tuple[Path, list[str]]:
+    """Note in the package what `preferred` says of this architecture. Raises OSError if it cannot be written.
+
+    Returns the file, and the ops whose best kernels of CUDA C++ the build did not have, as far as the result tells:
+    these are left as they were.
+    """
     from fastbert import dispatch
 
+    machine, found = content["machine"], preferred(content)
+    lacking = machine["arch"] == "sm_90" and not machine.get("cuda_kernels", {}).get("cutlass")
+    unknown = [op for op in CUTLASS if lacking and found.pop(op, None)]
     path = dispatch.PREFERRED
     table = json.loads(path.read_text(encoding="utf-8"))
-    table[content["machine"]["arch"]] = table.get(content["machine"]["arch"], {}) | preferred(content)
+    table[machine["arch"]] = table.get(machine["arch"], {}) | found
     report.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", path)
-    return path
+    return path, unknown

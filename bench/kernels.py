@@ -4,8 +4,9 @@ Every way in which a Triton kernel can be launched (`cases(arch)` of each file o
 machine code, which is read: registers, stack, local memory, shared memory, matrix instructions, and from that how many
 programs a multiprocessor holds. A kernel that spills, that asks for more shared memory than the GPU has, that leaves no
 room for the programs which are to work beside it, or that multiplies matrices on sm_90 without wgmma (HGMMA in
-machine code), or elsewhere without any matrix instruction, is an error. Where the assembler makes such products wait
-for one another, the table says so: `serialized`.
+machine code), or elsewhere without any matrix instruction, is an error, and so is machine code that touches a running
+wgmma's registers (`wgmma`). Where the assembler makes such products wait for one another, the table says so:
+`serialized`.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import report
+from . import report, wgmma
 
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a block can have where a table is used (CUDA C++ Programming Guide).
@@ -54,7 +55,8 @@ class Code(NamedTuple):
 
     Counts of instructions: local: reads and writes of local memory. loads, stores: of global memory, loads_128 and
     stores_128 of them sixteen bytes a thread. matrix: by their kind. serialized: whether every wgmma is waited for
-    before the next one, as the assembler has it where it cannot tell what becomes of their registers.
+    before the next one, as the assembler has it where it cannot tell what becomes of their registers. touched: what
+    `wgmma.problems` says.
     """
 
     registers: int
@@ -67,6 +69,7 @@ class Code(NamedTuple):
     stores: int
     stores_128: int
     serialized: bool
+    touched: list[str]
 
 
 class Task(NamedTuple):
@@ -84,13 +87,15 @@ def dump(what: str, binary: Path, tools: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
-def instructions(binary: Path, tools: Path) -> dict[str, list[str]]:
-    """The instructions of every function, without their operands, in order."""
+def listings(binary: Path, tools: Path) -> dict[str, str]:
+    """The machine code of every function, as text."""
     bodies = re.split(r"Function : (\S+)", dump("--dump-sass", binary, tools))
-    return {
-        name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", body)
-        for name, body in zip(bodies[1::2], bodies[2::2], strict=True)
-    }
+    return dict(zip(bodies[1::2], bodies[2::2], strict=True))
+
+
+def instructions(listing: str) -> list[str]:
+    """The instructions of a function, without their operands, in order."""
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", listing)
 
 
 def read(binary: Path, tools: Path) -> dict[str, Code]:
@@ -98,10 +103,10 @@ def read(binary: Path, tools: Path) -> dict[str, Code]:
     usage = re.findall(
         r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", dump("--dump-resource-usage", binary, tools)
     )
-    bodies = instructions(binary, tools)
+    bodies = listings(binary, tools)
     found = {}
     for name, registers, stack, shared in usage:
-        opcodes = bodies[name]
+        opcodes = instructions(bodies[name])
         kinds = [opcode.split(".")[0] for opcode in opcodes]
         loads = [opcode for opcode, kind in zip(opcodes, kinds, strict=True) if kind in ("LDG", "LDGSTS")]
         stores = [opcode for opcode, kind in zip(opcodes, kinds, strict=True) if kind == "STG"]
@@ -116,6 +121,7 @@ def read(binary: Path, tools: Path) -> dict[str, Code]:
             stores=len(stores),
             stores_128=sum(".128" in opcode for opcode in stores),
             serialized=_serialized(opcodes),
+            touched=wgmma.problems(bodies[name]),
         )
     return found
 
@@ -148,7 +154,7 @@ def problems(code: Code, arch: int, shared: int, warps: int, matrix: bool, toget
         found.append("multiplies matrices without HGMMA")
     elif matrix and not code.matrix:  # as where more than the 512 columns of tensor memory of sm_100 are needed
         found.append("multiplies matrices without matrix instructions: the compiler has put a trap in its place")
-    return found
+    return found + code.touched
 
 
 def modules() -> list[Any]:
@@ -238,12 +244,13 @@ def compile_case(task: Task) -> dict[str, Any]:
         cubin.write_bytes(done.asm["cubin"])
         code = read(cubin, triton_tools())[kernel]
     shared, warps = done.metadata.shared, case.options["num_warps"]
+    counts = {key: value for key, value in code._asdict().items() if key != "touched"}  # which is in `problems`
     return {
         "op": op,
         "kernel": kernel,
         "case": case.label,
         "arch": task.arch,
-        **code._asdict(),
+        **counts,
         "shared": shared,
         "resident": resident(code, task.arch, shared, warps),
         "problems": problems(code, task.arch, shared, warps, case.matrix, case.together),

@@ -1,5 +1,6 @@
 """What a result was measured on: processor, ISA, versions, commit. Nothing that names the host or its user."""
 
+import json
 import os
 import platform
 import subprocess
@@ -36,6 +37,7 @@ def describe_gpu() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "processor": processor(),
+        "cuda_kernels": _cuda_kernels(),
     }
     return describe() | about
 
@@ -75,6 +77,18 @@ def _extension() -> dict[str, Any]:
         if hasattr(_C, name):
             found[name] = getattr(_C, name)()
     return found
+
+
+def _cuda_kernels() -> dict[str, Any]:
+    """Whether there are CUDA C++ kernels, and what they were built with: some are there only with CUTLASS."""
+    from fastbert import dispatch
+
+    try:
+        note = json.loads(Path(dispatch.__file__).with_name("_build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        note = {}
+    found = {"built": dispatch.cuda_error is None, "reason": dispatch.cuda_error}
+    return found | {name: note.get(name) for name in ("nvcc", "cuda_archs", "cutlass")}
 
 
 def _version(name: str) -> str | None:

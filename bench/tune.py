@@ -1,8 +1,8 @@
 """``fastbert bench tune``: the launch configurations of the Triton kernels that are fastest on this card.
 
 For each shape class that the operations below ask for, the configuration in the table is varied one argument at a time,
-and the operation is timed; what gives wrong numbers, does not compile or does not fit is passed over. Nothing of this
-happens when fastbert is imported or used: it only reads the table.
+or a tile and the warps together, and the operation is timed; what gives wrong numbers, does not compile or does not fit
+is passed over. Nothing of this happens when fastbert is imported or used: it only reads the table.
 """
 
 import argparse
@@ -21,6 +21,10 @@ WORTH = 0.98
 """A configuration has to take less than this share of the time of the best one so far; the rest is noise."""
 ATTEMPT_S = 60.0
 OPS = ("attention", "linear", "ffn", "layernorm", "embedding", "mlm_loss")
+MOST = {"num_stages": 7, "num_warps": 16}
+"""What is tried at most; of tiles 4096."""
+TOGETHER = ("BLOCK_M", "BLOCK_N")
+"""Tiles whose sizes are changed together with the number of warps, too."""
 Config = dict[str, int]
 
 
@@ -51,13 +55,20 @@ def rows() -> dict[str, Callable[[], Workload]]:
 
 
 def neighbours(config: Config) -> list[Config]:
-    """The configurations that differ in one argument: stages by one, all else (tiles, warps) by a factor of two."""
+    """The configurations that differ in one argument: stages by one, all else (tiles, warps) by a factor of two.
+
+    And those of which a tile and the warps that share it are halved or doubled together: each step alone may be slower
+    than where it began, as registers run out, or warps have too little to do.
+    """
     found = []
     for key, value in config.items():
         values = (value - 1, value + 1) if key == "num_stages" else (value // 2, value * 2)
-        most = {"num_stages": 7, "num_warps": 16}.get(key, 4096)
-        found += [config | {key: other} for other in values if 1 <= other <= most]
-    return found
+        found += [config | {key: other} for other in values]
+    for tile in TOGETHER:
+        if tile in config and "num_warps" in config:
+            found += [config | {key: config[key] // 2 for key in (tile, "num_warps")}]
+            found += [config | {key: config[key] * 2 for key in (tile, "num_warps")}]
+    return [candidate for candidate in found if all(1 <= candidate[key] <= MOST.get(key, 4096) for key in candidate)]
 
 
 class Tuner(gpu_worker.Gpu):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastbert.bench import cli, gpu, gpu_rows, gpu_worker, report, runner
+from fastbert.bench import cli, gpu, gpu_rows, gpu_worker, machine, report, runner
 
 from fastbert import dispatch
 
@@ -367,6 +367,7 @@ class TestResume:
         [
             ({}, None),
             ({"device": "A"}, "its device is A, here it is H"),
+            ({"cuda_kernels": {"cutlass": None}}, "its cuda_kernels is {'cutlass': None}, here it is None"),
             ({"versions": {}}, "its versions is {}, here it is {'torch': '2.11'}"),
             ({"commit": {"hash": "abd", "dirty": False}}, "its commit is {'hash': 'abd'"),
         ],
@@ -387,12 +388,12 @@ class TestResume:
         there = tmp_path / "new.json"
         (tmp_path / "gpu-broken.json").write_text("{")
         assert gpu._resumed(tmp_path, new, there) == (new, there)
-        for name, when, machine in (
+        for name, when, where in (
             ("a", "1", MACHINE),
             ("b", "2", MACHINE),
             ("c", "3", MACHINE | {"cuda": "1"}),
         ):
-            report.write({**new, "machine": machine, "time": when}, tmp_path / f"gpu-{name}.json")
+            report.write({**new, "machine": where, "time": when}, tmp_path / f"gpu-{name}.json")
         content, path = gpu._resumed(tmp_path, new, there)
         assert path.name == "gpu-b.json"
         assert content["resumed"] == [new["time"]]
@@ -400,6 +401,13 @@ class TestResume:
             gpu._resumed(tmp_path / "gpu-c.json", new, there)
         with pytest.raises(ValueError, match="is no JSON"):
             gpu._resumed(tmp_path / "gpu-broken.json", new, there)
+
+
+def test_what_the_cuda_kernels_were_built_with_is_known():
+    note = json.loads(Path(dispatch.__file__).with_name("_build.json").read_text(encoding="utf-8"))
+    found = machine._cuda_kernels()
+    assert found["built"] == (found["reason"] is None) == note["cuda"]
+    assert found["cutlass"] == note.get("cutlass")
 
 
 def test_plots_show_models_and_operations(worker, tmp_path, monkeypatch):
@@ -447,7 +455,8 @@ class TestPreferred:
         table, result = tmp_path / "preferred.json", tmp_path / "gpu-x.json"
         table.write_text(json.dumps({"sm_80": {"ffn": ["triton"]}, "sm_90": {"attention": ["cuda", "triton"]}}))
         monkeypatch.setattr(dispatch, "PREFERRED", table)
-        content = report.result("gpu", {"device": "H", "arch": "sm_90"}, None, None, [])
+        where = {"device": "H", "arch": "sm_90", "cuda_kernels": {"cutlass": "4.2.0"}}
+        content = report.result("gpu", where, None, None, [])
         report.write({**content, **op_rows(("ffn", 1.0, 2.0))}, result)
         assert cli.main(["gpu", "--preferred-from", str(result)]) == 0
         assert str(table) in capsys.readouterr().out
@@ -457,6 +466,21 @@ class TestPreferred:
         }
         assert cli.main(["gpu", "--preferred-from", str(table)]) == 2
         assert "is no result of fastbert bench gpu" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("kernels", [{"cuda_kernels": {"cutlass": None}}, {}])
+    @pytest.mark.parametrize(("arch", "refused"), [("sm_90", {"attention", "ffn"}), ("sm_80", set())])
+    def test_kernels_that_were_not_built_are_not_judged(self, arch, refused, kernels, tmp_path, monkeypatch, capsys):
+        table, result = tmp_path / "preferred.json", tmp_path / "gpu-x.json"
+        before = {op: ["triton"] for op in ("attention", "ffn", "layernorm")}
+        table.write_text(json.dumps({arch: before}))
+        monkeypatch.setattr(dispatch, "PREFERRED", table)
+        content = report.result("gpu", {"device": "H", "arch": arch, **kernels}, None, None, [])
+        report.write({**content, **op_rows(*((op, 2.0, 1.0) for op in before))}, result)
+        assert cli.main(["gpu", "--preferred-from", str(result)]) == bool(refused)
+        error = capsys.readouterr().err
+        assert not refused if not error else "attention and ffn left as they were" in error
+        now = json.loads(table.read_text())[arch]
+        assert now == {op: order if op in refused else ["cuda", "triton"] for op, order in before.items()}
 
     def test_an_op_without_a_comparison_is_not_there(self):
         assert gpu.preferred(op_rows(("ffn", None, 1.0))) == {}
@@ -537,10 +561,11 @@ class TestMakeGpu:
         file = tmp_path / "tests" / "gpu" / "test_it.py"
         file.parent.mkdir(parents=True)
         file.write_text(
-            "import signal, time\n"
+            "import os, signal, time\n"
             "def test_hangs(): signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); time.sleep(600)\n"
-            "def test_other(): pass\n"
+            f"def test_compilers(): assert os.environ['TORCHINDUCTOR_COMPILE_THREADS'] == '{suite.COMPILERS}'\n"
         )
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
         monkeypatch.setattr(suite, "TEST_SECONDS", 3)
         monkeypatch.setattr(suite, "ROOT", tmp_path)
         run = suite.Suite(tmp_path, tmp_path, tmp_path / "gpu.log", 120.0)
@@ -548,6 +573,41 @@ class TestMakeGpu:
         output = capsys.readouterr().out
         assert "crashed while running 'tests/gpu/test_it.py::test_hangs'" in output
         assert "1 failed, 1 passed" in output
+
+    @pytest.mark.parametrize(
+        ("steps", "seconds", "tests", "sanitize"),
+        [
+            (("build", "tests", "sanitize", "bench"), 1000, 210, 70),
+            (("tests", "bench"), 1000, 210, 70),
+            (("build", "tests", "sanitize"), 1000, 1000 - 70 - 60, 970),
+            (("tests",), 1000, 970, 970),
+            (("tests", "sanitize"), 100, 210, 70),
+        ],
+    )
+    def test_the_time_of_a_benchmark_that_is_not_run(self, suite, tmp_path, steps, seconds, tests, sanitize):
+        run = suite.Suite(tmp_path, tmp_path, tmp_path / "gpu.log", seconds, steps)
+        assert run.limit("build") == suite.LIMIT["build"]
+        assert run.limit("tests") == pytest.approx(tests, abs=5)
+        assert run.limit("sanitize") == pytest.approx(sanitize, abs=5)
+
+    def test_memcheck_comes_first_and_the_others_in_what_it_leaves(self, suite, tmp_path, monkeypatch):
+        tool = tmp_path / "compute-sanitizer"
+        tool.write_text(f'#!/bin/sh\necho "$2" >> {tmp_path}/ran\n[ "$2" != memcheck ] || exec sleep 60\n')
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        run = suite.Suite(tmp_path, tmp_path, tmp_path / "gpu.log", 600.0)
+        monkeypatch.setitem(suite.LIMIT, "sanitize", 6)
+        run.sanitize()
+        assert (tmp_path / "ran").read_text().split() == ["memcheck"]
+        assert [state.split(",")[0] for state in run.outcome.values()] == [
+            "stopped at its limit",
+            *["not run: no time left"] * 2,
+        ]
+        tool.write_text(tool.read_text().replace("sleep 60", "true"))
+        run.sanitize()
+        ran = (tmp_path / "ran").read_text().split()[1:]
+        assert ran[0] == "memcheck"
+        assert sorted(ran) == sorted(suite.TOOLS)
 
     def test_what_the_user_has_on_the_path_stays(self, suite, tmp_path, monkeypatch):
         monkeypatch.setenv("PYTHONPATH", "/of/the/user")
@@ -576,6 +636,27 @@ class TestMakeGpu:
         ):
             (tmp_path / "fastbert" / "_build.json").write_text(json.dumps(note | change))
             assert said in suite.built()
+
+    def test_cutlass_is_missed_before_anything_is_built(self, suite, tmp_path, monkeypatch):
+        found = importlib.util.find_spec("cutlass_library") is not None
+        assert suite.has_cutlass(builds=True) == found
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        monkeypatch.delitem(sys.modules, "cutlass_library", raising=False)
+        assert not suite.has_cutlass(builds=True)
+        headers = tmp_path / "cutlass_library" / "source" / "include" / "cutlass"
+        headers.mkdir(parents=True)
+        (tmp_path / "cutlass_library" / "__init__.py").touch()
+        importlib.invalidate_caches()
+        assert suite.has_cutlass(builds=True)
+
+    @pytest.mark.parametrize(
+        ("note", "known"), [('{"cutlass": "4.2.1"}', True), ('{"cutlass": null}', False), ("", False)]
+    )
+    def test_cutlass_of_the_build_that_is_there(self, suite, tmp_path, monkeypatch, note, known):
+        monkeypatch.setattr(suite, "LIBRARY", tmp_path)
+        (tmp_path / "fastbert").mkdir()
+        (tmp_path / "fastbert" / "_build.json").write_text(note)
+        assert suite.has_cutlass(builds=False) == known
 
     def test_what_is_built_is_what_runs(self, suite, tmp_path):
         """The package in the build folder goes before the sources in the folder that tests are run from."""

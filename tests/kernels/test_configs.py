@@ -70,7 +70,20 @@ class TestSearch:
             {"BLOCK_M": 128, "num_warps": 16, "num_stages": 1},
             {"BLOCK_M": 64, "num_warps": 8, "num_stages": 1},
             {"BLOCK_M": 64, "num_warps": 16, "num_stages": 2},
+            {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1},
         ]
+
+    def test_a_tile_and_its_warps_change_together(self):
+        found = tune.neighbours({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4})
+        both = [[candidate[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps")] for candidate in found[8:]]
+        assert both == [[32, 32, 64, 2], [128, 32, 64, 8], [64, 16, 64, 2], [64, 64, 64, 8]]
+
+    def test_goes_past_two_steps_that_are_slower_each_alone(self):
+        def ask(do, seconds, *, config, **rest):
+            return {"seconds": abs(config["BLOCK_M"] / config["num_warps"] - 16) + 100 / config["BLOCK_M"]}
+
+        found = tune.search(ask, "row", "kernel", "class", {"BLOCK_M": 32, "num_warps": 2})
+        assert found["config"] == {"BLOCK_M": 256, "num_warps": 16}
 
     def test_goes_to_the_best_past_what_fails(self):
         def ask(do, seconds, *, config, **rest):

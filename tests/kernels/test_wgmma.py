@@ -63,7 +63,7 @@ def test_sound(lines: list[str]) -> None:
 )
 def test_touched(lines: list[str], place: int) -> None:
     (problem,) = wgmma.problems(listing(*lines))
-    assert f"touched 1 times, first by {lines[place]} at {16 * place:#x}: " in problem
+    assert f"touched 1 times, first by {lines[place]} at {16 * place:#x}, while HGMMA" in problem
 
 
 def test_half_precision_takes_half_of_the_registers() -> None:

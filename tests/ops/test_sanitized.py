@@ -25,6 +25,9 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         ((129, 3), 1, 64, 0.1, False, False),
         ((129, 3), 1, 64, 0.0, False, True),
         ((130, 7), 1, 32, 0.1, True, False),
+        ((65, 3), 1, 64, 0.1, False, False),
+        ((70, 2), 1, 128, 0.0, True, False),
+        ((129, 1), 1, 128, 0.1, False, False),
     ],
     # rows, features, intermediate, features out
     "ffn": [(17, 64, 256, 64), (130, 32, 96, 40)],

@@ -170,3 +170,27 @@ def test_a_removed_module_is_not_packaged(toy: Path) -> None:
     (toy / "fastbert" / "gone.py").unlink()
     build(toy, "build", FASTBERT_BUILD_EXTENSION="0")
     assert not list(toy.glob("build/lib*/fastbert/gone.py"))
+
+
+WITHOUT_TORCH = """
+import ctypes, sys
+CDLL = ctypes.CDLL
+
+def load(name, *rest, **more):
+    if str(name).endswith("libtorch_cpu.so") and "torch" not in sys.modules:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+    return CDLL(name, *rest, **more)
+
+ctypes.CDLL = load
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="there is no CUDA elsewhere")
+def test_libraries_that_only_torch_itself_finds(toy: Path) -> None:
+    """As those of a CUDA wheel in other folders than its own."""
+    (toy / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    assert "linking _C" in build(toy, PYTHONPATH=str(toy)).made
+    later(toy / "csrc" / "other.cpp", "int nowhere();\nint other() { return nowhere(); }\n")
+    done = build(toy, check=False, PYTHONPATH=str(toy))
+    assert done.returncode != 0
+    assert "nowhere" in done.stdout, "the loader's own message"
