@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,12 @@ from transformers.utils import ModelOutput
 from fastbert import guards, packing
 
 
-def logits_later(field: str, hidden: Tensor, weights: tuple[Tensor, ...], eps: float) -> Callable[[], Tensor]:
+def logits_later(field: str, hidden: Tensor, weights: tuple[Tensor, ...], eps: float) -> Deferred:
     """What computes the logits of hidden states [B, S, H] later, as they would have been computed now.
 
     field: their name. weights: those of `ops.mlm_loss`, as the modules hold them now. They are kept as views, which go
     on to show the same memory after `parameter.data = ...` or `model.to(...)`, and lead to the parameters' gradients.
-    What is returned raises RuntimeError if the numbers that it needs have been overwritten since, as far as PyTorch's
+    Reading them raises RuntimeError if the numbers that it needs have been overwritten since, as far as PyTorch's
     count of writes and `sample` can tell.
     """
     grad = torch.is_grad_enabled()
@@ -48,7 +49,7 @@ def logits_later(field: str, hidden: Tensor, weights: tuple[Tensor, ...], eps: f
             x = F.gelu(F.linear(hidden, dense, dense_bias))
             return F.linear(F.layer_norm(x, norm.shape, norm, norm_bias, eps), decoder, decoder_bias)
 
-    return compute
+    return Deferred(compute, lambda: _Linked.apply(hidden.new_empty(0), hidden, *views))
 
 
 SAMPLED = 16  # rows of a matrix at equal distances, besides the last one
@@ -76,24 +77,69 @@ def _same(before: tuple[Tensor, Tensor], hidden: Tensor, weights: list[Tensor]) 
     )
 
 
+class _Linked(torch.autograd.Function):
+    """A copy of x, whose backward also goes through the graphs of others, without a gradient for them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = len(others)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad, *[None] * ctx.others)
+
+
 class Deferred(NamedTuple):
-    """What stands for a field that is not computed yet, while accelerate rebuilds the output around it."""
+    """A field that is not computed yet. It takes the field's place while somebody rebuilds the output around it.
+
+    stand_in: makes an empty tensor that depends on what the field will depend on. link: one that somebody has put
+    between the output and his caller; the field will depend on it, as it would if it had been put there itself.
+    """
 
     compute: Callable[[], Tensor]
+    stand_in: Callable[[], Tensor]
+    link: Tensor | None = None
 
-    def as_float(self) -> Tensor:
-        return self.compute().float()
+    def value(self) -> Tensor:
+        value = self.compute()
+        if self.link is None or not value.requires_grad:
+            return value
+        with torch.enable_grad():
+            linked: Tensor = _Linked.apply(value, self.link)
+        return linked
+
+    def as_float(self) -> Deferred:
+        return self._replace(compute=lambda: self.compute().float())
+
+    def with_link(self) -> Deferred:
+        return self._replace(link=self.stand_in())
 
 
-def _is_converted_to_fp32() -> bool:
-    """Whether the items are being read by accelerate's mixed precision, which makes every output float32.
+# Who passes all fields on at every training step without a look at them, and what he gets for one not computed yet.
+_PASS_ON: dict[str, Callable[[Deferred], Deferred]] = {
+    "convert_to_fp32": Deferred.as_float,  # accelerate's mixed precision, which makes every output float32
+    "_find_tensors": Deferred.with_link,  # DDP, which looks for the parameters that take part
+    "_tree_flatten_with_rref": Deferred.with_link,  # DDP, which puts a node of its own between output and loss
+}
+_ON_THE_WAY = {  # the modules through which they read
+    "accelerate.utils.operations",
+    "torch.nn.parallel.distributed",
+    "torch.utils._pytree",
+    "transformers.utils.generic",
+    __name__,
+}
 
-    It would compute the logits of every training step, although nobody has asked for them.
-    """
-    caller = sys._getframe(2)
-    return caller.f_code.co_name == "recursively_apply" and (
-        caller.f_back is not None and caller.f_back.f_code.co_name == "convert_to_fp32"
-    )
+
+def _handed(deferred: Deferred) -> Deferred | None:
+    """What the reader of the fields gets for this one, if he is one of `_PASS_ON`; None for all others."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") in _ON_THE_WAY:
+        hand = _PASS_ON.get(frame.f_code.co_name)
+        if hand is not None:
+            return hand(deferred)
+        frame = frame.f_back
+    return None
 
 
 class LazyField(OrderedDict[str, Any]):
@@ -101,9 +147,9 @@ class LazyField(OrderedDict[str, Any]):
 
     lazy: str
 
-    def defer(self, compute: Callable[[], Tensor]) -> None:
-        """Let `compute` make the field's value later."""
-        self.__dict__["_compute"] = compute
+    def defer(self, deferred: Deferred) -> None:
+        """Let the field's value be made later."""
+        self.__dict__["_deferred"] = deferred
         names = list(self.__dataclass_fields__)
         OrderedDict.__setitem__(self, self.lazy, None)
         for name in names[names.index(self.lazy) + 1 :]:
@@ -111,18 +157,18 @@ class LazyField(OrderedDict[str, Any]):
                 self.move_to_end(name)
 
     def _compute_now(self) -> None:
-        compute = self.__dict__.get("_compute")
-        if compute is not None:
-            self[self.lazy] = compute()
+        deferred = self.__dict__.get("_deferred")
+        if deferred is not None:
+            self[self.lazy] = deferred.value()
 
     def _get(self) -> Any:
         self._compute_now()
         return self.__dict__.get(self.lazy)
 
     def _set(self, value: Any) -> None:
-        self.__dict__.pop("_compute", None)
+        self.__dict__.pop("_deferred", None)
         if isinstance(value, Deferred):
-            self.__dict__["_compute"] = value.as_float
+            self.__dict__["_deferred"] = value
             value = None
         self.__dict__[self.lazy] = value
 
@@ -136,18 +182,21 @@ class LazyField(OrderedDict[str, Any]):
         return self[key] if key in self.keys() else default
 
     def items(self) -> Any:
-        compute = self.__dict__.get("_compute")
-        if compute is not None and _is_converted_to_fp32():
-            return (OrderedDict(self._without_computing()) | {self.lazy: Deferred(compute)}).items()
-        self._compute_now()
-        return super().items()
-
-    def _without_computing(self) -> list[tuple[str, Any]]:
-        return [(name, OrderedDict.__getitem__(self, name)) for name in self.keys()]
+        passed_on = self._passed_on()
+        return super().items() if passed_on is None else passed_on.items()
 
     def values(self) -> Any:
-        self._compute_now()
-        return super().values()
+        passed_on = self._passed_on()
+        return super().values() if passed_on is None else passed_on.values()
+
+    def _passed_on(self) -> OrderedDict[str, Any] | None:
+        """The fields for those who pass them on without a look; for all others None, and the field is computed."""
+        deferred = self.__dict__.get("_deferred")
+        handed = None if deferred is None else _handed(deferred)
+        if handed is None:
+            self._compute_now()
+            return None
+        return OrderedDict((k, handed if k == self.lazy else OrderedDict.__getitem__(self, k)) for k in self.keys())
 
     def copy(self) -> Any:
         self._compute_now()
@@ -164,12 +213,12 @@ def _lazy_class(stock: type[ModelOutput], field: str) -> Any:
     return dataclass(type(stock.__name__, (LazyField, stock), members))
 
 
-def lazy_output(stock: type[ModelOutput], field: str, compute: Callable[[], Tensor], loss: Tensor, *rest: Any) -> Any:
-    """An output of type `stock` whose second field, `field`, is computed when it is first read.
+def lazy_output(stock: type[ModelOutput], field: str, value: Deferred, loss: Tensor, *rest: Any) -> Any:
+    """An output of type `stock` whose second field, `field`, has this value, which is computed when it is first read.
 
     rest: the values of the fields that follow it.
     """
     names = list(stock.__dataclass_fields__)
     outputs = _lazy_class(stock, field)(loss=loss, **dict(zip(names[2:], rest, strict=True)))
-    outputs.defer(compute)
+    outputs.defer(value)
     return outputs

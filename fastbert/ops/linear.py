@@ -104,6 +104,8 @@ def _run(kernels: leaf.Leaf, x: Tensor, weights: list[Tensor], biases: list[Tens
     rows = rows.contiguous()
     weights = [weight.contiguous() for weight in weights]
     biases = [bias.contiguous() for bias in biases]
+    if not biases and torch.compiler.is_exporting():  # AOTInductor's programs hand an empty list over as None
+        biases = [weight.new_zeros(weight.size(0)) for weight in weights]
     y = kernels.call(leaf.needs_grad(rows, *weights, *biases), rows, weights, biases)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(1))
 

@@ -7,7 +7,9 @@ process of its own, because a fork of one that has computed inherits OpenMP's lo
 from __future__ import annotations
 
 import datetime
+import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,39 @@ from fastbert import swapped
 PROCESSES = 2
 
 
-def replicated(rank: int, config: Any, state: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of the mean MLM loss under DDP, each process with its half of the rows."""
-    model = fastbert.BertForMaskedLM(config)
-    model.load_state_dict(state)
-    parallel = nn.parallel.DistributedDataParallel(model.train())
-    rows = slice(2 * rank, 2 * rank + 2)
-    parallel(**{name: value[rows] for name, value in batch.items()}).loss.backward()
-    assert all_fast(model), str(fastbert.report(model))
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def of_logits(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    return outputs.logits[real(batch)].square().mean()
+
+
+LOSSES: dict[str, Callable[[Any, dict[str, Tensor]], Tensor]] = {
+    "loss": lambda outputs, batch: outputs.loss,
+    "logits": of_logits,
+    "both": lambda outputs, batch: outputs.loss + of_logits(outputs, batch),
+}
+# One of them, find_unused_parameters, static_graph.
+DDP_SETTINGS = list(itertools.product(LOSSES, (False, True), (False, True)))
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def replicated(rank: int, config: Any, state: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[Any, Any]:
+    """Gradients of two steps of a masked language model under DDP, each process with its half of the rows."""
+    found = {}
+    rows = {name: value[2 * rank : 2 * rank + 2] for name, value in batch.items()}
+    for loss, find_unused_parameters, static_graph in DDP_SETTINGS:
+        model = fastbert.BertForMaskedLM(config)
+        model.load_state_dict(state)
+        parallel = nn.parallel.DistributedDataParallel(
+            model.train(), find_unused_parameters=find_unused_parameters, static_graph=static_graph
+        )
+        for step in (0, 1):
+            model.zero_grad()
+            LOSSES[loss](parallel(**rows), rows).backward()
+            found[loss, find_unused_parameters, static_graph, step] = gradients_of(model)
+        assert all_fast(model), str(fastbert.report(model))
+    return found
 
 
 def sharded(rank: int, config: Any, state: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -44,11 +70,11 @@ def sharded(rank: int, config: Any, state: dict[str, Tensor], batch: dict[str, T
     fully_shard(model, mesh=mesh)
     assert not swapped.all_stock(model.encoder), "else the first call would not be packed"
     model(**batch)[0][real(batch)].square().sum().backward()
-    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: gradient.full_tensor() for name, gradient in gradients_of(model).items()}
     report = fastbert.report(model)
     assert all_fast(model), str(report)
     assert all(entry["path"] == "fast" for entry in report.embeddings), str(report)
-    return gradients
+    return found
 
 
 def main(rank: int, folder: Path) -> None:
@@ -61,7 +87,7 @@ def main(rank: int, folder: Path) -> None:
         world_size=PROCESSES,
         timeout=datetime.timedelta(seconds=60),
     )
-    found = {"ddp": replicated(rank, **given["ddp"]), "fsdp": sharded(rank, **given["fsdp"])}
+    found = replicated(rank, **given["ddp"]) | {"fsdp": sharded(rank, **given["fsdp"])}
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

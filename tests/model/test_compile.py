@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from comparison import build, inputs, real
 from transformers.models.bert import modeling_bert
 
 import fastbert
+from fastbert import ops
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +106,57 @@ def test_export_with_dynamic_batch_and_length(grad: bool) -> None:
         assert backend == "reference" or any("fastbert" in target for target in targets)
         for case in (inputs("holes", batch=3, seqlen=33), inputs("left", batch=1, seqlen=5)):
             torch.testing.assert_close(module(**case)[0], model(**case)[0], atol=1e-5, rtol=1e-5)
+
+
+class Products(torch.nn.Module):
+    """Products without a bias, one and two at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList([torch.randn(8, 8), torch.randn(24, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(ops.linear(x, self.weights[0]), list(self.weights))
+
+
+def compiled_ahead(program: torch.export.ExportedProgram, folder: Path) -> Any:
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+    return torch._inductor.aoti_load_package(package)
+
+
+def exported_products() -> tuple[torch.nn.Module, torch.export.ExportedProgram]:
+    model, rows = Products(), torch.export.Dim("rows", min=1, max=64)
+    return model, torch.export.export(model, (torch.randn(5, 8),), dynamic_shapes=({0: rows},))
+
+
+def test_exported_products_have_biases() -> None:
+    """AOTInductor hands an op's empty list over as None."""
+    _, program = exported_products()
+    nodes = [node for node in program.graph.nodes if node.target is torch.ops.fastbert.linear_fwd_cpu.default]
+    assert nodes
+    assert all(node.args[2] for node in nodes)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compile_ahead_of_time_products_without_a_bias(tmp_path: Path) -> None:
+    model, program = exported_products()
+    run = compiled_ahead(program, tmp_path)
+    for x in (torch.randn(5, 8), torch.randn(1, 8)):
+        torch.testing.assert_close(run(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [False, True])
+def test_compile_ahead_of_time(strict: bool, tmp_path: Path) -> None:
+    model = fastbert.optimize(build(num_hidden_layers=1))
+    batch, seqlen = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("seqlen", min=2, max=72)
+    shapes = {"input_ids": {0: batch, 1: seqlen}, "attention_mask": {0: batch, 1: seqlen}}
+    program = torch.export.export(model, (), inputs("right"), dynamic_shapes=shapes, strict=strict)
+    run = compiled_ahead(program, tmp_path)
+    for case in (inputs("right"), inputs("holes", batch=3, seqlen=33), inputs("left", batch=1, seqlen=5)):
+        torch.testing.assert_close(run(**case)[0], model(**case)[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from comparison import SMALL, all_fast, build, inputs, judge_gradients, real
+from parallel_worker import DDP_SETTINGS, LOSSES, gradients_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,7 +33,7 @@ def mlm_batch(share: float = 0.3) -> dict[str, torch.Tensor]:
 def shapes_seen(model: nn.Module, **batch: Any) -> tuple[Any, list[torch.Size]]:
     """The output, and the shapes of the padded states that the decoder's weight was multiplied with."""
     seen: list[torch.Size] = []
-    decoder = model.cls.predictions.decoder
+    decoder = getattr(model, "module", model).cls.predictions.decoder
 
     class Spy(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -482,6 +483,60 @@ def test_logits_stay_deferred_in_mixed_precision() -> None:
     outputs.loss.backward()
 
 
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:You passed find_unused_parameters=true:UserWarning")
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("static_graph", [False, True])
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])
+def test_logits_stay_deferred_under_ddp(head: str, find_unused_parameters: bool, static_graph: bool) -> None:
+    batch = mlm_batch()
+    if head == "ForPreTraining":
+        batch["next_sentence_label"] = torch.tensor([0, 1, 0, 1])
+    stock = build(head=head, train=True)
+    ours, eager, truth = fastbert.optimize(copy.deepcopy(stock)), stock, copy.deepcopy(stock).double()
+    parallel = nn.parallel.DistributedDataParallel(
+        ours, find_unused_parameters=find_unused_parameters, static_graph=static_graph
+    )
+    for _ in range(2):  # the first step of a static graph goes another way than later ones
+        outputs, seen = shapes_seen(parallel, **batch)
+        assert seen == []
+        assert all_fast(ours), str(fastbert.report(ours))
+        given = [outputs, eager(**batch), truth(**batch)]
+        assert list(outputs.keys()) == list(given[1].keys())
+        assert isinstance(outputs, type(given[1]))
+        torch.testing.assert_close(outputs[1][real(batch)], given[1][1][real(batch)], atol=2e-5, rtol=2e-5)
+        results = []
+        for model, one in zip((ours, eager, truth), given, strict=True):
+            model.zero_grad()
+            (one.loss + one[1][real(batch)].square().mean()).backward()
+            results.append([p.grad for p in model.parameters()])
+        judge_gradients([name for name, _ in stock.named_parameters()], *results)
+        with torch.no_grad():
+            assert not parallel(**batch)[1].requires_grad
+
+
+@pytest.mark.usefixtures("fresh_accelerate", "one_process")
+def test_logits_stay_deferred_under_ddp_in_mixed_precision() -> None:
+    batch, keep = mlm_batch(), real(mlm_batch())
+    model = fastbert.optimize(build(head="ForMaskedLM", train=True))
+    prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    parallel = nn.parallel.DistributedDataParallel(prepared, find_unused_parameters=True)
+    outputs, seen = shapes_seen(parallel, **batch)
+    assert seen == []
+    assert outputs.logits.dtype is torch.float32
+    outputs.logits[keep].square().mean().backward()  # DDP waits for every parameter
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = fastbert.restore(copy.deepcopy(model))(**batch).logits.float()
+    torch.testing.assert_close(outputs.logits[keep], expected[keep], atol=0.1, rtol=0.1)
+
+
 def test_tuple_output() -> None:
     model = fastbert.optimize(build(head="ForMaskedLM", train=True))
     batch = mlm_batch()
@@ -671,7 +726,7 @@ def test_mlm_loss_counts_as_the_op_says() -> None:
 
 
 def test_two_processes(tmp_path: Path, run_commands: Any) -> None:
-    """DDP and FSDP2 (layer by layer) have the gradients of one process."""
+    """DDP and FSDP2 (layer by layer) have the gradients of one process, DDP also of losses made of the logits."""
     replicated, batch = build(head="ForMaskedLM", train=True), mlm_batch()
     sharded, holes = build(train=True), inputs("holes")
     given = {
@@ -683,15 +738,21 @@ def test_two_processes(tmp_path: Path, run_commands: Any) -> None:
     run_commands([[sys.executable, worker, str(rank), str(tmp_path)] for rank in (0, 1)])
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
 
-    halves = ({name: value[rows] for name, value in batch.items()} for rows in (slice(0, 2), slice(2, 4)))
-    (sum(replicated(**half).loss for half in halves) / 2).backward()
+    halves = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
+    expected = {}
+    for kind, loss in LOSSES.items():
+        replicated.zero_grad()
+        (sum(loss(replicated(**half), half) for half in halves) / 2).backward()
+        expected[kind] = gradients_of(replicated)
     sharded(**holes)[0][real(holes)].square().sum().backward()
-    for kind, stock, tolerance in (("ddp", replicated, 1e-5), ("fsdp", sharded, 1e-4)):
-        expected = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
-        assert one[kind].keys() == other[kind].keys() == expected.keys()
-        for name, gradient in expected.items():
-            assert torch.equal(one[kind][name], other[kind][name])
-            torch.testing.assert_close(one[kind][name], gradient, atol=tolerance, rtol=1e-4, msg=f"{kind} {name}")
+    expected["fsdp"] = gradients_of(sharded)
+    assert one.keys() == other.keys() == {(*setting, step) for setting in DDP_SETTINGS for step in (0, 1)} | {"fsdp"}
+    for case in one:
+        kind, tolerance = ("fsdp", 1e-4) if case == "fsdp" else (case[0], 1e-5)
+        assert one[case].keys() == other[case].keys() == expected[kind].keys()
+        for name, gradient in expected[kind].items():
+            assert torch.equal(one[case][name], other[case][name])
+            torch.testing.assert_close(one[case][name], gradient, atol=tolerance, rtol=1e-4, msg=f"{case} {name}")
 
 
 def test_a_hanging_command_is_ended_with_its_children(run_commands: Any) -> None:
