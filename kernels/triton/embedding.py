@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import configs, dropout, rows
-from fastbert.kernels.layernorm import shape_class
+from fastbert.kernels.layernorm import shape_class, shape_class_bwd
 
 SMALL_TABLE = 16  # rows
 _GATHER = {"PIECE": 64, "BLOCK_T": 16, "BLOCK_N": 256, "num_warps": 4}
@@ -96,6 +96,7 @@ def _embedding_bwd_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -103,7 +104,7 @@ def _embedding_bwd_kernel(
     w = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in tl.range(program, tl.cdiv(num_tokens, BLOCK_M), programs, num_stages=rows.STAGES):
+    for block in tl.range(program, tl.cdiv(num_tokens, BLOCK_M), programs, num_stages=STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)
         offset = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         inside = (row < num_tokens)[:, None] & (column < HIDDEN)[None, :]
@@ -286,8 +287,9 @@ def embedding_bwd(
     num_tokens, hidden = dy.shape
     dz = torch.empty_like(dy)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-    config = dict(configs.choose("embedding_bwd", shape_class(hidden), configs.architecture(dy.device)))
+    config = dict(configs.choose("embedding_bwd", shape_class_bwd(hidden, dy.dtype), configs.architecture(dy.device)))
     most = config.pop("PROGRAMS_PER_PROCESSOR") * rows.processors(dy.device)
+    block_n = rows.block_columns(hidden)
     programs = max(1, min(configs.cdiv(num_tokens, config["BLOCK_M"]), most))
     partials = rstd.new_empty(2, programs, hidden)
     with torch.cuda.device_of(dy):
@@ -302,7 +304,8 @@ def embedding_bwd(
             num_tokens,
             *dropout.scalars(dropout_p),
             HIDDEN=hidden,
-            BLOCK_N=rows.block_columns(hidden),
+            BLOCK_N=block_n,
+            STAGES=rows.stages(config["BLOCK_M"], block_n, dy.dtype),
             **config,
         )
         rows.sum_partials(partials, (dweight, dbias))
@@ -345,23 +348,30 @@ def cases(arch: int) -> Iterator[configs.Case]:
     )
     counts = dict.fromkeys(("num_tokens", "num_words", "num_positions", "num_types", "padding_idx"), "i32")
     floats = dict.fromkeys(("weight", "bias", "rstd", "partials", "pieces"), "*fp32")
-    tensors = dict.fromkeys(("word", "position", "token_type", "y", "xhat", "dy", "dz", "dtable"), "*bf16")
-    signature = tensors | floats | ids | counts | scalars
+    tensors = ("word", "position", "token_type", "y", "xhat", "dy", "dz", "dtable")
 
     def case(
-        label: str, kernel: triton.JITFunction, constants: dict[str, object], launch: dict[str, int]
+        label: str,
+        kernel: triton.JITFunction,
+        constants: dict[str, object],
+        launch: dict[str, int],
+        dtype: torch.dtype = torch.bfloat16,
     ) -> configs.Case:
+        signature = dict.fromkeys(tensors, f"*{rows.NAMES[dtype]}") | floats | ids | counts | scalars
         launch = dict(launch)
         together = launch.pop("PROGRAMS_PER_PROCESSOR", 1)
         options = {"num_warps": launch.pop("num_warps")}
         types = {name: signature[name] for name in kernel.arg_names if name in signature}
         return configs.Case(label, kernel, types, constants | launch, options, False, together)
 
-    for hidden in (128, 312, 384, 768, 1024, 2048, 4096, 8192):
+    for hidden, dtype in rows.WIDTHS:
         sizes = {"HIDDEN": hidden, "BLOCK_N": rows.block_columns(hidden)}
         for kind, off in (("dropout", {}), ("plain", {"seed": None})):
-            for name, kernel in (("embedding_fwd", _embedding_fwd_kernel), ("embedding_bwd", _embedding_bwd_kernel)):
-                yield case(f"{kind}-{hidden}", kernel, sizes | off, table[name][shape_class(hidden)])
+            label, constants = rows.label(kind, hidden, dtype), sizes | off
+            yield case(label, _embedding_fwd_kernel, constants, table["embedding_fwd"][shape_class(hidden)], dtype)
+            launch = table["embedding_bwd"][shape_class_bwd(hidden, dtype)]
+            constants |= {"STAGES": rows.stages(launch["BLOCK_M"], sizes["BLOCK_N"], dtype)}
+            yield case(label, _embedding_bwd_kernel, constants, launch, dtype)
     for hidden in (312, 768):
         yield case(f"{hidden}", _embedding_bwd_pieces_kernel, {"HIDDEN": hidden}, _GATHER)
         yield case(f"{hidden}", _embedding_bwd_table_kernel, {"HIDDEN": hidden}, _GATHER)

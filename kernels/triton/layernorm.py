@@ -79,6 +79,7 @@ def _layernorm_bwd_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -87,7 +88,7 @@ def _layernorm_bwd_kernel(
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dx_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in tl.range(program, tl.cdiv(num_rows, BLOCK_M), programs, num_stages=rows.STAGES):
+    for block in tl.range(program, tl.cdiv(num_rows, BLOCK_M), programs, num_stages=STAGES):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)
         offset = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         inside = (row < num_rows)[:, None] & (column < HIDDEN)[None, :]
@@ -117,6 +118,11 @@ def _layernorm_bwd_kernel(
 def shape_class(hidden: int) -> str:
     """Rows as long as registers hold them: padded to a power of two, the short ones together."""
     return str(max(256, configs.next_power_of_2(hidden)))
+
+
+def shape_class_bwd(hidden: int, dtype: torch.dtype) -> str:
+    """The same of backwards, whose loads in float32 take twice the room."""
+    return shape_class(hidden) + "-fp32" * (dtype is torch.float32)
 
 
 def layernorm_fwd(
@@ -185,8 +191,9 @@ def layernorm_bwd(
     dx = torch.empty_like(z) if dropout_p > 0.0 else None
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     dx_bias = mean.new_empty(hidden if need_x_bias else 0)
-    config = dict(configs.choose("layernorm_bwd", shape_class(hidden), configs.architecture(z.device)))
+    config = dict(configs.choose("layernorm_bwd", shape_class_bwd(hidden, z.dtype), configs.architecture(z.device)))
     most = config.pop("PROGRAMS_PER_PROCESSOR") * rows.processors(z.device)
+    block_n = rows.block_columns(hidden)
     programs = max(1, min(configs.cdiv(num_rows, config["BLOCK_M"]), most))
     partials = mean.new_empty(3 if need_x_bias else 2, programs, hidden)
     with torch.cuda.device_of(z):
@@ -204,7 +211,8 @@ def layernorm_bwd(
             *dropout.scalars(dropout_p),
             X_BIAS=need_x_bias,
             HIDDEN=hidden,
-            BLOCK_N=rows.block_columns(hidden),
+            BLOCK_N=block_n,
+            STAGES=rows.stages(config["BLOCK_M"], block_n, z.dtype),
             **config,
         )
         rows.sum_partials(partials, (dweight, dbias, dx_bias)[: len(partials)])
@@ -213,20 +221,23 @@ def layernorm_bwd(
 
 def cases(arch: int) -> Iterator[configs.Case]:
     table = configs.table(arch)
-    forward = dict.fromkeys(("x", "x_bias", "residual", "y", "z"), "*bf16")
-    forward |= {"weight": "*fp32", "bias": "*fp32", "mean": "*fp32", "rstd": "*fp32", "seed": "*i64"}
-    forward |= {"num_rows": "i32", "eps": "fp32", "threshold": "i32", "keep_scale": "fp32"}
-    backward = dict.fromkeys(("dy", "z", "dz", "dx"), "*bf16") | dict.fromkeys(("mean", "rstd", "partials"), "*fp32")
-    backward |= {"weight": "*fp32", "seed": "*i64", "num_rows": "i32", "threshold": "i32", "keep_scale": "fp32"}
-    for hidden in (128, 312, 384, 768, 1024, 2048, 4096, 8192):
+    scalars = {"num_rows": "i32", "eps": "fp32", "threshold": "i32", "keep_scale": "fp32", "seed": "*i64"}
+    floats = dict.fromkeys(("weight", "bias", "mean", "rstd", "partials"), "*fp32")
+    for hidden, dtype in rows.WIDTHS:
+        states = dict.fromkeys(("x", "x_bias", "residual", "y", "z", "dy", "dz", "dx"), f"*{rows.NAMES[dtype]}")
         sizes = {"HIDDEN": hidden, "BLOCK_N": rows.block_columns(hidden)}
         for kind, off in (("dropout", {}), ("plain", {"seed": None})):
-            config = dict(table["layernorm_fwd"][shape_class(hidden)])
-            options = {"num_warps": config.pop("num_warps")}
-            yield configs.Case(f"{kind}-{hidden}", _layernorm_fwd_kernel, forward, sizes | off | config, options, False)
-            config = dict(table["layernorm_bwd"][shape_class(hidden)])
-            options = {"num_warps": config.pop("num_warps")}
-            together = config.pop("PROGRAMS_PER_PROCESSOR")
-            off = off | {"X_BIAS": True} | ({"dx": None} if kind == "plain" else {})
-            launch = sizes | off | config
-            yield configs.Case(f"{kind}-{hidden}", _layernorm_bwd_kernel, backward, launch, options, False, together)
+            backward = off | {"X_BIAS": True} | ({"dx": None} if kind == "plain" else {})
+            for kernel, constants, config in (
+                (_layernorm_fwd_kernel, off, table["layernorm_fwd"][shape_class(hidden)]),
+                (_layernorm_bwd_kernel, backward, table["layernorm_bwd"][shape_class_bwd(hidden, dtype)]),
+            ):
+                config = dict(config)
+                options = {"num_warps": config.pop("num_warps")}
+                together = config.pop("PROGRAMS_PER_PROCESSOR", 1)
+                types = states | floats | scalars
+                types = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+                launch = sizes | constants | config
+                if "STAGES" in kernel.arg_names:
+                    launch["STAGES"] = rows.stages(config["BLOCK_M"], sizes["BLOCK_N"], dtype)
+                yield configs.Case(rows.label(kind, hidden, dtype), kernel, types, launch, options, False, together)

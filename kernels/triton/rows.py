@@ -12,8 +12,13 @@ from torch import Tensor
 from fastbert.kernels import configs
 
 STAGES = tl.constexpr(3)  # of loops over rows: two turns' loads are under way, as much as fills the memory's latency
+_WIDE = 16384  # bytes of a turn, of which one under way is as much, and two more than some GPUs have room for
 _SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
 _INTERPRETER_PROCESSORS = 2
+# What kernels for whole rows are compiled for without a GPU.
+WIDTHS = [(hidden, torch.bfloat16) for hidden in (128, 312, 384, 768, 1024, 2048, 4096, 8192)]
+WIDTHS += [(hidden, torch.float32) for hidden in (128, 384, 1024, 2048, 4096, 8192)]  # each shape class
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def processors(device: torch.device) -> int:
@@ -21,6 +26,11 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def stages(block_m: int, block_n: int, dtype: torch.dtype) -> int:
+    """STAGES, or one less where a turn's rows [block_m, block_n] of this dtype are wide."""
+    return STAGES.value - (block_m * block_n * dtype.itemsize > _WIDE)
 
 
 def block_columns(columns: int) -> int:
@@ -90,6 +100,11 @@ def sum_partials(partials: Tensor, outs: Sequence[Tensor]) -> None:
     out0, out1, out2 = (*outs, None, None)[:3]
     grid = configs.cdiv(columns, _SUM["BLOCK_N"]), parts
     _sum_partials_kernel[grid](partials, out0, out1, out2, programs, columns, **_SUM)
+
+
+def label(kind: str, hidden: int, dtype: torch.dtype) -> str:
+    """What a case of WIDTHS is called."""
+    return f"{kind}-{hidden}" + "-fp32" * (dtype is torch.float32)
 
 
 def cases(arch: int) -> Iterator[configs.Case]:
