@@ -372,7 +372,8 @@ def cases(arch: int) -> Iterator[configs.Case]:
             launch = table["embedding_bwd"][shape_class_bwd(hidden, dtype)]
             constants |= {"STAGES": rows.stages(launch["BLOCK_M"], sizes["BLOCK_N"], dtype)}
             yield case(label, _embedding_bwd_kernel, constants, launch, dtype)
-    for hidden in (312, 768):
-        yield case(f"{hidden}", _embedding_bwd_pieces_kernel, {"HIDDEN": hidden}, _GATHER)
-        yield case(f"{hidden}", _embedding_bwd_table_kernel, {"HIDDEN": hidden}, _GATHER)
-        yield case(f"{hidden}", _embedding_bwd_few_rows_kernel, {"HIDDEN": hidden}, _FEW)
+    for hidden, dtype in ((312, torch.bfloat16), (768, torch.bfloat16), (768, torch.float32)):
+        label = rows.label("table", hidden, dtype)
+        yield case(label, _embedding_bwd_pieces_kernel, {"HIDDEN": hidden}, _GATHER, dtype)
+        yield case(label, _embedding_bwd_table_kernel, {"HIDDEN": hidden}, _GATHER, dtype)
+        yield case(label, _embedding_bwd_few_rows_kernel, {"HIDDEN": hidden}, _FEW, dtype)
