@@ -407,7 +407,6 @@ class ResolvedStack:
         self.parameter_dicts = [parameters for its in resolved for parameters in its.weights.dicts]
         self.parameter_names = [name for its in resolved for name in its.weights.names]
         self.parameters: tuple[Tensor, ...] = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
-        self.shape = self.parameters[0].shape  # of a query; the op holds all other shapes against it, or `fits` does
         self.shapes = [parameter.shape for parameter in self.parameters]
 
     def fits(self, x: Tensor) -> bool:
@@ -426,7 +425,8 @@ class ResolvedStack:
                 and not any(map(operator.contains, self.instances, self.methods))
             ):
                 found: tuple[Any, ...] = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
-                same = all(map(operator.is_, found, self.parameters)) and found[0].shape == self.shape
+                # The first is a query's; the op holds all other shapes against it, or `fits` does.
+                same = all(map(operator.is_, found, self.parameters)) and found[0].shape == self.shapes[0]
                 return found if same else None
         except KeyError:
             pass

@@ -23,6 +23,8 @@ _PLACES = {
     "below_autograd": ("torch", "_C._AutoDispatchBelowAutograd"),
     # How many modes follow the calls of ops (ops/leaf.py).
     "dispatch_modes": ("torch", "_C._len_torch_dispatch_stack"),
+    # What torch.jit.trace records into, or None (ops/leaf.py).
+    "tracing": ("torch", "_C._get_tracing_state"),
     # Whether the profiler is recording (ops/leaf.py).
     "profiling": ("torch", "_C._autograd._profiler_enabled"),
     # The tensors in a fake kernel's arguments, lists included (ops/leaf.py).

@@ -148,7 +148,8 @@ def _adopt(module: nn.Module, replace: tuple[str | None, ...] | None) -> None:
         if config is None or config.output_attentions or config._attn_implementation == IMPLEMENTATION:
             return
         implementation = config._attn_implementation
-        if implementation not in replace if replace is not None else not is_stock_attention(implementation):
+        replaceable = is_stock_attention(implementation) if replace is None else implementation in replace
+        if not replaceable:
             return
         for swapped in module.modules():
             if isinstance(swapped, Fast):

@@ -288,7 +288,7 @@ def encode(module: Any, hidden_states: Tensor, batch: PackedBatch, *args: Any, *
     recorded = captured("hidden_states")
     if torch.is_grad_enabled():
         module._fastbert.resolved = None  # or weights that were replaced stay in memory while the model trains
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not captured():
+    elif not torch.compiler.is_compiling() and not captured():
         y = encode_at_once(module, hidden_states, batch)
         if y is not None:
             return y

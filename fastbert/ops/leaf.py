@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastbert import dispatch
-from fastbert.internals import below_autograd, dispatch_modes, forward_mode, func_transform, profiling, tree_leaves
+from fastbert.internals import (
+    below_autograd,
+    dispatch_modes,
+    forward_mode,
+    func_transform,
+    profiling,
+    tracing,
+    tree_leaves,
+)
 
 # What arguments of an op may be for its kernel to be called past PyTorch's dispatcher.
 _PLAIN = {Tensor, Parameter, type(None), int, float, bool}
@@ -44,7 +52,7 @@ class Leaf:
         The op that is registered does for every call, and tracing wants to see it; but its way through the dispatcher
         and autograd takes longer than a kernel on a small batch, and where nobody looks there are shorter ones.
         """
-        if torch.compiler.is_compiling() or watched():
+        if watched():
             return self.forward_op(*arguments)
         if not recorded:
             return self.run(self.forward_op, "fwd", arguments)
@@ -54,7 +62,7 @@ class Leaf:
 
     def backward(self, *arguments: Any) -> Any:
         """The backward, called from what `register` was given for it."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched():
+        if torch.is_grad_enabled() or watched():
             return self.backward_op(*arguments)
         return self.run(self.backward_op, "bwd", arguments)
 
@@ -78,10 +86,14 @@ class Leaf:
 
 
 def watched() -> bool:
-    """Whether somebody follows the calls of ops: a dispatch mode (as for fake tensors), a torch.func transform,
-    torch.jit.trace or the profiler."""
+    """Whether somebody follows the calls of ops: torch.compile, torch.jit.trace, a dispatch mode (as for fake tensors),
+    a torch.func transform or the profiler."""
     return bool(
-        dispatch_modes() or func_transform() is not None or torch._C._get_tracing_state() is not None or profiling()
+        torch.compiler.is_compiling()  # comes first, for nothing behind it can be traced
+        or dispatch_modes()
+        or func_transform() is not None
+        or tracing() is not None
+        or profiling()
     )
 
 

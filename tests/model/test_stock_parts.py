@@ -31,12 +31,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
+def own_attention(module: Any, parts: tuple[nn.Module, ...], hidden_states: Tensor, mask: Tensor | None) -> Any:
+    assert mask is None or mask.dim() == 4
+    shape = (*hidden_states.shape[:2], -1, module.attention_head_size)
+    return attend(*(part(hidden_states).view(shape).transpose(1, 2) for part in parts), mask).flatten(2), None
+
+
 class OwnAttention(BertSelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **rest: Any) -> Any:
-        assert attention_mask is None or attention_mask.dim() == 4
-        shape = (*hidden_states.shape[:2], -1, self.attention_head_size)
-        parts = (part(hidden_states).view(shape).transpose(1, 2) for part in (self.query, self.key, self.value))
-        return attend(*parts, attention_mask).flatten(2), None
+        return own_attention(self, (self.query, self.key, self.value), hidden_states, attention_mask)
 
 
 class AddingAttention(OwnAttention):
@@ -47,10 +50,7 @@ class AddingAttention(OwnAttention):
 
 class OwnDistilAttention(DistilBertSelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **rest: Any) -> Any:
-        assert attention_mask is None or attention_mask.dim() == 4
-        shape = (*hidden_states.shape[:2], -1, self.attention_head_size)
-        parts = (part(hidden_states).view(shape).transpose(1, 2) for part in (self.q_lin, self.k_lin, self.v_lin))
-        return attend(*parts, attention_mask).flatten(2), None
+        return own_attention(self, (self.q_lin, self.k_lin, self.v_lin), hidden_states, attention_mask)
 
 
 def check(stock: Any, batch: dict[str, Tensor], keep: Tensor | None = None) -> Any:
