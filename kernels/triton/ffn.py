@@ -57,16 +57,6 @@ def _normal(v, FP32: tl.constexpr):
 
 
 @triton.jit
-def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile [BLOCK_M, BLOCK_N].
-
-    An epilogue in two halves takes few enough registers for two programs a processor, of which one multiplies while the
-    other is in its epilogue.
-    """
-    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def _place(m, n, num_rows, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of a tile of a [num_rows, N], rows from m and columns from n: where it starts, where its elements lie from there,
     and which of them exist."""
@@ -110,7 +100,7 @@ def _ffn_fwd_kernel(
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     a_row, b_row = tl.minimum(row, num_rows - 1), tl.minimum(column, N - 1)
     v = matmul.multiply_rows(x, a_row, weight, b_row, steps, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    left, right = _halves(v, BLOCK_M, BLOCK_N)
+    left, right = matmul.halves(v, BLOCK_M, BLOCK_N)
     m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
     _ffn_fwd_epilogue(left, m, n, bias, pre, act, num_rows, N, BLOCK_M, BLOCK_N // 2)
     _ffn_fwd_epilogue(right, m, n + BLOCK_N // 2, bias, pre, act, num_rows, N, BLOCK_M, BLOCK_N // 2)
@@ -172,7 +162,7 @@ def _ffn_bwd_kernel(
         BLOCK_K,
         PRECISION,
     )
-    left, right = _halves(d, BLOCK_M, BLOCK_N)
+    left, right = matmul.halves(d, BLOCK_M, BLOCK_N)
     m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
     _ffn_bwd_epilogue(left, m, n, pre, dpre, act, partials, num_rows, N, BLOCK_M, BLOCK_N // 2)
     _ffn_bwd_epilogue(right, m, n + BLOCK_N // 2, pre, dpre, act, partials, num_rows, N, BLOCK_M, BLOCK_N // 2)

@@ -119,3 +119,13 @@ def multiply_rows(
         BLOCK_K,
         PRECISION,
     )
+
+
+@triton.jit
+def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile [BLOCK_M, BLOCK_N].
+
+    An epilogue in two halves takes few enough registers for two programs a processor, of which one multiplies while the
+    other is in its epilogue.
+    """
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))

@@ -79,6 +79,36 @@ def _mlm_loss_gather_kernel(
     tl.store(out + row.to(tl.int64)[:, None] * HIDDEN + column[None, :], values, mask=inside)
 
 
+@triton.jit
+def _logits_epilogue(
+    v, m, label, tile, tiles, bias, logits, stats, label_logit, chunk, vocabulary,
+    DTYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """v: float32 [BLOCK_M, BLOCK_N], the product's rows from m and columns from tile * BLOCK_N on, of `tiles` tiles.
+    label: of these rows, int64 [BLOCK_M]. The rest as the kernel has it. Rows without a label are written, too: nobody
+    reads them, and whole tiles need fewer registers."""
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    n = tile * BLOCK_N
+    word = column < vocabulary - n
+    if bias is not None:
+        v += tl.load(bias + n + column, mask=word, other=0.0).to(tl.float32)[None, :]
+    v = v.to(DTYPE).to(tl.float32)
+    if logits is not None:
+        pointer = logits + (m.to(tl.int64) * WIDTH + n) + (row[:, None] * WIDTH + column[None, :])
+        tl.store(pointer, v, mask=(column < WIDTH - n)[None, :])
+    own = (label - n).to(tl.int32)
+    on_label = tl.sum(tl.where(column[None, :] == own[:, None], v, 0.0), 1)
+    tl.store(label_logit + m + row, on_label, mask=(own >= 0) & (own < tl.minimum(BLOCK_N, vocabulary - n)))
+    out = stats + (tile.to(tl.int64) * chunk + m) + row
+    part = tiles.to(tl.int64) * chunk
+    tl.store(out + 2 * part, tl.sum(tl.where(word[None, :], v, 0.0), 1))
+    v = tl.where(word[None, :], v, float("-inf"))
+    maximum = tl.max(v, 1)
+    tl.store(out, maximum)
+    base = tl.where(maximum == float("-inf"), 0.0, maximum)
+    tl.store(out + part, tl.sum(tl.exp(v - base[:, None]), 1))
+
+
 @triton.jit(do_not_specialize=("begin", "chunk", "steps"))
 def _mlm_loss_logits_kernel(
     h,  # [num_rows, HIDDEN], the labelled rows
@@ -87,15 +117,15 @@ def _mlm_loss_logits_kernel(
     labels,  # int64 [num_rows]
     index,  # int32 [num_rows]
     count,  # int32 [1]
-    logits,  # [chunk, width], or None if there is no backward
-    stats,  # float32 [3, tiles of the vocabulary, chunk]: maximum, sum of exponentials less it, sum of logits
+    logits,  # [chunk, WIDTH], or None if there is no backward
+    stats,  # float32 [3, halves of tiles, chunk]: maximum, sum of exponentials less it, sum of logits
     label_logit,  # float32 [chunk]
     begin,
     chunk,
     vocabulary,
-    width,
     steps,  # HIDDEN / BLOCK_K, rounded up
     HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -111,30 +141,21 @@ def _mlm_loss_logits_kernel(
         live = row < number
         a_row, b_row = begin + tl.minimum(row, number - 1), tl.minimum(column, vocabulary - 1)
         v = matmul.multiply_rows(h, a_row, weight, b_row, steps, HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        word = column < vocabulary
-        if bias is not None:
-            v += tl.load(bias + column, mask=word, other=0.0).to(tl.float32)[None, :]
-        v = v.to(h.dtype.element_ty).to(tl.float32)
-        if logits is not None:
-            offset = row.to(tl.int64)[:, None] * width + column[None, :]
-            tl.store(logits + offset, v, mask=live[:, None] & (column < width)[None, :])  # 128 bits at once
         label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
-        here = column[None, :] == label[:, None]
-        in_tile = live & (label >= tile_n * BLOCK_N) & (label < tl.minimum(tile_n * BLOCK_N + BLOCK_N, vocabulary))
-        tl.store(label_logit + row, tl.sum(tl.where(here, v, 0.0), 1), mask=in_tile)
-        maximum = tl.max(tl.where(word[None, :], v, float("-inf")), 1)
-        maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
-        powers = tl.sum(tl.where(word[None, :], tl.exp(v - maximum[:, None]), 0.0), 1)
-        out = stats + tile_n.to(tl.int64) * chunk + row
-        part = tiles_n.to(tl.int64) * chunk
-        tl.store(out, maximum, mask=live)
-        tl.store(out + part, powers, mask=live)
-        tl.store(out + 2 * part, tl.sum(tl.where(word[None, :], v, 0.0), 1), mask=live)
+        left, right = matmul.halves(v, BLOCK_M, BLOCK_N)
+        _logits_epilogue(
+            left, tile_m * BLOCK_M, label, 2 * tile_n, 2 * tiles_n, bias, logits, stats, label_logit, chunk,
+            vocabulary, h.dtype.element_ty, WIDTH, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        _logits_epilogue(
+            right, tile_m * BLOCK_M, label, 2 * tile_n + 1, 2 * tiles_n, bias, logits, stats, label_logit,
+            chunk, vocabulary, h.dtype.element_ty, WIDTH, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("begin", "chunk", "tiles"))
 def _mlm_loss_lse_kernel(
-    stats,  # float32 [3, tiles, chunk]
+    stats,  # float32 [3, tiles, chunk], of what `_logits_epilogue` calls a tile
     label_logit,  # float32 [chunk]
     labels,  # int64 [num_rows]
     index,  # int32 [num_rows]
@@ -353,13 +374,13 @@ def mlm_loss_fwd(
     # Summed wherever there is a bias, so that none is left out by a kernel of its own.
     dbias = None if logits is None or bias is None else losses.new_zeros(vocabulary)
     forward, dh_config, dweight_config = (_config(name, h) for name in ("fwd", "dh", "dweight"))
-    whole = {dh_config["BLOCK_K"], dweight_config["BLOCK_M"], dweight_config["BLOCK_K"]}
+    whole = {forward["BLOCK_M"], dh_config["BLOCK_K"], dweight_config["BLOCK_M"], dweight_config["BLOCK_K"]}
     if any(ROW_MULTIPLE % size for size in whole):
         raise ValueError(
             f"mlm_loss: the configured tiles read {sorted(whole)} at once; these must divide {ROW_MULTIPLE}"
         )
     tiles = configs.cdiv(vocabulary, forward["BLOCK_N"])
-    stats = losses.new_empty(3, tiles, chunk)
+    stats = losses.new_empty(3, 2 * tiles, chunk)
     precision = {"PRECISION": matmul.precision(h.dtype)}
     with torch.cuda.device_of(h):
         _mlm_loss_compact_kernel[(1,)](labels, index, count, num_rows, ignore_index, **_COMPACT)
@@ -381,9 +402,9 @@ def mlm_loss_fwd(
                 begin,
                 chunk,
                 vocabulary,
-                width,
                 configs.cdiv(hidden, forward["BLOCK_K"]),
                 HIDDEN=hidden,
+                WIDTH=width,
                 **precision,
                 **forward,
             )
@@ -397,7 +418,7 @@ def mlm_loss_fwd(
                 losses,
                 begin,
                 chunk,
-                tiles,
+                2 * tiles,
                 vocabulary,
                 label_smoothing,
                 **_LSE,
@@ -468,25 +489,26 @@ def cases(arch: int) -> Iterator[configs.Case]:
         tensors = dict.fromkeys(("h", "weight", "bias", "logits", "dlogits", "out"), f"*{kind}")
         tensors |= dict.fromkeys(("dh", "dweight"), "*fp32" if kind == "fp16" else f"*{kind}")
         types = {name: type_ for name, type_ in (tensors | pointers | integers).items() if name in kernel.arg_names}
-        options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
+        options = {name: launch[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch}
         constants = {name: value for name, value in launch.items() if name not in options}
-        return configs.Case(label, kernel, types, constants, options, matrix)
+        return configs.Case(label, kernel, types, constants, options, matrix, 2 if "maxnreg" in options else 1)
 
     yield case("any", _mlm_loss_compact_kernel, "bf16", _COMPACT, False)
     yield case("any", _mlm_loss_lse_kernel, "bf16", _LSE, False)
     for kind in ("bf16", "fp32"):
         yield case(kind, _mlm_loss_gather_kernel, kind, {"HIDDEN": 768, "BLOCK_N": 512} | _GATHER, False)
         yield case(kind, _mlm_loss_dlogits_kernel, kind, _DLOGITS, False)
+    width = 30592  # BERT's vocabulary of 30522
     kernels = {"fwd": _mlm_loss_logits_kernel, "dh": _mlm_loss_dh_kernel, "dweight": _mlm_loss_dweight_kernel}
     for part, kernel in kernels.items():
         for shape_class, config in table[f"mlm_loss_{part}"].items():
             for kind in ("fp32", "tf32") if shape_class == "fp32" else ("fp16", "bf16"):
                 for hidden in (768, 312):
                     launch = {"HIDDEN": hidden, "PRECISION": "tf32" if kind == "tf32" else "ieee"} | config
-                    if part == "dweight":
-                        launch["WIDTH"] = 30592
+                    if "WIDTH" in kernel.arg_names:
+                        launch["WIDTH"] = width
                     stored = "fp32" if kind == "tf32" else kind
                     yield case(f"{kind}-{hidden}", kernel, stored, launch, kind != "fp32")
         if part == "fwd":
-            launch = {"HIDDEN": 768, "PRECISION": "ieee", "logits": None} | table["mlm_loss_fwd"]["half"]
-            yield case("bf16-768-inference", kernel, "bf16", launch, True)
+            launch = {"HIDDEN": 768, "WIDTH": width, "PRECISION": "ieee"} | table["mlm_loss_fwd"]["half"]
+            yield case("bf16-768-inference", kernel, "bf16", launch | {"logits": None}, True)

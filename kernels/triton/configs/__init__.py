@@ -32,8 +32,8 @@ class Case(NamedTuple):
     """One way in which a kernel can be launched, as `triton.compile` wants it.
 
     label: names it in tables. signature: argument name -> type ("*bf16", "i32", ...; "i32:16": a multiple of 16, as
-    a stride is). constants: the constexpr arguments. options: num_warps, num_stages. matrix: whether it multiplies
-    matrices on tensor cores, for which its code for sm_90 has to use wgmma. together: how many programs a
+    a stride is). constants: the constexpr arguments. options: num_warps, num_stages, maxnreg. matrix: whether it
+    multiplies matrices on tensor cores, for which its code for sm_90 has to use wgmma. together: how many programs a
     multiprocessor has to hold at once, for one to do its arithmetic while another multiplies matrices.
     """
 
