@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlm_loss_fwd(Tensor h, Tensor labels,
   const ScalarType type = h.scalar_type();
   check(op, "h", h, type, {-1, -1});
   check(op, "weight", weight, type, {-1, h.size(1)});
-  MlmLossShape shape{h.size(0), h.size(1), weight.size(0), ignore_index, label_smoothing};
+  MlmLossShape shape{h.size(0), h.size(1), weight.size(0), ignore_index, label_smoothing, 0};
   if (shape.columns == 0 || shape.vocabulary == 0)
     fail(op, ": weight has shape ", shape_text(weight), "; neither dimension may be 0");
   if (bias.has_value()) check(op, "bias", *bias, type, {shape.vocabulary});
@@ -170,21 +170,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlm_loss_fwd(Tensor h, Tensor labels,
     fail(op, ": label_smoothing is ", label_smoothing, "; it must be between 0 and 1");
   check(op, "labels", labels, ScalarType::Long, {shape.rows});
   const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
-  int64_t labelled = 0;
   for (int64_t i = 0; i < shape.rows; ++i) {
     if (label[i] == ignore_index) continue;
     if (label[i] < 0 || label[i] >= shape.vocabulary)
       fail(op, ": labels holds ", label[i], " at place ", i, ", which is out of range: weight has ", shape.vocabulary,
            " rows, and ignore_index is ", ignore_index);
-    ++labelled;
+    ++shape.labelled;
   }
   Tensor loss = new_tensor({}, ScalarType::Float);
   if (need_dbias && !bias.has_value()) fail(op, ": need_dbias is set but bias is missing");
   Tensor dh = need_dh ? new_tensor({shape.rows, shape.columns}, type) : none(type);
   Tensor dweight = need_dweight ? new_tensor({shape.vocabulary, shape.columns}, type) : none(type);
   Tensor dbias = need_dbias ? new_tensor({shape.vocabulary}, type) : none(type);
-  const int64_t chunk = mlm_loss_chunk(labelled, shape.vocabulary);
-  const bool sums_apart = need_dweight && dtype == DType::kBFloat16 && labelled > chunk;
+  const int64_t chunk = mlm_loss_chunk(shape.labelled, shape.vocabulary);
+  const bool sums_apart = need_dweight && dtype == DType::kBFloat16 && shape.labelled > chunk;
   Tensor sums = new_tensor({sums_apart ? dweight.numel() : 0}, ScalarType::Float);
   *floats(loss) = static_cast<float>(kernels().mlm_loss(
       executor(), dtype, shape, h.const_data_ptr(), label, weight.const_data_ptr(),

@@ -25,7 +25,7 @@ extern const Kernels kernels_avx512bf16;
 
 std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> found;
-#if defined(FASTBERT_HAVE_AVX2) || defined(FASTBERT_HAVE_AVX512)
+#if defined(FASTBERT_HAVE_AVX2) || defined(FASTBERT_HAVE_AVX512) || defined(FASTBERT_HAVE_AVX512BF16)
   __builtin_cpu_init();
   [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                                      __builtin_cpu_supports("bmi2");
@@ -91,7 +91,7 @@ void* scratch(ScratchSlot slot, int64_t bytes) {
   };
   static thread_local Slot slots[kScratchSlots];
   Slot& s = slots[slot];
-  // The states of one huge batch go when a usual one comes.
+  // The states of one huge batch in inference go when a usual one comes.
   if (s.size < bytes || (slot == kScratchLayer && s.size > kKeptBytes && bytes <= kKeptBytes)) {
     std::free(s.data);
     s.size = (bytes + 4095) / 4096 * 4096;

@@ -152,7 +152,9 @@ def _as_text(found: dict[str, Any]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value)) or "none"
-    return {True: "yes", False: "no", None: "none"}.get(value, str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def _tokenizer(argv: list[str]) -> int:

@@ -197,8 +197,8 @@ class EncoderGraphs:
 
     limit: how many are held. recorder: records and replays them. reason: why the last call was run without, or None.
     captured, replayed, dropped: how many graphs were recorded, how many calls they served, how many had to make room.
-    settled: whether the last call that looked at the layers was served. Then the next one launches its graph first and
-    looks at them while the device works.
+    last_served: whether the last call that looked at the layers was served. Then the next one launches its graph first
+    and looks at them while the device works.
     """
 
     def __init__(self, limit: int, recorder: Any = None) -> None:
@@ -207,7 +207,7 @@ class EncoderGraphs:
         self.reason: str | None = None
         self.captured = self.replayed = self.dropped = 0
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
-        self.settled = False
+        self.last_served = False
         self._stack: ResolvedStack | None = None
         self._places: tuple[Any, ...] | None = None
         self._state: tuple[Any, ...] | None = None
@@ -247,11 +247,11 @@ class EncoderGraphs:
             unmoved = stack is not None and _places(stack.parameters, x) == self._places
             embedding = None if embeddings is None else _embeddings_state(embeddings)
             known = embedding is None or embedding == self._embedding
-            if self.settled and unmoved and known and bucket in self._graphs:
+            if self.last_served and unmoved and known and bucket in self._graphs:
                 y = self._run(self._graphs[bucket], source, batch)
             # While the device works: if the layers are not what they were, that was for nothing.
-            if not (unmoved and stack and stack.weights(layers) and _state(stack.parameters) == self._state):
-                y, self.settled = None, False
+            if not (unmoved and stack and stack.current(layers) and _state(stack.parameters) == self._state):
+                y, self.last_served = None, False
                 self.reason = next(filter(None, (layer_reason(layer, x) for layer in layers)), None)
                 if self.reason is not None:
                     return None
@@ -269,7 +269,7 @@ class EncoderGraphs:
                     return None
                 y = self._run(self._graphs[bucket], source, batch)
             self._graphs.move_to_end(bucket)
-            self.settled = True
+            self.last_served = True
             self.replayed += 1
             return y
 
@@ -301,8 +301,6 @@ class EncoderGraphs:
             self.dropped += 1
         # Inference tensors could not be written again outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            buffers = _Buffers(bucket, source)
-            buffers.load(source, batch)
             parts = [layer.ready_parts(None)[1:] for layer in layers]
 
             def run() -> Tensor:
@@ -311,20 +309,30 @@ class EncoderGraphs:
                     x = encoder.layer(x, buffers.batch, weights, settings)
                 return x
 
-            self.recorder.warm_up(run)
+            try:
+                buffers = _Buffers(bucket, source)
+                buffers.load(source, batch)
+                self.recorder.warm_up(run)
+            except torch.OutOfMemoryError as error:
+                self._give_up(bucket, error)
+                return False
             try:
                 replay, y = self.recorder.record(run, first=not self._graphs)
             except RuntimeError as error:
-                self.reason = f"the recording failed: {error}"
-                if isinstance(error, torch.OutOfMemoryError):  # a smaller bucket may do
-                    self._too_large[bucket] = self.reason
-                else:
-                    self._broken = self.reason
-                warnings.warn(f"cuda_graphs: {self.reason}; the model runs without", stacklevel=2)
+                self._give_up(bucket, error)
                 return False
         self.captured += 1
         self._graphs[bucket] = _Graph(buffers, replay, y)
         return True
+
+    def _give_up(self, bucket: Bucket, error: RuntimeError) -> None:
+        """Record no more graphs, or, where memory ran out and a smaller bucket may do, none for this one."""
+        self.reason = f"the recording failed: {error}"
+        if isinstance(error, torch.OutOfMemoryError):
+            self._too_large[bucket] = self.reason
+        else:
+            self._broken = self.reason
+        warnings.warn(f"cuda_graphs: {self.reason}; the model runs without", stacklevel=3)
 
 
 def replay_reason(hidden_states: Tensor, batch: PackedBatch, device_type: str) -> str | None:

@@ -413,8 +413,8 @@ class ResolvedStack:
         """Whether layers of these shapes may take the states x one after another."""
         return wrong_weights(self.parameters, x) is None and [weight.shape for weight in self.parameters] == self.shapes
 
-    def weights(self, layers: nn.ModuleList) -> tuple[Tensor, ...] | None:
-        """Weight and bias of each layer's modules in turn, or None if anything is not what it was."""
+    def current(self, layers: nn.ModuleList) -> bool:
+        """Whether everything is what it was, `parameters` among it."""
         try:
             if (
                 tuple(layers._modules.values()) == self.layers
@@ -426,11 +426,10 @@ class ResolvedStack:
             ):
                 found: tuple[Any, ...] = tuple(map(operator.getitem, self.parameter_dicts, self.parameter_names))
                 # The first is a query's; the op holds all other shapes against it, or `fits` does.
-                same = all(map(operator.is_, found, self.parameters)) and found[0].shape == self.shapes[0]
-                return found if same else None
+                return all(map(operator.is_, found, self.parameters)) and found[0].shape == self.shapes[0]
         except KeyError:
             pass
-        return None
+        return False
 
 
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")

@@ -39,7 +39,7 @@ def attention_forward(
         attention_mask = attention_mask.to(torch.bool)[:, None, None, :]
         attention_mask = attention_mask.expand(-1, 1, query.shape[2], -1)
     wanted = kwargs.get("output_attentions") or captured("attentions") or captured("cross_attentions")
-    if wanted or internals.forward_mode():  # which SDPA has no formula for
+    if wanted or isinstance(scaling, Tensor) or internals.forward_mode():  # SDPA takes a float, and has no tangent
         return _eager(module, query, key, value, attention_mask, dropout, scaling)
     return ALL_ATTENTION_FUNCTIONS["sdpa"](
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -45,8 +45,10 @@ class FastModel(swapped.Fast):
         Raises ValueError for use_safetensors=False, OSError for a checkpoint that is missing, pickled, truncated or
         corrupt.
         """
-        if kwargs.pop("use_safetensors", True) is not True:
-            raise ValueError("from_pretrained: use_safetensors must be True, pickled weights are not loaded")
+        if (given := kwargs.pop("use_safetensors", None)) not in (True, None):
+            raise ValueError(
+                f"from_pretrained: use_safetensors must be True or None, got {given!r}: pickled weights are not loaded"
+            )
         return load_safetensors(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
 
@@ -186,11 +188,15 @@ def rescaled(outputs: Any, labels: Tensor | None, num_items: Any) -> Any:
     """The outputs with their loss, a mean over the labels, as a sum over num_items instead, if that is given."""
     if num_items is None or labels is None:
         return outputs
-    factor = (labels != -100).sum() / num_items
+    count = (labels != -100).sum()
+
+    def summed(loss: Tensor) -> Tensor:
+        return torch.where(count > 0, loss * (count / num_items), 0.0)  # a mean over nothing is NaN, its sum is not
+
     if isinstance(outputs, tuple):
-        return (outputs[0] * factor, *outputs[1:])
+        return (summed(outputs[0]), *outputs[1:])
     if outputs.loss is not None:
-        outputs.loss = outputs.loss * factor
+        outputs.loss = summed(outputs.loss)
     return outputs
 
 
@@ -348,6 +354,8 @@ class FastMaskedLM(FastModel):
         if weights is None or (guards.wrong_weights(weights) or resolved.misfit(weights)) is not None:
             return None, 0.0
         if weights[4].shape[0] != self.config.vocab_size:  # by which stock reshapes the logits for its loss
+            return None, 0.0
+        if isinstance(resolved.norm.eps, Tensor):
             return None, 0.0
         return weights, resolved.norm.eps
 

@@ -87,7 +87,7 @@ def optimize(model: Model, *, cuda_graphs: bool | int = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: model must be a torch.nn.Module, got {type(model).__qualname__}")
-    if not isinstance(cuda_graphs, int) or cuda_graphs < (not isinstance(cuda_graphs, bool)):
+    if not isinstance(cuda_graphs, bool) and not (isinstance(cuda_graphs, int) and cuda_graphs >= 1):
         raise ValueError(
             "optimize: cuda_graphs must be True, False, or the number of graphs to hold, at least 1; "
             f"got {cuda_graphs!r}"
@@ -174,14 +174,15 @@ def restore(model: Model) -> Model:
         if type(module) is not fast_class(module.stock) and not isinstance(module, PreTrainedModel):
             raise RuntimeError(f"restore: {name or 'model'} has become a {type(module).__qualname__} since optimize")
     for _, module in swapped:
-        state = module.__dict__.pop("_fastbert", None)
+        state = module.__dict__.get("_fastbert")
         if (
             state is not None
             and state.implementation is not None
             and state.config._attn_implementation == IMPLEMENTATION
         ):
             state.config._attn_implementation = state.implementation
-        if type(module) is fast_class(module.stock):
+        if type(module) is fast_class(module.stock):  # a user's subclass of one stays what it is
+            module.__dict__.pop("_fastbert", None)
             module.__class__ = module.stock
     return model
 

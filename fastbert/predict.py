@@ -8,6 +8,7 @@ run that was killed goes on from there and ends with the same bytes.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import sys
@@ -23,6 +24,7 @@ from .predictors import Predictor, predictor_for
 from .training.data import BadRowError
 from .training.errors import CommandError, first_line, is_disk_full
 from .training.loading import (
+    check_family,
     check_vocabulary,
     load_config,
     load_model,
@@ -166,6 +168,8 @@ def main(argv: list[str]) -> int:
     quiet_transformers()
     rows = open_rows(flags.input, "--input")
     config = load_config(flags.model_name_or_path)
+    if flags.optimize:
+        check_family(config, flags.model_name_or_path)
     predictor = predictor_for(config, flags, vars(parser.parse_args(_NEEDED)))
     predictor.choose_columns(rows)
     added = [flags.column_prefix + name for name in (*predictor.columns, "error")]
@@ -292,16 +296,20 @@ def _own_columns(rows: RowFile, added: list[str], flags: argparse.Namespace) -> 
 def _fingerprint(flags: argparse.Namespace, predictor: Predictor) -> dict[str, Any]:
     """What a resumed run must agree with for its bytes to be those of an uninterrupted one."""
 
-    def identity(path: Path) -> list[int] | None:
-        return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+    def identity(path: Path, *patterns: str) -> str:
+        """Of names, sizes and times of a file, or of the files of a folder that match a pattern."""
+        files = [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
+        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
+    model, data = Path(flags.model_name_or_path), Path(flags.input)
     same = ("max_seq_length", "max_tokens_per_batch", "window_rows", "column_prefix", "optimize")
     return {
         "--model_name_or_path": [
             os.path.abspath(flags.model_name_or_path),
-            identity(Path(flags.model_name_or_path) / "model.safetensors"),
+            identity(model, "*.safetensors", "*config.json", "tokenizer.json", "vocab*", "merges.txt", "*.model"),
         ],
-        "--input": [os.path.abspath(flags.input), identity(Path(flags.input))],
+        "--input": [os.path.abspath(flags.input), identity(data, "**/*.arrow", "**/*.json")],
         "columns": predictor.reads(),
         **{f"--{name}": getattr(flags, name) for name in (*same, *sorted(predictor.flags))},
     }

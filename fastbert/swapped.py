@@ -49,7 +49,7 @@ class State:
     def __init__(self, config: Any = None, implementation: str | None = None, graphs_held: int = 0) -> None:
         self.config = config
         self.implementation = implementation  # of the configuration before optimize; on an encoder and its layers
-        self.resolved: Any = None  # the parts as last found: a guards.Resolved
+        self.resolved: Any = None  # as last found: a guards.Resolved; on an encoder a guards.ResolvedStack
         self.buffers: Any = None  # of embeddings, as guards.plain_buffers found them
         self.graphs = graphs.EncoderGraphs(graphs_held) if graphs_held else None  # of an encoder
         self.fast = 0
@@ -138,7 +138,10 @@ class FastLayer(Fast):
         if weights is None:
             return "a weight is no parameter", None, None
         reason = wrong_weights(weights, hidden_states) or resolved.misfit(weights)
-        return reason, weights, None if reason else resolved.settings(weights)
+        settings = None if reason else resolved.settings(weights)
+        if settings is not None and any(isinstance(value, Tensor) for value in settings):
+            return "scaling, an eps or a dropout's p is a tensor", None, None
+        return reason, weights, settings
 
     def static_reason(self) -> str | None:
         """Why the layer could not take the fast path whatever the call, or None."""
@@ -326,9 +329,9 @@ def encode_at_once(
 ) -> Tensor | None:
     """All layers of an encoder past their modules, on a CPU in one op; None if they have to be called one by one.
 
-    stack: `settled`, if that has been asked.
+    stack: `unchanged_stack`, if that has been asked.
     """
-    stack = settled(module) if stack is None else stack
+    stack = unchanged_stack(module) if stack is None else stack
     if stack is None:
         stack = module._fastbert.resolved = stack_of(module.layer, hidden_states, batch)
         if stack is None:
@@ -344,10 +347,10 @@ def encode_at_once(
     return batch.unpack(y)
 
 
-def settled(module: Any) -> ResolvedStack | None:
+def unchanged_stack(module: Any) -> ResolvedStack | None:
     """The layers of an encoder that ran as one before, if nothing about them has changed since."""
     stack = module._fastbert.resolved  # read once: other threads share it
-    if stack is not None and stack.weights(module.layer) is None:
+    if stack is not None and not stack.current(module.layer):
         stack = module._fastbert.resolved = None
     return stack
 
@@ -438,7 +441,10 @@ class FastEmbeddings(Fast):
         weights = resolved.weights.read()
         if weights is None:
             return "a weight is no parameter", None
-        return wrong_weights(weights) or resolved.misfit(weights), weights
+        reason = wrong_weights(weights) or resolved.misfit(weights)
+        if reason is None and (isinstance(self.LayerNorm.eps, Tensor) or isinstance(self.dropout.p, Tensor)):
+            reason = "LayerNorm.eps or dropout.p is a tensor"
+        return reason, weights
 
     def static_reason(self) -> str | None:
         """Why the module could not take the fast path whatever the call, or None."""
@@ -455,8 +461,8 @@ def encode_ids(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
         return None
     embeddings, stack = model.embeddings, model.encoder
     held = stack._fastbert.graphs
-    layers = None if torch.is_grad_enabled() else settled(stack)
-    later = held is not None and held.settled  # graphs look at the layers themselves
+    layers = None if torch.is_grad_enabled() else unchanged_stack(stack)
+    later = held is not None and held.last_served  # graphs look at the layers themselves
     if layers is None and not later and not packable(stack):
         return None
     input_ids, mask, position_ids = map(kwargs.get, ("input_ids", "attention_mask", "position_ids"))
@@ -497,10 +503,10 @@ def packs_first(model: Any, kwargs: dict[str, Any]) -> bool:
         and call_reason(config, {}) is None
         and "_create_attention_masks" not in vars(model)
         and replaced_method(model.stock, "_create_attention_masks") is None
-        and replaced_method(stack.stock) is None
         and isinstance(embeddings, FastEmbeddings)
         and bypass_reason(embeddings, "embeddings") is None
         and isinstance(stack, FastEncoder)
+        and replaced_method(stack.stock) is None
         and bypass_reason(stack, "encoder") is None
         and "embeddings_project" not in parts  # ELECTRA's, where embeddings are narrower than the layers
         and embeddings.ready_parts()[0] is None

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def settled() -> None:
+def frozen_garbage() -> None:
     """What is there before a module's tests, torch and thousands of tests, garbage collections need not go through.
 
     transformers and others ask for one at every turn, each of them a tenth of a second.

@@ -69,6 +69,7 @@ struct LayerWeights {
 struct MlmLossShape {
   int64_t rows, columns, vocabulary, ignore_index;
   double label_smoothing;
+  int64_t labelled;  // how many labels are not ignore_index
 };
 
 // Rows whose logits are in memory at a time: at most 16 MiB of them, and a multiple of what any instruction set needs.

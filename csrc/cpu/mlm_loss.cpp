@@ -202,9 +202,7 @@ inline void reduce_parts(const Executor& executor, const float* dh, int64_t colu
 template <class T>
 double mlm_loss_as(const Executor& executor, DType dtype, const MlmLossShape& shape, const T* h, const int64_t* labels,
                    const void* weight, const T* bias, T* dh, T* dweight, T* dbias, float* dweight_sums) {
-  const int64_t n = shape.columns, vocabulary = shape.vocabulary;
-  int64_t labelled = 0;
-  for (int64_t i = 0; i < shape.rows; ++i) labelled += labels[i] != shape.ignore_index;
+  const int64_t n = shape.columns, vocabulary = shape.vocabulary, labelled = shape.labelled;
   const int64_t chunk = mlm_loss_chunk(labelled, vocabulary), blocks = ceil_div(vocabulary, kTaskRows);
   const bool gradients = dh != nullptr || dweight != nullptr || dbias != nullptr;
 

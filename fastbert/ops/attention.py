@@ -93,6 +93,9 @@ def attention(
     checks.tensor("attention", "qkv", qkv)
     if scale is None and qkv.dim() == 4 and qkv.size(3) > 0:
         scale = 1.0 / math.sqrt(qkv.size(3))
+    elif scale is not None:
+        scale = checks.number("attention", "scale", scale)
+    dropout_p = checks.number("attention", "dropout_p", dropout_p)
     if dropout_p == 0.0 and seed is None and bias is None and leaf.direct(_cpu, qkv, backend):
         done = _cpu.attempt(qkv, cu_seqlens, max_seqlen, scale, 0.0, None, None)
         if done is not None:

@@ -42,6 +42,13 @@ def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning:
         raise ValueError(f"{op}: {name} must have shape {meaning} = {list(expected)}, got {list(value.shape)}")
 
 
+def number(op: str, name: str, value: float | Tensor) -> float:
+    """An argument as a float. Raises TypeError for a tensor: its gradient would be lost, and reading it would wait."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a number, got a {type(value).__name__}")
+    return value if type(value) is float or torch.compiler.is_compiling() else float(value)
+
+
 def probability(op: str, name: str, value: float) -> float:
     """Raises ValueError unless an argument lies in [0, 1], which NaN does not."""
     if not 0.0 <= value <= 1.0:

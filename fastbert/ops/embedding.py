@@ -75,6 +75,7 @@ def embedding(
     TypeError for wrong shapes, dtypes or devices, ValueError for packed ids without positions. The Triton kernels, for
     which the host does not wait, give NaN where an id has no row.
     """
+    dropout_p, eps = checks.number("embedding", "dropout_p", dropout_p), checks.number("embedding", "eps", eps)
     if dropout_p == 0.0 and seed is None and leaf.direct(_cpu, word, backend):
         y = _direct(input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, padding_idx, eps)
         if y is not None:

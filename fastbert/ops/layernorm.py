@@ -66,6 +66,7 @@ def layernorm(
     Differentiable once. Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
     checks.tensor("layernorm", "x", x)
+    dropout_p, eps = checks.number("layernorm", "dropout_p", dropout_p), checks.number("layernorm", "eps", eps)
     if dropout_p == 0.0 and seed is None and x.dim() == 2 and leaf.direct(_cpu, x, backend):
         done = _cpu.attempt(x, x_bias, residual, weight, bias, eps, 0.0, None, False)
         if done is not None:

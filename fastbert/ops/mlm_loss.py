@@ -72,6 +72,7 @@ def mlm_loss(
     devices. The Triton kernels, for which the host does not wait, give NaN for such a label.
     """
     checks.floating("mlm_loss", "hidden", hidden)
+    label_smoothing = checks.number("mlm_loss", "label_smoothing", label_smoothing)
     _check(hidden, labels, decoder_weight, decoder_bias, label_smoothing)
     hidden = hidden.reshape(-1, hidden.size(-1))
     labels = labels.reshape(-1)

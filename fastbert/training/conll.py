@@ -58,13 +58,13 @@ class ConllFile(RowFile):
             while True:
                 raw = lines.next()
                 text, problem = decode(_without_mark(raw, lines.position.line))
-                blank = problem is None and not text.strip(" \t")
+                blank = problem is None and (not text.strip(" \t") or text.startswith(DOCUMENT_START))
                 if sentence and (blank or not raw):
                     yield Row(first, {} if error else self._values(sentence), lines.here(), error)
                     sentence, error = [], None
                 if not raw:
                     return
-                if blank or text.startswith(DOCUMENT_START):
+                if blank:
                     continue
                 if not sentence:
                     first = lines.position.line

@@ -14,7 +14,7 @@ import torch
 from .arguments import DataArguments, FinetuneArguments, parse
 from .data import Split, open_split
 from .errors import CommandError
-from .loading import check_vocabulary, load_config, load_tokenizer, sequence_limit
+from .loading import check_family, check_vocabulary, load_config, load_tokenizer, sequence_limit
 from .report import history, picture
 from .rows import RowFile, splits_of
 from .runs import Run
@@ -51,6 +51,8 @@ class FinetuneRun(Run):
         if wants_sharding(args) and not args.do_train:
             raise CommandError("--fsdp: only for training; a whole model predicts faster than one in pieces")
         self.config = load_config(self.model_args.model_name_or_path, **self.hub)
+        if self.model_args.optimize:
+            check_family(self.config, self.model_args.model_name_or_path)
         self.files = _open_files(data_args, args)
         kind = choose_task(data_args, self.files["train"][0])
         if wants_sharding(args) and not kind.sharding:

@@ -114,6 +114,17 @@ def load_model(
     return model, missing
 
 
+def check_family(config: PreTrainedConfig, name: str, argument: str = "--model_name_or_path") -> None:
+    """Raise CommandError if ``optimize`` knows no model of this configuration, which ``argument`` named."""
+    from fastbert.families import FAMILIES
+
+    if config.model_type.replace("-", "_") not in FAMILIES:
+        raise CommandError(
+            f"{argument} {name}: a model of the family {config.model_type!r}, which fastbert has no layers for (it has "
+            f"for {', '.join(FAMILIES)}); --optimize false runs it as it is"
+        )
+
+
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str, argument: str = "--model_name_or_path"
 ) -> None:

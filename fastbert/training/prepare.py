@@ -252,6 +252,8 @@ def _prepare_output(output: Path, settings: dict[str, Any], overwrite: bool) -> 
     try:
         before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
     except ValueError:
+        before = None
+    if not isinstance(before, dict):
         before = {}
     for key, value in settings.items():
         if before.get(key) != value:

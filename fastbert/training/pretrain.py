@@ -15,16 +15,26 @@ import transformers
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
+from fastbert.flops import peak_flops
+
 from .batching import Batches, Masking, Phase, TokenBudget, row_lengths
 from .errors import CommandError, first_line
-from .loading import LOAD_ERRORS, check_vocabulary, load_config, load_model, load_tokenizer, sequence_limit
+from .loading import (
+    LOAD_ERRORS,
+    check_family,
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    sequence_limit,
+)
 from .prepare import SETTINGS, tokenizer_digest
 from .pretraining_arguments import PretrainArguments, PretrainDataArguments, PretrainModelArguments, parse
 from .pretraining_trainer import PretrainingTrainer, TimingCallback
 from .report import REPORT, picture
 from .runs import Run, say
 from .shards import PAIRS
-from .throughput import Work, peak_flops
+from .throughput import Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +60,8 @@ class PretrainRun(Run):
         self.prepared = [_open_dataset(path, self.tokenizer) for path in data_args.dataset]
         self.pairs = _same_format(data_args, [settings for _, settings in self.prepared])
         self.config = _config(model_args, self.tokenizer, **self.hub)
+        if model_args.optimize:
+            check_family(self.config, *_source(model_args))
         positions = sequence_limit(self.config, self.tokenizer, None)
         for path, (_, settings) in zip(data_args.dataset, self.prepared, strict=True):
             if settings["max_seq_length"] > positions:
@@ -185,6 +197,12 @@ def _same_format(data_args: PretrainDataArguments, settings: list[dict[str, Any]
     if len(set(formats)) > 1:
         raise CommandError(f"--dataset {' '.join(data_args.dataset)}: have different formats: {', '.join(formats)}")
     return formats[0] == PAIRS
+
+
+def _source(model_args: PretrainModelArguments) -> tuple[str, str]:
+    """What says of which kind the model is, and by which flag."""
+    flags = ("model_name_or_path", "config_name", "model_type")
+    return next((value, f"--{flag}") for flag in flags if (value := getattr(model_args, flag)) is not None)
 
 
 def _config(model_args: PretrainModelArguments, tokenizer: PreTrainedTokenizerBase, **hub: Any) -> PreTrainedConfig:

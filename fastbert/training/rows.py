@@ -7,6 +7,7 @@ Every row carries the position behind it, from which reading can start again.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
@@ -171,13 +172,15 @@ class _DelimitedFile(RowFile):
 
     def read_header(self, argument: str) -> None:
         with open(self.path, "rb") as file:
-            lines = TextLines(file, Position())
+            mark = codecs.BOM_UTF8
+            start = len(mark) if file.read(len(mark)) == mark else 0
+            file.seek(start)
+            lines = TextLines(file, Position(start, 0))
             fields, error = self._record(lines)
             while fields == [""]:
                 fields, error = self._record(lines)
             if fields is None or error:
                 raise CommandError(f"{argument} {self.path}: the header line cannot be read: {error}")
-        fields[0] = fields[0].removeprefix("\ufeff")
         doubled = sorted({name for name in fields if fields.count(name) > 1})
         if doubled:
             raise CommandError(f"{argument} {self.path}: columns that occur twice in the header: {doubled}")
@@ -249,7 +252,16 @@ class JsonLinesFile(RowFile):
     def rows(self, start: Position | None = None) -> Iterator[Row]:
         begin = start or Position()
         if str(self.path) == "-":
-            yield from self._read(sys.stdin.buffer, begin)
+            file = sys.stdin.buffer
+            left = begin.offset
+            while left and (done := file.read(min(left, 1 << 20))):
+                left -= len(done)
+            if left:
+                raise CommandError(
+                    f"--input -: standard input ends {left} bytes before the place to go on from; a resumed run needs "
+                    "all of it again"
+                )
+            yield from self._read(file, begin)
             return
         with open(self.path, "rb") as file:
             file.seek(begin.offset)

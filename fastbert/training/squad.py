@@ -67,9 +67,24 @@ def _objects(values: Any) -> list[dict[str, Any] | None]:
     return [value if isinstance(value, dict) else None for value in values] if isinstance(values, list) else [None]
 
 
+def _of_lines(path: Path) -> bool:
+    """Whether a file is one of JSON lines, which need not fit into memory. Raises ValueError if it is not UTF-8."""
+    with open(path, encoding="utf-8-sig") as file:
+        lines = (line for line in file if not line.isspace())
+        first = next(lines, "")
+        if next(lines, None) is None:
+            return False
+    try:
+        return isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
+
+
 def open_squad(path: Path, argument: str) -> SquadFile | None:
     """Open a file in SQuAD's form; None if it has another. Raises CommandError for one without a question."""
     try:
+        if _of_lines(path):
+            return None
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return None

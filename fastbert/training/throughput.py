@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbert.flops import TRAINING_FACTOR, encoder_flops, linear_flops, peak_flops
-
-__all__ = ["Work", "peak_flops"]
+from fastbert.flops import TRAINING_FACTOR, encoder_flops, linear_flops
 
 
 class Work:

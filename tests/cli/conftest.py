@@ -254,7 +254,7 @@ def blank_pictures() -> Iterator[None]:
     """Drawing its curves is half of a short run, and few tests look at them: they do with `Kit.pictures`."""
     import fastbert.predict
     import fastbert.training.finetune
-    import fastbert.training.pretrain  # noqa: F401 - imported before the fixture `settled` is
+    import fastbert.training.pretrain  # noqa: F401 - imported before the fixture `frozen_garbage` is
 
     def blank(figure: Figure, path: Path, **options: Any) -> None:
         path.touch()

@@ -89,6 +89,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "attention" in text
     assert f"fastbert {fastbert.__version__}" in text
+    threads = next(line for line in text.splitlines() if "threads" in line)
+    assert threads.split()[-1] == str(found["cpu"]["threads"])
 
 
 def test_info_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +458,32 @@ def test_broken_models(kit: Any, base_model: Path, tmp_path: Path, capsys: pytes
     assert "has no tokenizer" in attempt("no-tokenizer", no_tokenizer)
     assert "tokenizer" in attempt("bad-tokenizer", lambda folder: (folder / "tokenizer.json").write_text("{"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["finetune", "predict", "pretrain"])
+def test_a_family_that_fastbert_does_not_know(
+    kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    from transformers import AlbertConfig
+
+    folder = shutil.copytree(base_model, tmp_path / "albert")
+    AlbertConfig().save_pretrained(folder)
+    rows = kit.write_rows(tmp_path / "rows.csv", kit.examples(12))
+    output = tmp_path / "out"
+    if command == "finetune":
+        flags = kit.finetune_flags(folder, rows, output)
+    elif command == "predict":
+        flags = kit.predict_flags(folder, rows, output.with_suffix(".csv"))
+    else:
+        corpus = tmp_path / "corpus.txt"
+        corpus.write_text("a first sentence.\na second one.\n\nanother text.\nand its end.\n", encoding="utf-8")
+        data = kit.prepare(corpus, base_model, tmp_path / "data")
+        flags = kit.pretrain_flags(data, base_model, output, config_overrides=None, model_name_or_path=folder)
+    assert main(flags) == 1
+    errors = capsys.readouterr().err
+    assert f"--model_name_or_path {folder}: a model of the family 'albert', which fastbert has no layers" in errors
+    assert "--optimize false" in errors
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_tokenizer_of_another_model(

@@ -369,6 +369,47 @@ def test_killed_and_resumed(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([given.name, whole.name, output.name])
 
 
+def test_standard_input_resumed(
+    kit: Any,
+    classifier: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [{"text": row["text"], "label": row["label"]} for row in kit.examples(24)]
+    rows[15]["text"] = ""
+    given = kit.write_rows(tmp_path / "in.jsonl", rows).read_bytes()
+    output = tmp_path / "out.jsonl"
+    flags = kit.predict_flags(classifier, "-", output, window_rows=8)
+
+    def run(text: bytes, *more: str) -> int:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        return main([*flags, *more])
+
+    assert run(given, "--on_bad_row", "error") == 1
+    assert "-:16:" in capsys.readouterr().err
+    assert run(given[:100], "--resume") == 1
+    assert "standard input ends" in capsys.readouterr().err
+    assert run(given, "--resume") == 3
+    found = [json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()]
+    assert found == [row["text"] for row in rows]
+
+
+def test_resumed_with_another_tokenizer(
+    kit: Any, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "model")
+    rows = kit.examples(24)
+    rows[15]["text"] = ""
+    given = kit.write_rows(tmp_path / "in.csv", rows)
+    flags = kit.predict_flags(folder, given, folder / "out.json.csv", window_rows=8)
+    assert main([*flags, "--on_bad_row", "error"]) == 1
+    content = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    (folder / "tokenizer.json").write_text(content + "\n", encoding="utf-8")
+    assert main([*flags, "--resume"]) == 1
+    assert "had another --model_name_or_path" in capsys.readouterr().err
+
+
 def test_interrupted_and_resumed(kit: Any, classifier: Path, tmp_path: Path) -> None:
     given = kit.write_rows(tmp_path / "in.csv", data(kit, 400))
     output = tmp_path / "out.csv"

@@ -106,10 +106,22 @@ def test_empty_lines_of_a_single_column_are_rows(tmp_path: Path) -> None:
     ]
 
 
-def test_header_with_byte_order_mark(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("header", "columns"), [("text,label", ["text", "label"]), ('"te,xt","label"', ["te,xt", "label"])]
+)
+def test_header_with_byte_order_mark(tmp_path: Path, header: str, columns: list[str]) -> None:
     path = tmp_path / "data.csv"
-    path.write_bytes("\ufefftext,label\na,b\n".encode())
-    assert open_rows(path, "--input").columns == ["text", "label"]
+    path.write_bytes(header.encode("utf-8-sig") + b"\na,b\n")
+    rows = open_rows(path, "--input")
+    assert rows.columns == columns
+    (row,) = rows.rows()
+    assert (row.line, list(row.values.values())) == (2, ["a", "b"])
+
+
+def test_json_lines_called_json(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(b'\xef\xbb\xbf\n{"data": [1]}\n{"data": [2]}\n')
+    assert [row.values for row in open_rows(path, "--input").rows()] == [{"data": [1]}, {"data": [2]}]
 
 
 @pytest.mark.parametrize(

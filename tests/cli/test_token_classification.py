@@ -143,6 +143,12 @@ def test_conll_rows(tmp_path: Path) -> None:
         assert len(list(rows.rows(row.end))) == rest
 
 
+def test_documents_part_sentences(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    path.write_text("EU B-ORG\nrejects O\n-DOCSTART- O\nPeter B-PER\n", encoding="utf-8")
+    assert [row.values["tokens"] for row in open_rows(path, "--train_file").rows()] == [["EU", "rejects"], ["Peter"]]
+
+
 @pytest.mark.parametrize("start", ["-DOCSTART-\n\n", "\n", ""])
 def test_a_byte_order_mark(tmp_path: Path, start: str) -> None:
     path = tmp_path / "a.conll"

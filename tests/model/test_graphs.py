@@ -520,6 +520,21 @@ def test_a_bucket_without_memory_leaves_the_others_their_graphs() -> None:
     assert (graphs.captured, graphs.replayed) == (1, 2)
 
 
+def test_a_bucket_whose_warm_up_has_no_memory() -> None:
+    class Small(Rerun):
+        def warm_up(self, function: Callable[[], Tensor]) -> None:
+            raise torch.OutOfMemoryError("no room")
+
+    model = fastbert.optimize(build())
+    graphs = model.encoder._fastbert.graphs = EncoderGraphs(4, Small())
+    batch = inputs("right")
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="cuda_graphs: the recording failed: no room"):
+            y = model(**batch)[0]
+        torch.testing.assert_close(y, without(model, batch))
+    assert graphs.captured == 0
+
+
 def test_what_a_recording_cannot_run_raises_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = graphed()
     monkeypatch.setenv("FASTBERT_BACKEND", "cuda")

@@ -706,9 +706,9 @@ def test_all_layers_in_one_op_after_hidden_states_were_asked_for_once() -> None:
 
 def test_threads_that_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = fastbert.optimize(build()), inputs("right")
-    stock = swapped.settled
+    stock = swapped.unchanged_stack
 
-    def settled(module: Any) -> Any:
+    def unchanged_stack(module: Any) -> Any:
         found = stock(module)
         module._fastbert.resolved = None  # as another thread does at this moment
         return found
@@ -716,7 +716,7 @@ def test_threads_that_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         expected = model(**batch)[0]
         model(**batch)
-        monkeypatch.setattr(swapped, "settled", settled)
+        monkeypatch.setattr(swapped, "unchanged_stack", unchanged_stack)
         torch.testing.assert_close(model(**batch)[0], expected)
 
 

@@ -191,3 +191,52 @@ def test_replaced_weights_are_freed_at_the_next_call(grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         model(**batch)
     assert not any(parameter() is not None for parameter in left)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.inner = encoder
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_encoder_in_a_wrapper(grad: bool) -> None:
+    stock, batch = build(), inputs("right")
+    ours = fastbert.optimize(copy.deepcopy(stock))
+    with torch.set_grad_enabled(grad):
+        ours(**batch)
+        ours.encoder = Wrapped(ours.encoder)
+        found, expected = (model(**batch)[0][real(batch)] for model in (ours, stock))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    assert all_fast(ours)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "learns"),
+    [
+        ("encoder.layer.1.attention.self", "scaling", True),
+        ("encoder.layer.1.attention.self", "scaling", False),
+        ("encoder.layer.1.output.LayerNorm", "eps", False),
+        ("embeddings.LayerNorm", "eps", False),
+    ],
+)
+def test_a_setting_that_is_a_tensor(path: str, name: str, learns: bool) -> None:
+    """As in a model that learns the temperature of its attention."""
+    stock, batch = build(attn_implementation="eager"), inputs("right")
+    module, value = stock.get_submodule(path), torch.tensor(0.3)
+    delattr(module, name)
+    setattr(module, name, nn.Parameter(value) if learns else value)
+    ours = fastbert.optimize(copy.deepcopy(stock))
+    with torch.no_grad():
+        ours(**batch)
+        torch.testing.assert_close(ours(**batch)[0][real(batch)], stock(**batch)[0][real(batch)], atol=2e-5, rtol=2e-5)
+    gradients = []
+    for model in (stock, ours):
+        model(**batch)[0][real(batch)].square().sum().backward()
+        gradients.append(getattr(model.get_submodule(path), name).grad)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-3)
+    assert (gradients[1] is not None) == learns
+    assert "tensor" in str(fastbert.report(ours))

@@ -558,6 +558,15 @@ def test_no_label_at_all() -> None:
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
+def test_a_micro_batch_without_labels_adds_nothing_to_a_sum() -> None:
+    batch = inputs("right")
+    model = fastbert.optimize(build(head="ForTokenClassification", train=True))
+    loss = model(**batch, labels=torch.full_like(batch["input_ids"], -100), num_items_in_batch=5).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
 def test_a_changed_head_falls_back() -> None:
     batch = mlm_batch()
     model = fastbert.optimize(build(head="ForMaskedLM", train=True))

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 import fastbert
+from fastbert import swapped
 
 CLASSES = (
     "BertModel",
@@ -269,3 +270,18 @@ def test_calls_are_printed_at_exit() -> None:
     environment = os.environ | {"FASTBERT_PRINT_CALLS": "1"}
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
     assert "fastbert: 2 fast layer calls, 0 stock" in done.stdout
+
+
+def test_a_subclass_of_ours_survives_restore() -> None:
+    class Mine(fastbert.BertForMaskedLM):
+        pass
+
+    model = Mine(config()).eval()
+    batch = inputs("right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    expected = model(**batch, labels=labels).loss
+    assert fastbert.restore(model) is model
+    assert not any(isinstance(module, swapped.Fast) for module in model.modules() if module is not model)
+    torch.testing.assert_close(model(**batch, labels=labels).loss, expected)
+    torch.testing.assert_close(fastbert.optimize(model)(**batch, labels=labels).loss, expected)
+    assert all_fast(model)

@@ -489,6 +489,7 @@ GOOD = {"qkv": torch.randn(7, 3, 2, 16), "cu_seqlens": cumulative((3, 4)), "max_
         ({"max_seqlen": 3}, ValueError, ["max_seqlen", "3", "4"]),
         ({"max_seqlen": -1}, ValueError, ["max_seqlen", "-1"]),
         ({"dropout_p": -0.1}, ValueError, ["dropout_p", "-0.1"]),
+        ({"scale": torch.tensor(0.1)}, TypeError, ["scale", "number", "Tensor"]),
         ({"dropout_p": 0.1, "seed": torch.tensor([1], dtype=torch.int32)}, ValueError, ["seed", "int32", "int64"]),
         ({"bias": torch.zeros(2, 2, 4)}, ValueError, ["bias", "[2, 2, 4]"]),
         ({"bias": torch.zeros(3, 1, 4, 4)}, ValueError, ["bias", "2 or 1", "[3, 1, 4, 4]"]),
