@@ -174,6 +174,9 @@ AttentionShape check_attention(const Call& call, const Tensor& qkv, const Tensor
     fail(call.op, ": qkv has head_dim ", head_dim, "; it must be 32, 64 or 128");
   if (cu_seqlens.numel() < 1) fail(call.op, ": cu_seqlens is empty; it must hold batch + 1 offsets");
   if (max_seqlen < 0) fail(call.op, ": max_seqlen is ", max_seqlen, "; it must not be negative");
+  if (qkv.size(0) > 0 && (cu_seqlens.numel() < 2 || max_seqlen == 0))
+    fail(call.op, ": cu_seqlens has ", cu_seqlens.numel(), " offsets and max_seqlen is ", max_seqlen,
+         ", which leaves no room for the ", qkv.size(0), " tokens of qkv");
   AttentionShape shape{};
   shape.total = qkv.size(0);
   shape.batch = static_cast<int>(cu_seqlens.numel() - 1);

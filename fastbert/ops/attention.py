@@ -79,7 +79,8 @@ def attention(
     scale: of the scores; 1 / sqrt(head_dim) by default.
     bias: added to the scaled scores, [B or 1, heads or 1, S or 1, S], S >= max_seqlen, by position within the
         sequence. -inf forbids a key; a query with no key left gives 0. Gets a gradient if it requires one. With 16-bit
-        inputs, triton and cuda take finite scores below -65536 for that, which matters where a query has no others.
+        inputs, triton takes lower finite scores for -65536, and cuda for -45426 (-65536 in units of log(2)), which
+        matters where a query has no others.
     dropout_p: probability of dropping an attention weight. seed: int64, one element, on qkv's device; drawn from
         PyTorch's default generator if None.
     deterministic: asks for a backward that repeats bit for bit, as torch.use_deterministic_algorithms does. Without

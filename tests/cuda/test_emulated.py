@@ -314,6 +314,13 @@ def test_attention_refuses(emulated: Any, change: dict, words: list[str]) -> Non
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize(("offsets", "longest"), [([0], 9), ([0, 9], 0)])
+def test_attention_refuses_tokens_outside_all_sequences(emulated: Any, offsets: list[int], longest: int) -> None:
+    qkv, cu_seqlens = torch.randn(9, 3, 1, 32).bfloat16(), torch.tensor(offsets, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=f"max_seqlen is {longest}, which leaves no room for the 9 tokens"):
+        run_attention(emulated.leaves["attention"], qkv, cu_seqlens, longest, 1.0, 0.0, None, None, False)
+
+
 # For compute capability 9.0: tiles of keys that fill the rings of buffers several times or never, sequences that end
 # in the first half of a tile, in the second or with it, and more to do than there are blocks (the emulator has three).
 HOPPER_CASES = [
