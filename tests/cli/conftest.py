@@ -250,11 +250,16 @@ class Kit:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def blank_pictures() -> Iterator[None]:
-    """Drawing its curves is half of a short run, and few tests look at them: they do with `Kit.pictures`."""
+def imported() -> None:
+    """What the commands import is there before the fixture `frozen_garbage` of the first module runs."""
     import fastbert.predict
     import fastbert.training.finetune
-    import fastbert.training.pretrain  # noqa: F401 - imported before the fixture `frozen_garbage` is
+    import fastbert.training.pretrain  # noqa: F401
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_pictures() -> Iterator[None]:
+    """Drawing its curves is half of a short run, and few tests here look at them: they do with `Kit.pictures`."""
 
     def blank(figure: Figure, path: Path, **options: Any) -> None:
         path.touch()
