@@ -249,6 +249,11 @@ def wrong_weights(weights: tuple[Tensor, ...], x: Tensor | None = None) -> str |
     return None
 
 
+def wrong_settings(settings: Iterable[Any], what: str) -> str | None:
+    """Why these numbers (``what`` names them), which kernels take as they are, cannot be handed to them, or None."""
+    return f"{what} is a tensor" if any(isinstance(value, Tensor) for value in settings) else None
+
+
 def sharded(weights: tuple[Tensor, ...] | None) -> bool:
     """Whether these weights lie in pieces. FSDP leaves them so between calls: what they are, a call has to tell."""
     return any(type(weight).__name__ == "DTensor" for weight in weights or ())

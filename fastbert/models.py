@@ -355,7 +355,7 @@ class FastMaskedLM(FastModel):
             return None, 0.0
         if weights[4].shape[0] != self.config.vocab_size:  # by which stock reshapes the logits for its loss
             return None, 0.0
-        if isinstance(resolved.norm.eps, Tensor):
+        if guards.wrong_settings((resolved.norm.eps,), "LayerNorm.eps") is not None:
             return None, 0.0
         return weights, resolved.norm.eps
 

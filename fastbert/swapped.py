@@ -28,6 +28,7 @@ from fastbert.guards import (
     recording,
     replaced_method,
     sharded,
+    wrong_settings,
     wrong_weights,
 )
 from fastbert.packing import PackedBatch, batch_of, batch_of_ids, countable
@@ -139,9 +140,7 @@ class FastLayer(Fast):
             return "a weight is no parameter", None, None
         reason = wrong_weights(weights, hidden_states) or resolved.misfit(weights)
         settings = None if reason else resolved.settings(weights)
-        if settings is not None and any(isinstance(value, Tensor) for value in settings):
-            return "scaling, an eps or a dropout's p is a tensor", None, None
-        return reason, weights, settings
+        return reason or wrong_settings(settings, "scaling, an eps or a dropout's p"), weights, settings
 
     def static_reason(self) -> str | None:
         """Why the layer could not take the fast path whatever the call, or None."""
@@ -441,9 +440,10 @@ class FastEmbeddings(Fast):
         weights = resolved.weights.read()
         if weights is None:
             return "a weight is no parameter", None
-        reason = wrong_weights(weights) or resolved.misfit(weights)
-        if reason is None and (isinstance(self.LayerNorm.eps, Tensor) or isinstance(self.dropout.p, Tensor)):
-            reason = "LayerNorm.eps or dropout.p is a tensor"
+        settings = (self.LayerNorm.eps, self.dropout.p)
+        reason = (
+            wrong_weights(weights) or resolved.misfit(weights) or wrong_settings(settings, "LayerNorm.eps or dropout.p")
+        )
         return reason, weights
 
     def static_reason(self) -> str | None:

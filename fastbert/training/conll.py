@@ -26,11 +26,6 @@ def cells(line: str) -> list[str]:
     return line.split("\t") if "\t" in line else _SPACES.split(line.strip(" "))
 
 
-def _without_mark(raw: bytes, line: int) -> bytes:
-    """A line without the byte order mark that the first one may begin with."""
-    return raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-
-
 @dataclass
 class ConllFile(RowFile):
     """A CoNLL file, sentence by sentence; a row's line is that of its first token."""
@@ -39,8 +34,9 @@ class ConllFile(RowFile):
         """Find the columns by the first token. Raises CommandError if there is none."""
         self.columns = [TOKENS]
         with open(self.path, "rb") as file:
-            for line, raw in enumerate(file, start=1):
-                text, error = decode(_without_mark(raw, line))
+            lines = TextLines(file, Position())
+            while raw := lines.next():
+                text, error = decode(raw)
                 if error is None and text.strip(" \t") and not text.startswith(DOCUMENT_START):
                     width = len(cells(text))
                     middle = [f"column_{i}" for i in range(2, width)]
@@ -57,7 +53,7 @@ class ConllFile(RowFile):
             first, error = 0, None
             while True:
                 raw = lines.next()
-                text, problem = decode(_without_mark(raw, lines.position.line))
+                text, problem = decode(raw)
                 blank = problem is None and (not text.strip(" \t") or text.startswith(DOCUMENT_START))
                 if sentence and (blank or not raw):
                     yield Row(first, {} if error else self._values(sentence), lines.here(), error)

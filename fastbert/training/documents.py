@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from .data import BadRowError, TextColumns, choose_text_columns
 from .errors import CommandError, first_line
-from .rows import FORMATS, JsonLinesFile, Position, Row, RowFile, decode, open_rows
+from .rows import FORMATS, JsonLinesFile, Position, Row, RowFile, TextLines, decode, open_rows
 
 COMPRESSION = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by a file's first bytes
 _COMPRESSED_ENDINGS = (".gz", ".zst", ".zstd")
@@ -109,8 +109,10 @@ class _TextFile(Source):
         line = 0
         try:
             with open(self.path, "rb") as file:
-                for line, raw in enumerate(_opened(file), start=1):
-                    text, error = decode(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
+                lines = TextLines(_opened(file), Position())
+                while raw := lines.next():
+                    line = lines.position.line
+                    text, error = decode(raw)
                     if error is None and "\0" in text:
                         error = "a zero byte: not UTF-8 text"
                     if error is not None:

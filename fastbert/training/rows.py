@@ -102,7 +102,7 @@ def open_rows(path: str | os.PathLike[str], argument: str, split: str | None = N
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            head = file.read(4096)
+            head = file.read(4096).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise CommandError(f"{argument} {path}: cannot be read: {error.strerror}") from error
     if path.is_file() and not head.strip():
@@ -121,7 +121,7 @@ def open_rows(path: str | os.PathLike[str], argument: str, split: str | None = N
 
             if (questions := open_squad(path, argument)) is not None:
                 return questions
-        if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        if head.lstrip()[:1] == b"[":
             raise CommandError(f"{argument} {path}: a JSON array; write one JSON object a line instead (JSONL)")
         return JsonLinesFile(path, size=size)
     reader = _DelimitedFile(path, size=size, delimiter="\t" if kind == "tsv" else ",")
@@ -139,7 +139,10 @@ def decode(raw: bytes) -> tuple[str, str | None]:
 
 
 class TextLines:
-    """Lines of a binary file with a push-back, tracking line number and byte offset."""
+    """Lines of a binary file with a push-back, tracking line number and byte offset.
+
+    The byte order mark that the first line may begin with is no part of it.
+    """
 
     def __init__(self, file: BinaryIO, start: Position) -> None:
         self.file = file
@@ -152,6 +155,8 @@ class TextLines:
         if raw:
             self.position.offset += len(raw)
             self.position.line += 1
+            if self.position.line == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
         return raw
 
     def push_back(self, lines: list[bytes]) -> None:
@@ -172,10 +177,7 @@ class _DelimitedFile(RowFile):
 
     def read_header(self, argument: str) -> None:
         with open(self.path, "rb") as file:
-            mark = codecs.BOM_UTF8
-            start = len(mark) if file.read(len(mark)) == mark else 0
-            file.seek(start)
-            lines = TextLines(file, Position(start, 0))
+            lines = TextLines(file, Position())
             fields, error = self._record(lines)
             while fields == [""]:
                 fields, error = self._record(lines)
@@ -270,7 +272,7 @@ class JsonLinesFile(RowFile):
     def _read(self, file: BinaryIO, begin: Position) -> Iterator[Row]:
         lines = TextLines(file, begin)
         while raw := lines.next():
-            text, error = decode(raw.removeprefix(b"\xef\xbb\xbf") if lines.position.line == 1 else raw)
+            text, error = decode(raw)
             if not text.strip():
                 continue
             values: Any = {}

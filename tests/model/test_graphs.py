@@ -482,20 +482,27 @@ def test_a_call_that_needs_more_runs_without() -> None:
     assert fastbert.report(model).as_dict()["cuda_graphs"] == [told(model)]
 
 
-def test_a_recording_that_fails() -> None:
-    class Failing(Rerun):
-        def record(self, function: Callable[[], Tensor], *, first: bool) -> Any:
-            raise RuntimeError("operation not permitted when stream is capturing")
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("record", RuntimeError("operation not permitted when stream is capturing")),
+        ("warm_up", torch.OutOfMemoryError("no room")),
+    ],
+)
+def test_a_recording_that_fails(method: str, error: Exception) -> None:
+    def fail(self: Rerun, function: Callable[[], Tensor], **options: bool) -> Any:
+        raise error
 
     model = fastbert.optimize(build())
-    graphs = model.encoder._fastbert.graphs = EncoderGraphs(4, Failing())
+    graphs = model.encoder._fastbert.graphs = EncoderGraphs(4, type("Failing", (Rerun,), {method: fail})())
     batch = inputs("right")
     with torch.no_grad():
-        with pytest.warns(UserWarning, match="cuda_graphs: the recording failed: operation not permitted"):
+        with pytest.warns(UserWarning, match=f"cuda_graphs: the recording failed: {error}"):
             y = model(**batch)[0]
         torch.testing.assert_close(y, without(model, batch))
         model(**batch)  # does not try again
     assert "the recording failed" in str(graphs.reason)
+    assert graphs.captured == 0
 
 
 def test_a_bucket_without_memory_leaves_the_others_their_graphs() -> None:
@@ -518,21 +525,6 @@ def test_a_bucket_without_memory_leaves_the_others_their_graphs() -> None:
         model(**small)
     assert graphs.reason is None
     assert (graphs.captured, graphs.replayed) == (1, 2)
-
-
-def test_a_bucket_whose_warm_up_has_no_memory() -> None:
-    class Small(Rerun):
-        def warm_up(self, function: Callable[[], Tensor]) -> None:
-            raise torch.OutOfMemoryError("no room")
-
-    model = fastbert.optimize(build())
-    graphs = model.encoder._fastbert.graphs = EncoderGraphs(4, Small())
-    batch = inputs("right")
-    with torch.no_grad():
-        with pytest.warns(UserWarning, match="cuda_graphs: the recording failed: no room"):
-            y = model(**batch)[0]
-        torch.testing.assert_close(y, without(model, batch))
-    assert graphs.captured == 0
 
 
 def test_what_a_recording_cannot_run_raises_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
