@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import collections
 import gzip
 import hashlib
@@ -147,12 +148,12 @@ def test_every_kind_of_input(
         half = plain.index(b"\n", len(plain) // 2) + 1
         source.write_bytes(gzip.compress(plain[:half]) + gzip.compress(plain[half:]))
     elif kind == "zst":
-        source.write_bytes(pa.Codec("zstd").compress(plain, asbytes=True))
+        source.write_bytes(pa.Codec("zstd").compress(codecs.BOM_UTF8 + plain, asbytes=True))
     elif kind == "jsonl.gz":
         source.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
     elif kind == "folder":
         (source / "b").mkdir(parents=True)
-        (source / "a.txt").write_text(as_text(texts[:100]), encoding="utf-8")
+        (source / "a.txt").write_text(as_text(texts[:100]), encoding="utf-8-sig")
         (source / "b" / "c").write_text(as_text(texts[100:]), encoding="utf-8")
     else:
         kit.write_rows(source if kind != "dataset" else tmp_path / "in", records)
