@@ -491,7 +491,8 @@ def cases(arch: int) -> Iterator[configs.Case]:
         types = {name: type_ for name, type_ in (tensors | pointers | integers).items() if name in kernel.arg_names}
         options = {name: launch[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch}
         constants = {name: value for name, value in launch.items() if name not in options}
-        return configs.Case(label, kernel, types, constants, options, matrix, 2 if "maxnreg" in options else 1)
+        together = 2 if options.get("maxnreg", 256) <= 128 else 1  # of 8 warps each
+        return configs.Case(label, kernel, types, constants, options, matrix, together)
 
     yield case("any", _mlm_loss_compact_kernel, "bf16", _COMPACT, False)
     yield case("any", _mlm_loss_lse_kernel, "bf16", _LSE, False)
