@@ -12,6 +12,7 @@ and so does one that has it for a part of its calls (`Implementation.part`), in 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -229,24 +230,24 @@ def select(
     Raises ValueError if a name is unknown, RuntimeError with the reason if a forced backend cannot run.
     """
     if torch.compiler.is_compiling():  # which cannot trace a look at the environment
-        return _implementations[op][_selected_name(op, _device_type(device), dtype, requires, backend)]
+        return _implementations[op][_selected_name(op, device, dtype, requires, backend)]
     if forward_mode():  # autograd asks a kernel without a formula for it nothing, and the tangent would be 0
         if backend is None and not forced():
             backend = "reference"
-        asked = _select(op, _device_type(device), dtype, requires, backend)
+        asked = _select(op, device, dtype, requires, backend)
         if asked.name != "reference":
             raise RuntimeError(f"{op}: the {asked.name} backend has no forward-mode differentiation; the reference has")
         return asked
     key = (op, device, dtype, requires, backend, _environment.get(_VARIABLE))
     found = _selected.get(key)
     if found is None:
-        found = _selected[key] = _select(op, _device_type(device), dtype, requires, backend)
+        found = _selected[key] = _select(op, device, dtype, requires, backend)
     return found
 
 
 @torch.compiler.assume_constant_result
-def _selected_name(op: str, device_type: str, dtype: torch.dtype, requires: Any, backend: str | None) -> str:
-    return _select(op, device_type, dtype, requires, backend).name
+def _selected_name(op: str, device: str | torch.device, dtype: torch.dtype, requires: Any, backend: str | None) -> str:
+    return _select(op, device, dtype, requires, backend).name
 
 
 def forced() -> bool:
@@ -258,7 +259,21 @@ def _device_type(device: str | torch.device) -> str:
     return device.type if isinstance(device, torch.device) else device.split(":")[0]
 
 
-def _select(op: str, device_type: str, dtype: torch.dtype, requires: Any, backend: str | None) -> Implementation:
+def _current(device: str | torch.device) -> contextlib.AbstractContextManager[object]:
+    """In it this GPU is the current one, whose kind decides: a machine may have several kinds."""
+    device = torch.device(device)
+    here = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if here else contextlib.nullcontext()
+
+
+def _select(
+    op: str, device: str | torch.device, dtype: torch.dtype, requires: Any, backend: str | None
+) -> Implementation:
+    with _current(device):
+        return _select_on(op, _device_type(device), dtype, requires, backend)
+
+
+def _select_on(op: str, device_type: str, dtype: torch.dtype, requires: Any, backend: str | None) -> Implementation:
     candidates = _candidates(op)
     forced, origin, alone = (backend, "the backend argument", True) if backend is not None else _forced(op)
     if forced is not None:
@@ -381,31 +396,33 @@ def describe(
     head_dim: the attention's head size, where it is known. Does not raise if a forced backend cannot run: then
     "backend" is None and "rejected" holds the reason. An invalid FASTBERT_BACKEND does raise ValueError.
     """
+    with _current(device):
+        return {op: _description(op, device, dtype, head_dim if op == "attention" else None) for op in ops}
+
+
+def _description(op: str, device: str | torch.device, dtype: torch.dtype, requires: Any) -> dict[str, Any]:
     device_type = _device_type(device)
-    result: dict[str, dict[str, Any]] = {}
-    for op in ops:
-        requires = head_dim if op == "attention" else None
-        forced, origin, alone = _forced(op)
-        strict = forced is not None and (alone or _candidates(op)[forced].part is None)
-        chosen: list[Implementation] = []
-        rejected: dict[str, str] = {}
-        for implementation in sorted(_ordered(op, device_type), key=lambda found: found.name != forced):
-            name = implementation.name
-            reason = implementation.supports(device_type, dtype, requires)
-            if reason is not None:
-                rejected[name] = reason
-            elif strict and name != forced:
-                rejected[name] = f"{origin} forces {forced}"
-            elif name != forced and (off := _off(op, implementation, device_type)) is not None:
-                rejected[name] = off
-            elif chosen and chosen[-1].part is None:
-                rejected[name] = f"not needed, {chosen[-1].name} comes first"
-            else:
-                chosen.append(implementation)
-        backend, otherwise = [*(implementation.name for implementation in chosen), None, None][:2]
-        result[op] = {"backend": backend, "rejected": rejected}
-        if chosen and chosen[0].part is not None:
-            result[op] |= {"part": chosen[0].part, "otherwise": otherwise}
-        if backend == "triton":
-            result[op] |= _launches(op, device)
-    return result
+    forced, origin, alone = _forced(op)
+    strict = forced is not None and (alone or _candidates(op)[forced].part is None)
+    chosen: list[Implementation] = []
+    rejected: dict[str, str] = {}
+    for implementation in sorted(_ordered(op, device_type), key=lambda found: found.name != forced):
+        name = implementation.name
+        reason = implementation.supports(device_type, dtype, requires)
+        if reason is not None:
+            rejected[name] = reason
+        elif strict and name != forced:
+            rejected[name] = f"{origin} forces {forced}"
+        elif name != forced and (off := _off(op, implementation, device_type)) is not None:
+            rejected[name] = off
+        elif chosen and chosen[-1].part is None:
+            rejected[name] = f"not needed, {chosen[-1].name} comes first"
+        else:
+            chosen.append(implementation)
+    backend, otherwise = [*(implementation.name for implementation in chosen), None, None][:2]
+    described: dict[str, Any] = {"backend": backend, "rejected": rejected}
+    if chosen and chosen[0].part is not None:
+        described |= {"part": chosen[0].part, "otherwise": otherwise}
+    if backend == "triton":
+        described |= _launches(op, device)
+    return described
