@@ -20,6 +20,13 @@ namespace fastbert::cuda {
 
 constexpr int kWarpGroup = 4 * kWarp;
 
+// The compiler moves no access to memory past it. CUTLASS's instructions for barriers and fences do not ask for that.
+__device__ __forceinline__ void keep_order() {
+#ifdef __CUDACC__
+  asm volatile("" ::: "memory");
+#endif
+}
+
 // A barrier in shared memory (mbarrier). A phase of it ends when as many threads have arrived as it was made for, and
 // every byte has that was announced. The phases' parities are 0, 1, 0, ...
 struct Barrier {
@@ -34,6 +41,7 @@ struct Barrier {
   }
   // What this thread has done to memory is seen by those that wait.
   __device__ __forceinline__ void arrive() {
+    keep_order();
 #ifdef __CUDACC__
     cutlass::arch::ClusterBarrier::arrive(&word);
 #else
@@ -53,10 +61,10 @@ struct Barrier {
   __device__ __forceinline__ void wait(uint32_t parity) {
 #ifdef __CUDACC__
     cutlass::arch::ClusterBarrier::wait(&word, parity);
-    asm volatile("" ::: "memory");  // no access moves up past it
 #else
     emulator::wait_for_phase(this, parity);
 #endif
+    keep_order();
   }
 };
 
@@ -69,6 +77,7 @@ __device__ __forceinline__ void publish_barriers() {
 
 // Between this thread's plain writes to shared memory and accesses by TMA or wgmma, which a barrier has to order besides.
 __device__ __forceinline__ void publish_to_async() {
+  keep_order();
 #ifdef __CUDACC__
   cutlass::arch::fence_view_async_shared();
 #else
@@ -78,6 +87,7 @@ __device__ __forceinline__ void publish_to_async() {
 
 // Barriers by number, of `threads` threads, some of which may only arrive; whole warps.
 __device__ __forceinline__ void arrive_at(int number, int threads) {
+  keep_order();
 #ifdef __CUDACC__
   cutlass::arch::NamedBarrier::arrive(threads, number);
 #else
@@ -85,12 +95,13 @@ __device__ __forceinline__ void arrive_at(int number, int threads) {
 #endif
 }
 __device__ __forceinline__ void wait_at(int number, int threads) {
+  keep_order();
 #ifdef __CUDACC__
   cutlass::arch::NamedBarrier::sync(threads, number);
-  asm volatile("" ::: "memory");
 #else
   emulator::named_barrier(number, threads, true);
 #endif
+  keep_order();
 }
 
 // All of a warp group together: its threads' registers become COUNT.
