@@ -110,10 +110,31 @@ struct Call {
   Tensor make(const std::vector<int64_t>& shape, ScalarType type) const { return new_tensor(shape, type, device); }
 };
 
+// Where kernels copy 16 bytes at a time, a tensor that begins elsewhere, a part of a larger one, is copied first.
+const void* aligned(Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) t = torch::stable::clone(t);
+  return t.const_data_ptr();
+}
+
+// Of layernorm's tensors those with longer rows than a kernel takes that copies less at a time.
+template <class... Others>
+void align_long_rows(Tensor& rows, Others&... others) {
+  if (rows.dim() != 2 || rows.size(1) <= kLayerNormOddColumns) return;
+  const auto align = [](auto& t) {
+    if constexpr (std::is_same_v<decltype(t), OptionalTensor&>) {
+      if (t.has_value()) aligned(*t);
+    } else {
+      aligned(t);
+    }
+  };
+  align(rows), (align(others), ...);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_fwd_op(Tensor x, OptionalTensor x_bias, OptionalTensor residual,
                                                          Tensor weight, Tensor bias, double eps, double dropout_p,
                                                          OptionalTensor seed, bool save) {
   const Call call(FASTBERT_OP("layernorm_fwd"), x);
+  align_long_rows(x, x_bias, residual, weight, bias);
   const Parameter x_data{x.const_data_ptr(), call.format("x", x)};
   const LayerNormShape shape = call.rows("x", x, dropout_p, seed);
   ScalarType type = x.scalar_type();
@@ -141,6 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_bwd_op(Tensor dy, T
                                                                  Tensor rstd, double dropout_p, OptionalTensor seed,
                                                                  bool need_x_bias) {
   const Call call(FASTBERT_OP("layernorm_bwd"), dy);
+  align_long_rows(z, dy, weight);
   const Format format = call.format("z", z);
   const LayerNormShape shape = call.rows("z", z, dropout_p, seed);
   const ScalarType type = z.scalar_type();
@@ -192,12 +214,6 @@ AttentionShape check_attention(const Call& call, const Tensor& qkv, const Tensor
     shape.bias = static_cast<const float*>(bias->const_data_ptr());
   }
   return shape;
-}
-
-// The kernels copy 16 bytes at a time: a tensor that begins elsewhere, a part of a larger one, is copied first.
-const void* aligned(Tensor& t) {
-  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) t = torch::stable::clone(t);
-  return t.const_data_ptr();
 }
 
 // deterministic: for the backward alone.

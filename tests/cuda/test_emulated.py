@@ -88,15 +88,21 @@ def test_layernorm_rows_constant_but_for_rounding(emulated: Any) -> None:
     accuracy.check_backward(layernorm(emulated), layernorm_cases.eager(), layernorm_cases.reference(), tensors)
 
 
-def test_layernorm_where_rows_do_not_lie_on_16_bytes(emulated: Any) -> None:
-    tensors = layernorm_cases.tensors_for(5, 64, "br", torch.bfloat16)
-    expected = layernorm(emulated)(**tensors)
-    moved = {
-        name: torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape).copy_(value)
-        for name, value in tensors.items()
-    }
-    assert moved["x"].data_ptr() % 16 != 0
-    torch.testing.assert_close(layernorm(emulated)(**moved), expected)
+@pytest.mark.parametrize("columns", [64, 4104])
+def test_layernorm_where_rows_do_not_lie_on_16_bytes(emulated: Any, columns: int) -> None:
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        return torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape).copy_(value)
+
+    def evaluate(tensors: dict[str, torch.Tensor], dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [value.requires_grad_() for value in tensors.values()]
+        y = layernorm(emulated)(**tensors)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    tensors = layernorm_cases.tensors_for(5, columns, "br", torch.bfloat16)
+    dy = torch.randn(5, columns, generator=accuracy.generator(3)).bfloat16()
+    elsewhere = {name: moved(value) for name, value in tensors.items()}
+    assert all(value.data_ptr() % 16 != 0 for value in elsewhere.values())
+    torch.testing.assert_close(evaluate(elsewhere, moved(dy)), evaluate(tensors, dy))
 
 
 def test_layernorm_draws_the_mask_of_the_reference(emulated: Any) -> None:
