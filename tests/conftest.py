@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -42,16 +43,22 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def minilm() -> Path:
+def fetch() -> ModuleType:
+    """examples/fetch.py, which brings real weights and real text."""
+    spec = importlib.util.spec_from_file_location("fetch", ROOT / "examples" / "fetch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def minilm(fetch: ModuleType) -> Path:
     """Folder of the real checkpoint all-MiniLM-L6-v2: $FASTBERT_TEST_DATA has it, or it is fetched once."""
     given = os.environ.get("FASTBERT_TEST_DATA")
     if given and Path(given, "all-MiniLM-L6-v2").is_dir():
         return Path(given, "all-MiniLM-L6-v2")
-    spec = importlib.util.spec_from_file_location("fetch", ROOT / "examples" / "fetch.py")
-    assert spec is not None
-    assert spec.loader is not None
-    fetch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fetch)
     return fetch.minilm(fetch.default_cache())
 
 

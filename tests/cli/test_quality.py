@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,18 +17,13 @@ SEEDS = (1, 2, 3)
 
 
 @pytest.fixture(scope="session")
-def trec() -> Path:
+def trec(fetch: ModuleType) -> Path:
     """Folder of the TREC questions: $FASTBERT_TEST_DATA has it, or they are fetched once."""
     given = os.environ.get("FASTBERT_TEST_DATA")
     if given and Path(given, "trec").is_dir():
         return Path(given, "trec")
-    path = Path(__file__).resolve().parents[2] / "examples" / "fetch.py"
-    spec = importlib.util.spec_from_file_location("fetch", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.trec(module.default_cache())
+    train_file, _ = fetch.trec(fetch.default_cache())
+    return train_file.parent
 
 
 @pytest.mark.slow
