@@ -105,7 +105,7 @@ class Tuner(gpu_worker.Gpu):
         if self.row != row:
             self.prepare(row)
         if self.contestant is None:
-            configs.tuned(configs.architecture(self._device())).clear()  # what was tuned before does not count
+            configs.tuned(self._device()).clear()  # what was tuned before does not count
             torch.use_deterministic_algorithms(bool(self.workload.facts.get("deterministic")))
             torch.utils.deterministic.fill_uninitialized_memory = False
             self.contestant = gpu_rows.entries(self.workload)["triton"].load()("triton", self.workload)

@@ -299,7 +299,7 @@ def _fingerprint(flags: argparse.Namespace, predictor: Predictor) -> dict[str, A
     def identity(path: Path, *patterns: str) -> str:
         """Of names, sizes and times of a file, or of the files of a folder that match a pattern."""
         files = [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
-        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        states = [(os.path.relpath(file, path), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
     model, data = Path(flags.model_name_or_path), Path(flags.input)

@@ -202,13 +202,13 @@ def _shape_class(qkv: Tensor, bias: Tensor | None, block_s: int = 0) -> str:
 
 def _config(kernel: str, qkv: Tensor, bias: Tensor | None, seed: Tensor | None, block_s: int = 0) -> dict[str, int]:
     """Padded head sizes and dropout need registers: some kernels have a shape class of their own for them."""
-    arch, name = configs.architecture(qkv.device), _shape_class(qkv, bias, block_s)
-    offered = configs.table(arch)[kernel]
+    name = _shape_class(qkv, bias, block_s)
+    offered = configs.table(configs.architecture(qkv.device))[kernel]
     if qkv.size(3) < _block_d(qkv.size(3)) and name + _PADDED in offered:
         name += _PADDED
     if seed is not None and name + _DROPOUT in offered:
         name += _DROPOUT
-    return configs.choose(kernel, name, arch)
+    return configs.choose(kernel, name, qkv.device)
 
 
 # For the compile-time table: the kernels with a configuration, by its name, and their pointers. What else they take,

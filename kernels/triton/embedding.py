@@ -237,7 +237,7 @@ def embedding_fwd(
     xhat = torch.empty_like(y) if save else None
     rstd = word.new_empty(num_tokens if save else 0, dtype=torch.float32)
     if num_tokens > 0:
-        config = configs.choose("embedding_fwd", shape_class(hidden), configs.architecture(word.device))
+        config = configs.choose("embedding_fwd", shape_class(hidden), word.device)
         with torch.cuda.device_of(word):
             _embedding_fwd_kernel[(configs.cdiv(num_tokens, config["BLOCK_M"]),)](
                 input_ids,
@@ -287,7 +287,7 @@ def embedding_bwd(
     num_tokens, hidden = dy.shape
     dz = torch.empty_like(dy)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-    config = dict(configs.choose("embedding_bwd", shape_class_bwd(hidden, dy.dtype), configs.architecture(dy.device)))
+    config = dict(configs.choose("embedding_bwd", shape_class_bwd(hidden, dy.dtype), dy.device))
     most = config.pop("PROGRAMS_PER_PROCESSOR") * rows.processors(dy.device)
     block_n = rows.block_columns(hidden)
     programs = max(1, min(configs.cdiv(num_tokens, config["BLOCK_M"]), most))

@@ -216,7 +216,7 @@ def _config(kernel: str, x: Tensor) -> dict[str, int]:
         shape_class = "tf32"
     else:
         shape_class = "small" if x.size(0) <= SMALL_ROWS else "large"
-    return configs.choose(kernel, shape_class, configs.architecture(x.device))
+    return configs.choose(kernel, shape_class, x.device)
 
 
 def ffn_fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[Tensor, Tensor]:

@@ -148,7 +148,7 @@ def layernorm_fwd(
     mean = x.new_empty(num_rows if save else 0, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if num_rows > 0:
-        config = configs.choose("layernorm_fwd", shape_class(hidden), configs.architecture(x.device))
+        config = configs.choose("layernorm_fwd", shape_class(hidden), x.device)
         with torch.cuda.device_of(x):
             _layernorm_fwd_kernel[(configs.cdiv(num_rows, config["BLOCK_M"]),)](
                 x,
@@ -191,7 +191,7 @@ def layernorm_bwd(
     dx = torch.empty_like(z) if dropout_p > 0.0 else None
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     dx_bias = mean.new_empty(hidden if need_x_bias else 0)
-    config = dict(configs.choose("layernorm_bwd", shape_class_bwd(hidden, z.dtype), configs.architecture(z.device)))
+    config = dict(configs.choose("layernorm_bwd", shape_class_bwd(hidden, z.dtype), z.device))
     most = config.pop("PROGRAMS_PER_PROCESSOR") * rows.processors(z.device)
     block_n = rows.block_columns(hidden)
     programs = max(1, min(configs.cdiv(num_rows, config["BLOCK_M"]), most))

@@ -473,7 +473,7 @@ def _chunk_rows(num_rows: int, row_bytes: int) -> int:
 
 def _config(part: str, h: Tensor) -> dict[str, int]:
     shape_class = "fp32" if h.dtype is torch.float32 else "half"
-    return configs.choose(f"mlm_loss_{part}", shape_class, configs.architecture(h.device))
+    return configs.choose(f"mlm_loss_{part}", shape_class, h.device)
 
 
 def cases(arch: int) -> Iterator[configs.Case]:

@@ -186,13 +186,16 @@ def test_attention_bwd_deterministic(
 @pytest.mark.usefixtures("any_order")
 @pytest.mark.parametrize("head_dim", [64, 40])
 @pytest.mark.parametrize("arch", [90, 100])
-def test_attention_tiles_of_other_architectures(arch: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_tiles_of_other_architectures(
+    arch: int, head_dim: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The interpreter takes those of sm_80."""
     pytest.importorskip("triton")
     dtype, lengths = torch.bfloat16, (131, 37)
     accuracy.require("attention", "triton", dtype, head_dim)
     configs = importlib.import_module("fastbert.kernels.configs")
     monkeypatch.setattr(configs, "architecture", lambda device: arch)
+    request.addfinalizer(configs.choose.cache_clear)
     configs.used.clear()
     configs.choose.cache_clear()
     accuracy.check_backward(

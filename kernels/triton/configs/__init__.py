@@ -103,19 +103,21 @@ def read_user_file(path: Path) -> dict[str, dict[str, dict[str, int]]]:
     return kernels if version == __version__ else {}
 
 
-@functools.cache
-def tuned(arch: int) -> dict[str, dict[str, dict[str, int]]]:
-    """The measured table of the current card, {} if there is none or the card is not of this architecture."""
-    if not torch.cuda.is_available() or architecture(torch.device("cuda")) != arch:
-        return {}
-    return read_user_file(user_file(torch.cuda.get_device_name()))
+def tuned(device: torch.device) -> dict[str, dict[str, dict[str, int]]]:
+    """The measured table of a card, {} if there is none or the device is no card."""
+    return _tuned(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
 
 
 @functools.cache
-def choose(kernel: str, shape_class: str, arch: int) -> dict[str, int]:
-    """The configuration to launch with, as keyword arguments of the kernel."""
-    shipped = table(arch)[kernel][shape_class]
-    config = tuned(arch).get(kernel, {}).get(shape_class, shipped)
+def _tuned(device_name: str) -> dict[str, dict[str, dict[str, int]]]:
+    return read_user_file(user_file(device_name))
+
+
+@functools.cache
+def choose(kernel: str, shape_class: str, device: torch.device) -> dict[str, int]:
+    """The configuration to launch with on this device, as keyword arguments of the kernel."""
+    shipped = table(architecture(device))[kernel][shape_class]
+    config = tuned(device).get(kernel, {}).get(shape_class, shipped)
     if config.keys() != shipped.keys():
         raise ValueError(
             f"the measured table gives {kernel}, {shape_class} the arguments {', '.join(config)}, "
@@ -132,9 +134,8 @@ used: dict[tuple[str, str], dict[str, int]] = {}
 def describe(device: str | torch.device) -> dict[str, Any]:
     """{"tables": the files that serve a device, the first that has a kernel wins; "used": what was launched so far}."""
     device = torch.device(device)
-    arch = architecture(device)
-    files = [f"sm_{arch}.json of fastbert {__version__}"]
-    if tuned(arch):
-        files.insert(0, str(user_file(torch.cuda.get_device_name())))
+    files = [f"sm_{architecture(device)}.json of fastbert {__version__}"]
+    if tuned(device):
+        files.insert(0, str(user_file(torch.cuda.get_device_name(device))))
     launched = {f"{kernel} {shape_class}": dict(config) for (kernel, shape_class), config in sorted(used.items())}
     return {"tables": files, "used": launched}
