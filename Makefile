@@ -42,7 +42,7 @@ floor:  ## the same of ops and models, with the oldest torch and transformers th
 	@$(MAKE) test VENV=.venv-floor CONSTRAINTS=requirements/floor.txt TESTS="tests/ops tests/model"
 
 .PHONY: kernels
-kernels: build  ## compile every GPU kernel without a GPU; check registers, spills, shared memory
+kernels: build  ## compile every Triton kernel without a GPU; check registers, spills, shared memory
 	@$(BIN)/pytest $(PYTEST_LIMIT)=3600 -m kernels tests/kernels
 
 .PHONY: kernel-tables

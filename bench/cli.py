@@ -37,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--list", action="store_true", help="list rows and contestants, measure nothing")
     top.add_argument("--row", default=None, metavar="A,B", help="rows to run (default: all)")
     top.add_argument("--contestants", default=None, metavar="A,B", help="who takes part; 'all' includes hf-compile")
-    top.add_argument("--threads", type=_positive, default=machine.cores(), help="threads of each (default: all cores)")
-    top.add_argument("--repeats", type=_positive, default=7, help="interleaved rounds (default: 7)")
+    top.add_argument("--threads", type=positive, default=machine.cores(), help="threads of each (default: all cores)")
+    top.add_argument("--repeats", type=positive, default=7, help="interleaved rounds (default: 7)")
     top.add_argument("--seconds", type=float, default=0.5, help="length of a turn, at least one call (default: 0.5)")
     top.add_argument("--output", type=Path, default=Path("bench/results"), metavar="DIR", help="for JSON and plot")
     top.add_argument("--data", type=Path, default=None, metavar="DIR", help="cache of real weights and texts")
@@ -135,7 +135,8 @@ def _is_op(name: str, wanted: str) -> bool:
     return name.startswith((wanted + "_", wanted + "["))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The type of flags that take a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)

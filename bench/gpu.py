@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--list", action="store_true", help="list rows and contestants, measure nothing")
     top.add_argument("--row", default=None, metavar="A,B", help="rows, or how their names begin (default: all)")
     top.add_argument("--contestants", default=None, metavar="A,B", help="who takes part (default: all)")
-    top.add_argument("--budget", type=float, default=300.0, help="seconds, after which nothing new is begun")
+    top.add_argument(
+        "--budget", type=float, default=300.0, help="seconds, after which nothing new is begun (default: 300)"
+    )
     top.add_argument("--output", type=Path, default=Path("bench/results"), metavar="DIR", help="for JSON and plot")
     top.add_argument(
         "--resume",

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from . import machine, report
+from .cli import positive
 
 CONTESTANTS = {
     "hf": "stock, padded, sdpa",
@@ -46,13 +47,20 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--dataset", type=Path, required=True, help="folder made by fastbert prepare")
     top.add_argument("--tokenizer_name", type=Path, required=True, help="the tokenizer it was made with")
-    top.add_argument("--contestants", default=",".join(CONTESTANTS), metavar="A,B")
-    top.add_argument("--steps", type=int, default=200)
-    top.add_argument("--tokens_per_batch", type=int, default=4096)
-    top.add_argument("--dropout", type=float, default=0.0)
-    top.add_argument("--seeds", type=int, default=1, help="runs of each contestant, with seeds 0, 1, …")
-    top.add_argument("--threads", type=int, default=machine.cores())
-    top.add_argument("--output", type=Path, default=Path("bench/results"), metavar="DIR")
+    everyone = ",".join(CONTESTANTS)
+    top.add_argument("--contestants", default=everyone, metavar="A,B", help=f"who takes part (default: {everyone})")
+    top.add_argument("--steps", type=positive, default=200, help="of each run (default: 200)")
+    top.add_argument("--tokens_per_batch", type=positive, default=4096, help="a step works on (default: 4096)")
+    top.add_argument("--dropout", type=float, default=0.0, help="in hidden states and attention (default: 0)")
+    top.add_argument("--seeds", type=positive, default=1, help="runs of each, with seeds 0, 1, … (default: 1)")
+    top.add_argument("--threads", type=positive, default=machine.cores(), help="of each run (default: all cores)")
+    top.add_argument(
+        "--output",
+        type=Path,
+        default=Path("bench/results"),
+        metavar="DIR",
+        help="for JSON and plot (default: %(default)s)",
+    )
     top.add_argument("--worker", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
     return top
 

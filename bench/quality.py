@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine, report
+from .cli import positive
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,23 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", default="1,2,3", metavar="A,B", help="(default: 1,2,3)")
     add("--epochs", type=float, default=None, metavar="N", help="(default: 3 on small sets, 1 on large ones)")
     add("--learning-rate", type=float, default=1e-4, metavar="X", help="(default: 1e-4)")
-    add("--batch-size", type=int, default=16, metavar="N", help="(default: 16)")
-    add("--limit", type=int, default=None, metavar="N", help="only the first rows of each file, for a quick look")
-    add("--threads", type=int, default=machine.cores(), metavar="N", help="of each run (default: all cores)")
-    add("--cells", type=Path, default=Path("output/quality"), metavar="DIR", help="finished cells and runs under way")
-    add("--output", type=Path, default=Path("bench/results"), metavar="DIR", help="for the result")
+    add("--batch-size", type=positive, default=16, metavar="N", help="(default: 16)")
+    add("--limit", type=positive, default=None, metavar="N", help="only the first rows of each file, for a quick look")
+    add("--threads", type=positive, default=machine.cores(), metavar="N", help="of each run (default: all cores)")
+    add(
+        "--cells",
+        type=Path,
+        default=Path("output/quality"),
+        metavar="DIR",
+        help="finished cells and runs under way (default: %(default)s)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("bench/results"),
+        metavar="DIR",
+        help="for the result (default: %(default)s)",
+    )
     return top
 
 

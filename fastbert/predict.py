@@ -65,18 +65,48 @@ def build_parser() -> argparse.ArgumentParser:
         help=".csv, .tsv, .jsonl or .parquet; .conll for tags (a word a line, the predicted tag last); - for JSONL on "
         "standard output",
     )
-    add("--text_column_name", nargs="+", metavar="NAME", help="column with the text; several are joined")
+    add(
+        "--text_column_name",
+        nargs="+",
+        metavar="NAME",
+        help="column with the text; several are joined (default: as in finetune)",
+    )
     add("--text_column_delimiter", default=" ", metavar="X", help="joins several text columns (default: a space)")
     add("--text_pair_column_name", metavar="NAME", help="column with the second sentence of a pair")
     add("--choice_column_names", nargs="+", metavar="NAME", help="multiple choice: as in finetune")
-    add("--question_column_name", default="question", metavar="NAME", help="question answering: the question")
-    add("--context_column_name", default="context", metavar="NAME", help="question answering: the text to search")
-    add("--doc_stride", type=_positive, metavar="N", help="tokens that two windows of a long text share")
-    add("--n_best_size", type=_positive, default=20, metavar="N", help="question answering: as in finetune")
+    add(
+        "--question_column_name",
+        default="question",
+        metavar="NAME",
+        help="question answering: the question (default: question)",
+    )
+    add(
+        "--context_column_name",
+        default="context",
+        metavar="NAME",
+        help="question answering: the text to search (default: context)",
+    )
+    add(
+        "--doc_stride",
+        type=_positive,
+        metavar="N",
+        help="tokens that two windows of a long text share (default: as in finetune)",
+    )
+    add(
+        "--n_best_size",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="question answering: as in finetune (default: 20)",
+    )
     add("--max_answer_length", type=_positive, default=30, metavar="N", help="question answering: tokens (default: 30)")
     add("--version_2_with_negative", action="store_true", help="question answering: there may be no answer")
     add(
-        "--null_score_diff_threshold", type=_finite, default=0.0, metavar="X", help="question answering: as in finetune"
+        "--null_score_diff_threshold",
+        type=_finite,
+        default=0.0,
+        metavar="X",
+        help="question answering: as in finetune (default: 0)",
     )
     add("--max_seq_length", type=_positive, metavar="N", help="longer texts are cut (default: what the model allows)")
     add("--max_tokens_per_batch", type=_positive, default=8192, metavar="N", help="tokens in a batch (default: 8192)")

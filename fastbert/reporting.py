@@ -15,9 +15,10 @@ class Report:
     """What runs in a model, and why the rest does not. Prints as text.
 
     layers: [{"name", "path": "fast" | "stock", "reason"}], one entry a transformer layer; reason is None if fast.
-    embeddings: the same, one entry an embeddings module.
+    embeddings: the same, one entry an embeddings module of a family whose embeddings fastbert has.
     others: the same, one entry any other module (encoder, base model, head) that is stock because of a replaced method.
-    ops: {op: {"backend", "rejected": {backend: reason}}}, for the device and dtype of the model's weights.
+    ops: {op: {"backend", "rejected": {backend: reason}}}, for the device and dtype of the model's weights; see
+        `fastbert.dispatch.describe`.
     calls: {"fast", "stock"}, the layer calls since `optimize`, without those inside torch.compile.
     cuda_graphs: [{"name", "reason", "held", "limit", "captured", "replayed", "dropped"}], one entry an encoder that was
         to use them; reason: why its last call did not, or None.

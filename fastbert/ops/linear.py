@@ -44,7 +44,7 @@ def linear(
 ) -> Tensor:
     """x @ weight^T + bias.
 
-    x: [..., K]. weight: [N, K], or a sequence of [Ni, K] whose outputs are concatenated (query, key and value in
+    x: [..., K]. weight: [N, K], or a sequence of 1 to 4 [Ni, K] whose outputs are concatenated (query, key and value in
     one pass). bias: [N], or a sequence of [Ni] if the weight is one, or None. All of one dtype and device.
     backend: forces an implementation (see `fastbert.dispatch`).
 

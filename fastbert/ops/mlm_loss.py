@@ -67,7 +67,7 @@ def mlm_loss(
         `linear`; but Triton has no kernel for a `linear` of one weight, which chooses for itself then.
 
     Returns (loss, count): a float32 scalar (float64 for float64), and the number of labels, int64. Without any
-    label the loss is NaN, as PyTorch's own mean is, and the gradients are 0. Differentiable once.
+    label the loss is NaN, as PyTorch's own mean is, or with num_items 0, and the gradients are 0. Differentiable once.
     Raises IndexError if a label has no row in decoder_weight, ValueError or TypeError for wrong shapes, dtypes or
     devices. The Triton kernels, for which the host does not wait, give NaN for such a label.
     """

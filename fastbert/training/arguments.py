@@ -68,8 +68,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "What to train. Default: told from the training file where its form or columns leave no doubt "
-            "(CoNLL; context, question, answers; sent1, sent2, ending0, …; anchor, positive), else "
-            "sequence_classification.",
+            "(CoNLL; context, question, answers; sent1, sent2, ending0, …; anchor, positive) and no flag names the "
+            "columns, else sequence_classification.",
             "choices": list(TASK_NAMES),
         },
     )
@@ -263,10 +263,12 @@ class FinetuneArguments(RunArguments):
         },
     )
     save_strategy: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "When to save: no, steps, epoch or best. Default: --eval_strategy."}
+        default=None,
+        metadata={"help": "When to save: no, steps, epoch or best. Default: --eval_strategy, or epoch without it."},
     )
     save_steps: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Steps between checkpoints; below 1 a share of all. Default: --eval_steps."}
+        default=None,
+        metadata={"help": "Steps between checkpoints; below 1 a share of all. Default: --eval_steps, or 500."},
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; the best is always kept."})
     load_best_model_at_end: bool | None = field(  # type: ignore[assignment]
@@ -290,7 +292,8 @@ class FinetuneArguments(RunArguments):
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
-            "help": "Order of the training data: group_by_length (least padding), random or sequential.",
+            "help": "Order of the training data: group_by_length (least padding), random, sequential or "
+            "batch_rebalance (as transformers has it).",
             "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
         },
     )

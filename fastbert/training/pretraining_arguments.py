@@ -148,8 +148,9 @@ def parse(argv: list[str]) -> Parsed:
         shown=(own_flags(kinds) | _SHOWN) - HIDDEN_FLAGS,
         prog="fastbert pretrain",
         usage="fastbert pretrain --dataset DIR... --tokenizer_name DIR --config_overrides SETTINGS --output_dir DIR "
-        "--max_steps N [flags]\n"
-        "       fastbert pretrain --dataset DIR... --model_name_or_path MODEL --output_dir DIR --max_steps N [flags]\n"
+        "[--max_steps N | --num_train_epochs N] [flags]\n"
+        "       fastbert pretrain --dataset DIR... --model_name_or_path MODEL --output_dir DIR "
+        "[--max_steps N | --num_train_epochs N] [flags]\n"
         "       fastbert pretrain FLAGS.json",
         description="Train a BERT on data that `fastbert prepare` made: masked language modelling, and next sentence "
         "prediction where the data have pairs.",
