@@ -1,4 +1,6 @@
 // The torch side of linear, ffn, attention and whole layers: schemas, argument checks, allocation.
+#include <cmath>
+
 #include "runtime.h"
 #include "tensor.h"
 
@@ -92,6 +94,8 @@ std::tuple<Tensor, Tensor> ffn_fwd(Tensor x, Tensor w1, Tensor b1, Tensor w2, bo
     kernels().ffn_fwd(executor(), a.dtype, a.m, a.k, a.n1, a.n2, x.const_data_ptr(), w1.const_data_ptr(),
                       b1.const_data_ptr(), w2.const_data_ptr(), y.mutable_data_ptr(),
                       save ? pre.mutable_data_ptr() : nullptr);
+  else if (pre.numel() > 0)  // w2 has no rows; the backward reads pre all the same
+    torch::stable::zero_(pre);
   return {y, pre};
 }
 
@@ -175,15 +179,22 @@ std::tuple<Tensor, Tensor> attention_bwd(Tensor dout, Tensor qkv, Tensor out, Te
   check(op, "out", out, qkv.scalar_type(), {a.total, a.heads * a.head_dim});
   check(op, "lse", lse, ScalarType::Float, {a.heads, a.total});
   Tensor dqkv = new_tensor({a.total, 3, a.heads, a.head_dim}, qkv.scalar_type());
-  Tensor dbias = none(ScalarType::Float);
+  Tensor dbias = none(ScalarType::Float), rest = none(ScalarType::Float);
   if (need_dbias) {
     if (!bias.has_value()) fail(op, ": need_dbias is set but bias is missing");
-    dbias = new_tensor({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, ScalarType::Float);
-    torch::stable::zero_(dbias);
+    const bool shared = bias->size(0) < a.batch || bias->size(1) < a.heads || bias->size(2) < a.max_seqlen;
+    const auto zeros = [&] {
+      Tensor t = new_tensor({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, ScalarType::Float);
+      return torch::stable::zero_(t);
+    };
+    dbias = zeros();
+    if (shared) rest = zeros();
   }
+  float *const dbias_data = floats(dbias), *const rest_data = floats(rest);
   kernels().attention_bwd(executor(), dtype, a, dout.const_data_ptr(), qkv.const_data_ptr(), out.const_data_ptr(),
-                          static_cast<const float*>(lse.const_data_ptr()), dqkv.mutable_data_ptr(),
-                          need_dbias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr);
+                          static_cast<const float*>(lse.const_data_ptr()), dqkv.mutable_data_ptr(), dbias_data, rest_data);
+  for (int64_t i = 0; i < rest.numel(); ++i)
+    if (std::isfinite(rest_data[i])) dbias_data[i] += rest_data[i];  // else dbias is infinite or NaN itself
   return {dqkv, dbias};
 }
 

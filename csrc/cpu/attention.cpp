@@ -209,7 +209,7 @@ void store_rows(const float* rows, int64_t count, int64_t ld, int64_t d, float f
 
 template <class T>
 void backward_head(const Head<T>& head, const T* dout, const T* out, const float* lse, T* dqkv, float* dbias,
-                   const Dropout& dropout) {
+                   float* dbias_rest, const Dropout& dropout) {
   const AttentionShape& shape = head.shape;
   const int64_t d = shape.head_dim, length = head.length, dp = ceil_div(d, NR) * NR, width = shape.heads * d;
   const int64_t block = smaller(ceil_div(length, 4 * VLEN) * 4 * VLEN, kKeys);
@@ -270,13 +270,18 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
           for (int64_t j = 0; j < d; j += VLEN) dot += load_n(o + j, d - j) * load(douts + r * dp + j);
           delta = sum(dot);
         }
-        float* db = dbias == nullptr ? nullptr : dbias + head.bias_offset(q + r) + k;
+        const int64_t at = dbias == nullptr ? 0 : head.bias_offset(q + r) + k;
         for (int64_t j = 0; j < n; j += VLEN) {
           const vf p = load(s + j) * normal;
           const vf ds = p * (load(g + j) - delta);
           store(g + j, ds);
           store(s + j, dropout.active ? kept(p * dropout.scale, mask + j) : p);
-          if (db != nullptr) store_n(db + j, load_n(db + j, n - j) + ds, n - j);
+          if (dbias == nullptr) continue;
+          const vf before = load_n(dbias + at + j, n - j), after = before + ds;
+          store_n(dbias + at + j, after, n - j);
+          if (dbias_rest == nullptr) continue;
+          const vf added = after - before, lost = (before - (after - added)) + (ds - added);
+          store_n(dbias_rest + at + j, load_n(dbias_rest + at + j, n - j) + lost, n - j);
         }
       }
       multiply<false>(rows, n, grads, block, key_rows, length, k, d, dqueries, dp, k > 0);
@@ -291,7 +296,7 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
 
 template <class T>
 void attention_bwd_as(const Executor& executor, const AttentionShape& shape, const T* dout, const void* qkv,
-                      const T* out, const float* lse, T* dqkv, float* dbias) {
+                      const T* out, const float* lse, T* dqkv, float* dbias, float* dbias_rest) {
   const Dropout dropout = make_dropout(shape.dropout_p, shape.seed);
   // Heads that add to the same part of dbias belong to one task and take turns: no atomics, one order.
   const int64_t shared_batch = dbias != nullptr && shape.bias_strides[0] == 0 ? shape.batch : 1;
@@ -302,19 +307,19 @@ void attention_bwd_as(const Executor& executor, const AttentionShape& shape, con
       const int64_t b = task / head_groups * shared_batch + i / shared_heads;
       const int64_t h = task % head_groups * shared_heads + i % shared_heads;
       const Head<T> head(shape, qkv, b, h);
-      if (head.length > 0) backward_head(head, dout, out, lse, dqkv, dbias, dropout);
+      if (head.length > 0) backward_head(head, dout, out, lse, dqkv, dbias, dbias_rest, dropout);
     }
   });
 }
 
 void attention_bwd(const Executor& executor, DType dtype, const AttentionShape& shape, const void* dout,
-                   const void* qkv, const void* out, const float* lse, void* dqkv, float* dbias) {
+                   const void* qkv, const void* out, const float* lse, void* dqkv, float* dbias, float* dbias_rest) {
   if (dtype == DType::kFloat32) {
     attention_bwd_as(executor, shape, static_cast<const float*>(dout), qkv, static_cast<const float*>(out), lse,
-                     static_cast<float*>(dqkv), dbias);
+                     static_cast<float*>(dqkv), dbias, dbias_rest);
   } else {
     attention_bwd_as(executor, shape, static_cast<const bf16*>(dout), qkv, static_cast<const bf16*>(out), lse,
-                     static_cast<bf16*>(dqkv), dbias);
+                     static_cast<bf16*>(dqkv), dbias, dbias_rest);
   }
 }
 

@@ -97,9 +97,10 @@ struct Kernels {
 
   // qkv [total, 3, heads, head_dim] -> out [total, heads * head_dim], lse (null or [heads, total])
   void (*attention_fwd)(const Executor&, DType, const AttentionShape&, const void* qkv, void* out, float* lse);
-  // dbias (null or zeroed, shaped like bias) receives the bias gradient.
+  // dbias (null or zeroed, shaped like bias) receives the bias gradient, dbias_rest (as dbias, or null) what rounding took
+  // from it, where many queries, heads or sequences add to one number.
   void (*attention_bwd)(const Executor&, DType, const AttentionShape&, const void* dout, const void* qkv, const void* out,
-                        const float* lse, void* dqkv, float* dbias);
+                        const float* lse, void* dqkv, float* dbias, float* dbias_rest);
   double (*fma_rate)(double seconds);
 
   // y [rows, columns] = LayerNorm(dropout(x + x_bias) + residual) * weight + bias in fp32 if x or residual is, else bf16.

@@ -15,7 +15,7 @@ void ffn_bwd(const Executor&, DType, int64_t m, int64_t k, int64_t n1, int64_t n
              const void* pre, const void* w1, const void* w2, void* dx, void* dw1, void* db1, void* dw2, float* dpre);
 void attention_fwd(const Executor&, DType, const AttentionShape&, const void* qkv, void* out, float* lse);
 void attention_bwd(const Executor&, DType, const AttentionShape&, const void* dout, const void* qkv, const void* out,
-                   const float* lse, void* dqkv, float* dbias);
+                   const float* lse, void* dqkv, float* dbias, float* dbias_rest);
 double fma_rate(double seconds);
 void layernorm_fwd(const Executor&, const RowsShape&, Vector x, Vector x_bias, Vector residual, Vector weight, Vector bias,
                    void* y, void* z, float* mean, float* rstd);

@@ -30,7 +30,8 @@ def attention_ref(
     """
     total, _, heads, head_dim = qkv.shape
     if total == 0:
-        return qkv[:, 0].flatten(1)
+        nothing = qkv[:, 0].flatten(1)
+        return nothing if bias is None else nothing + bias[:0].sum()  # whose gradient is 0
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
     starts = cu_seqlens.long()

@@ -71,7 +71,7 @@ _triton = leaf.define_triton(
 
 
 def _run(kernels: leaf.Leaf, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
-    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+    rows = leaf.as_rows(x)
     rows, weight1, bias1, weight2 = rows.contiguous(), weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
     save = leaf.needs_grad(rows, weight1, bias1, weight2)
     y = kernels.call(save, rows, weight1, bias1, weight2, save)[0]

@@ -127,12 +127,12 @@ def _run(
     eps: float,
     seed: Tensor | None,
 ) -> Tensor:
-    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+    rows = leaf.as_rows(x)
     rows, weight, bias = rows.contiguous(), weight.contiguous(), bias.contiguous()
     if x_bias is not None:
         x_bias = x_bias.contiguous()
     if residual is not None:
-        residual = (residual if x.dim() == 2 else residual.reshape(-1, x.size(-1))).contiguous()
+        residual = leaf.as_rows(residual).contiguous()
     save = leaf.needs_grad(rows, x_bias, residual, weight, bias)
     y = kernels.call(save, rows, x_bias, residual, weight, bias, eps, dropout_p, seed, save)[0]
     return y if x.dim() == 2 else y.view(x.shape)

@@ -208,6 +208,13 @@ def unsaved_message(op: str) -> str:
     return f"{op}: this call was made without saving what the backward needs"
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., K] as [rows, K], K being perhaps 0."""
+    if x.dim() == 2:
+        return x
+    return x.flatten(0, -2) if x.dim() > 2 else x[None]
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record a call with these arguments."""
     if not torch.is_grad_enabled():

@@ -100,7 +100,7 @@ _TRITON_PART = f"several weights of one size on up to {FEW_TOKENS} rows, outside
 
 
 def _run(kernels: leaf.Leaf, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+    rows = leaf.as_rows(x)
     rows = rows.contiguous()
     weights = [weight.contiguous() for weight in weights]
     biases = [bias.contiguous() for bias in biases]

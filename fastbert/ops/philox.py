@@ -49,6 +49,7 @@ def threshold(p: float) -> int:
 
 def _halves(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> Tensor:
     """[..., 8]: the halves of the words of the counters, which broadcast against each other."""
+    seed = seed.reshape(())
     key = (seed & _MASK, (seed >> 32) & _MASK)
     words = torch.stack(torch.broadcast_tensors(*philox(key, (c0, c1, c2, torch.full_like(c0, c3)))), dim=-1)
     return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-2)

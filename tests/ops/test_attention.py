@@ -234,6 +234,29 @@ def test_attention_bias_larger_than_needed(backend: str) -> None:
     accuracy.check_backward(ours(backend, lengths), eager(lengths), reference(lengths), tensors)
 
 
+def test_attention_bias_of_many_queries() -> None:
+    """Its gradient is a sum of so many numbers that their order, and what rounding takes from it, tell."""
+    accuracy.require("attention", "cpu", torch.float32, 8)
+    lengths = (32,) * 64
+    tensors = tensors_for(lengths, 12, 8, "111S", torch.float32, "cpu")
+
+    def eager_(qkv: Tensor, bias: Tensor) -> Tensor:
+        query, key, value = qkv.view(64, 32, 3, 12, 8).permute(2, 0, 3, 1, 4)
+        probabilities = torch.softmax(query @ key.transpose(2, 3) * 8**-0.5 + bias, -1)
+        return (probabilities @ value).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    accuracy.check_backward(ours("cpu", lengths), eager_, reference(lengths), tensors)
+
+
+@backends
+def test_attention_bias_without_tokens(backend: str) -> None:
+    accuracy.require("attention", backend, torch.float32, 32)
+    bias = torch.randn(1, 2, 1, 1, device=accuracy.device(backend), requires_grad=True)
+    qkv = torch.randn(0, 3, 2, 32, device=bias.device)
+    (gradient,) = torch.autograd.grad(ours(backend, (0, 0))(qkv, bias).sum(), bias)
+    assert torch.equal(gradient, torch.zeros_like(bias))
+
+
 @backends
 def test_attention_expanded_bias(backend: str) -> None:
     """A mask as Hugging Face expands it, [B, 1, S, S] with strides of 0, gives the same, gradient included."""

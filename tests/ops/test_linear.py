@@ -145,6 +145,8 @@ def test_linear_leading_dimensions() -> None:
     x, weight = torch.randn(2, 3, 16), torch.randn(8, 16)
     torch.testing.assert_close(ops.linear(x, weight), F.linear(x, weight))
     torch.testing.assert_close(ops.linear(x[0, 0], weight), F.linear(x[0, 0], weight))
+    x, weight = torch.empty(2, 3, 0), torch.empty(8, 0)
+    assert torch.equal(ops.linear(x, weight), torch.zeros(2, 3, 8))
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])

@@ -73,6 +73,14 @@ def test_extreme_probabilities() -> None:
     assert (philox.drop(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool), 1.0) == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(), (1, 1, 1)])
+def test_seed_may_have_any_shape(shape: tuple[int, ...]) -> None:
+    seed, query = torch.tensor([3]), torch.arange(20)[None]
+    assert torch.equal(philox.keep_rows(seed.view(shape), 0.5, 6, 20), philox.keep_rows(seed, 0.5, 6, 20))
+    masks = [philox.keep_attention(given, 0.5, query, 2, 20) for given in (seed, seed.view(shape))]
+    assert torch.equal(*masks)
+
+
 def test_seed_follows_the_generator() -> None:
     torch.manual_seed(5)
     first = philox.draw_seed(torch.device("cpu"))
