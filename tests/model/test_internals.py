@@ -44,13 +44,14 @@ def test_nothing_else_is_there() -> None:
 
 def test_the_versions_are_those_that_are_written_elsewhere() -> None:
     floor = (ROOT / "requirements" / "floor.txt").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for package, tested in internals.TESTED.items():
+        assert f"{package} {tested}" in readme
         oldest, newest = tested.split(" to ")
         assert f"{package}=={oldest}.0\n" in floor
         pinned = re.search(rf"^{package}==([\d.]+)", _constraints(), re.MULTILINE)
         assert pinned is not None
         assert pinned[1].startswith(f"{newest}.")
-    assert f"transformers {internals.TESTED['transformers']}" in (ROOT / "README.md").read_text(encoding="utf-8")
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     oldest, newest = (version.split(".") for version in internals.TESTED["transformers"].split(" to "))
     assert f"transformers>={'.'.join(oldest)},<{int(newest[0]) + 1}" in wanted
