@@ -43,14 +43,25 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def fetch() -> ModuleType:
-    """examples/fetch.py, which brings real weights and real text."""
-    spec = importlib.util.spec_from_file_location("fetch", ROOT / "examples" / "fetch.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_script() -> Callable[[str], ModuleType]:
+    """A function that gives a Python file of the repository, outside of its packages, as a module."""
+
+    def load(place: str) -> ModuleType:
+        path = ROOT / place
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def fetch(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    """What brings real weights and real text."""
+    return load_script("examples/fetch.py")
 
 
 @pytest.fixture(scope="session")

@@ -115,19 +115,13 @@ const void* aligned(Tensor& t) {
   if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) t = torch::stable::clone(t);
   return t.const_data_ptr();
 }
+const void* aligned(OptionalTensor& t) { return t.has_value() ? aligned(*t) : nullptr; }
 
 // Of layernorm's tensors those with longer rows than a kernel takes that copies less at a time.
 template <class... Others>
 void align_long_rows(Tensor& rows, Others&... others) {
   if (rows.dim() != 2 || rows.size(1) <= kLayerNormOddColumns) return;
-  const auto align = [](auto& t) {
-    if constexpr (std::is_same_v<decltype(t), OptionalTensor&>) {
-      if (t.has_value()) aligned(*t);
-    } else {
-      aligned(t);
-    }
-  };
-  align(rows), (align(others), ...);
+  aligned(rows), (aligned(others), ...);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_fwd_op(Tensor x, OptionalTensor x_bias, OptionalTensor residual,

@@ -71,8 +71,8 @@ _triton = leaf.define_triton(
 
 
 def _run(kernels: leaf.Leaf, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
-    rows = leaf.as_rows(x)
-    rows, weight1, bias1, weight2 = rows.contiguous(), weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
+    rows = leaf.as_rows(x).contiguous()
+    weight1, bias1, weight2 = weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
     save = leaf.needs_grad(rows, weight1, bias1, weight2)
     y = kernels.call(save, rows, weight1, bias1, weight2, save)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(1))

@@ -127,8 +127,7 @@ def _run(
     eps: float,
     seed: Tensor | None,
 ) -> Tensor:
-    rows = leaf.as_rows(x)
-    rows, weight, bias = rows.contiguous(), weight.contiguous(), bias.contiguous()
+    rows, weight, bias = leaf.as_rows(x).contiguous(), weight.contiguous(), bias.contiguous()
     if x_bias is not None:
         x_bias = x_bias.contiguous()
     if residual is not None:

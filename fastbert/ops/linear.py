@@ -100,8 +100,7 @@ _TRITON_PART = f"several weights of one size on up to {FEW_TOKENS} rows, outside
 
 
 def _run(kernels: leaf.Leaf, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    rows = leaf.as_rows(x)
-    rows = rows.contiguous()
+    rows = leaf.as_rows(x).contiguous()
     weights = [weight.contiguous() for weight in weights]
     biases = [bias.contiguous() for bias in biases]
     if not biases and torch.compiler.is_exporting():  # AOTInductor's programs hand an empty list over as None

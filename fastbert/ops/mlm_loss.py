@@ -74,7 +74,7 @@ def mlm_loss(
     checks.floating("mlm_loss", "hidden", hidden)
     label_smoothing = checks.number("mlm_loss", "label_smoothing", label_smoothing)
     _check(hidden, labels, decoder_weight, decoder_bias, label_smoothing)
-    hidden = hidden.reshape(-1, hidden.size(-1))
+    hidden = leaf.as_rows(hidden)
     labels = labels.reshape(-1)
     labelled = labels != ignore_index
     count = labelled.sum()
