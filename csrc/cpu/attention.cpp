@@ -54,6 +54,15 @@ void multiply(int64_t rows, int64_t depth, const float* a, int64_t stride, const
   }
 }
 
+// The same for rows of queries (or of the output's gradient) and keys from k on (or values), a score c each. A chain of
+// kChain products is added up by itself: the error of a sharp softmax is that of its scores.
+constexpr int64_t kChain = 16;
+inline void multiply_scores(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* panels, int64_t n,
+                            float* c, int64_t ldc) {
+  for (int64_t i = 0; i < depth; i += kChain)
+    multiply<false>(rows, smaller(kChain, depth - i), a + i, stride, panels, depth, i, n, c, ldc, i > 0);
+}
+
 // out [rows][stride] = rows of m from `first` on, times factor, in fp32.
 template <class T>
 void scaled_rows(const Matrix& m, int64_t first, int64_t rows, int64_t depth, float factor, float* out, int64_t stride) {
@@ -144,7 +153,7 @@ void forward_head(const Head<T>& head, int64_t query_begin, int64_t query_end, T
     for (int64_t r = 0; r < rows; ++r) top[r] = -__builtin_inff(), total[r] = 0.0f;
     for (int64_t k = 0; k < length; k += block) {
       const int64_t n = smaller(block, length - k);
-      multiply<false>(rows, d, queries, dp, keys + k * d, d, 0, n, scores, block, false);
+      multiply_scores(rows, d, queries, dp, keys + k * d, n, scores, block);
       if (dropout.active) draw_kept(head, dropout, q, rows, k, n, keep, block);
       for (int64_t r = 0; r < rows; ++r) {
         float* s = scores + r * block;
@@ -240,16 +249,16 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
     pack_all({douts, dp, 1, DType::kFloat32}, rows, d, dout_panels);
     for (int64_t k = 0; k < length; k += block) {
       const int64_t n = smaller(block, length - k);
-      multiply<false>(rows, d, queries, dp, keys + k * d, d, 0, n, scores, block, false);
+      multiply_scores(rows, d, queries, dp, keys + k * d, n, scores, block);
       multiply<false>(rows, d, douts, dp, values + k * d, d, 0, n, grads, block, false);
       if (dropout.active) draw_kept(head, dropout, q, rows, k, n, keep, block);
       for (int64_t r = 0; r < rows; ++r) {
         float *s = scores + r * block, *g = grads + r * block;
         const int16_t* mask = keep + r * block;
         const float* bias = head.bias_row(q + r);
-        add_bias(s, n, bias == nullptr ? nullptr : bias + k);
-        const float row_lse = lse[head.h * shape.total + head.first + q + r];
-        const float base = row_lse == -__builtin_inff() ? 0.0f : row_lse;
+        const float high = add_bias(s, n, bias == nullptr ? nullptr : bias + k);
+        const float known = block < length ? lse[head.h * shape.total + head.first + q + r] : high;
+        const float base = known == -__builtin_inff() ? 0.0f : known;
         vf part = {}, whole = {};
         for (int64_t j = 0; j < n; j += VLEN) {
           const vf p = exp(load(s + j) - base);

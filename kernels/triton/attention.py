@@ -16,6 +16,7 @@ measurements on A100 and H100).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,10 +25,12 @@ from torch import Tensor
 
 from fastbert.kernels import attention_bwd as bwd
 from fastbert.kernels import attention_fwd as fwd
-from fastbert.kernels import configs, dropout
+from fastbert.kernels import configs, dropout, rows
 
 _PADDED, _DROPOUT = "-padded", "-dropout"  # what a shape class of their own is called after
 _TILE_WARPS = 4  # of the kernels before and after the backward, which go over the tokens once
+_BIAS_PROGRAMS = 4  # a multiprocessor, for the gradient of a bias
+_BIAS_SUMMANDS = 64  # that one of them adds up in turn: rounding errors of long sums in float32 are worse than eager's
 
 
 def attention_fwd(
@@ -95,7 +98,7 @@ def attention_bwd(
     if total == 0:
         return dqkv, dbias
     if bias is not None:
-        shape, bias = bias.shape, _aligned(bias)
+        bias = _aligned(bias)
     batch = cu_seqlens.numel() - 1
     scalars = _scalars(qkv, batch, scale, dropout_p, bias)
     constants = _constants(qkv, scale, bias)
@@ -137,17 +140,27 @@ def attention_bwd(
             )  # fmt: skip
         if need_dbias:
             config = _config("attention_bwd_dbias", qkv, bias, seed)
-            batches, bias_heads, queries, keys = shape
-            grid = (
-                batches * bias_heads,
-                configs.cdiv(queries, config["BLOCK_M"]),
-                configs.cdiv(keys, config["BLOCK_N"]),
-            )
-            bwd._attention_bwd_dbias_kernel[grid](
-                dout, qkv, lse, delta, dbias, cu_seqlens, seed, bias, *scalars, *shape,
-                **constants, ONE_ROW=queries == 1, **config,
+            one_row = dbias.size(2) == 1
+            tiles = configs.cdiv(max_seqlen if one_row else dbias.size(2), config["BLOCK_M"])
+            grid = dbias.size(0) * dbias.size(1), tiles, configs.cdiv(dbias.size(3), config["BLOCK_N"])
+            parts = _bias_parts(batch * heads // grid[0], math.prod(grid), qkv.device)
+            partials = dbias[None]
+            if parts > 1 or one_row:
+                partials = dbias.new_empty(parts, *dbias.shape[:2], tiles if one_row else dbias.size(2), dbias.size(3))
+            bwd._attention_bwd_dbias_kernel[parts * grid[0], *grid[1:]](
+                dout, qkv, lse, delta, partials, cu_seqlens, seed, bias, *scalars, *partials.shape[1:], parts,
+                **constants, ONE_ROW=one_row, **config,
             )  # fmt: skip
+            if partials.data_ptr() != dbias.data_ptr():
+                torch.sum(partials.sum(3, keepdim=True) if one_row else partials, 0, out=dbias)
     return dqkv, dbias
+
+
+def _bias_parts(shared: int, programs: int, device: torch.device) -> int:
+    """In how many parts the gradient of a bias is summed that as many sequences and heads share, and that takes as many
+    programs as one part: enough to fill the GPU, and for short sums."""
+    filled = configs.cdiv(_BIAS_PROGRAMS * rows.processors(device), programs)
+    return min(shared, max(filled, configs.cdiv(shared, _BIAS_SUMMANDS)))
 
 
 def _scalars(qkv: Tensor, batch: int, scale: float, dropout_p: float, bias: Tensor | None) -> tuple[int | float, ...]:
@@ -241,14 +254,17 @@ def cases(arch: int) -> Iterator[configs.Case]:
             dtypes = ("fp32",) if "-fp32" in name else ("bf16", "fp16")
             bias = "-bias" in name
             dropouts = (True,) if name.endswith(_DROPOUT) else (False,) if name + _DROPOUT in offered else (False, True)
-            for head_dim, dtype, drops in itertools.product(_head_dims(offered, name), dtypes, dropouts):
+            one_rows = (False, True) if op.endswith("dbias") else (False,)
+            for head_dim, dtype, drops, one_row in itertools.product(
+                _head_dims(offered, name), dtypes, dropouts, one_rows
+            ):
                 constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
                 constants["SCALED"] = bias or dtype == "fp32"
                 constants |= {key: value for key, value in config.items() if key.startswith("BLOCK")}
                 if "-s" in name:
                     constants["BLOCK_S"] = int(name.split("-")[1][1:])
                 if op.endswith("dbias"):
-                    constants["ONE_ROW"] = False
+                    constants["ONE_ROW"] = one_row
                 if op.endswith("dkdv"):
                     constants["dq_sum"] = None
                     constants |= {} if dtype != "fp32" else {"stats": None}
@@ -264,8 +280,8 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     else "i32"
                     for argument in kernel.arg_names
                 }
-                label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * drops
-                options = {key: config[key] for key in ("num_warps", "num_stages")}
+                label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * drops + "-row" * one_row
+                options = {key: config[key] for key in ("num_warps", "num_stages", "maxnreg") if key in config}
                 narrow = block_d <= 64 and op == "attention_fwd"
                 matrix = dtype != "fp32" or narrow
                 together = 2 if narrow and dtype != "fp32" and not bias else 1

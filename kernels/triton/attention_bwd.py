@@ -362,69 +362,68 @@ def _attention_bwd_short_kernel(
     tiles.store_rows(dq_head, dq * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=(*tiles.UNSPECIALIZED, "bias_batches", "bias_heads", "queries", "keys"))
+@triton.jit(do_not_specialize=(*tiles.UNSPECIALIZED, "bias_batches", "bias_heads", "queries", "keys", "parts"))
 def _attention_bwd_dbias_kernel(
     dout, qkv, lse, delta, dbias, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
-    bias_batches, bias_heads, queries, keys,
+    bias_batches, bias_heads, queries, keys, parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_ROW: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the bias's gradient: the sum over all sequences and heads that share it, and over all queries if
-    the bias has ONE_ROW for them. dbias, bias: float32 [bias_batches, bias_heads, queries, keys].
-    Grid: (bias_batches * bias_heads, tiles of queries, tiles of keys).
+    """A tile of the gradient of a bias [bias_batches, bias_heads, queries or 1, keys]: its sum over one part of the
+    sequences and heads that share it and, if the bias has ONE_ROW for all queries, over the tile's queries.
+    dbias float32 [parts, bias_batches, bias_heads, queries, keys]; queries: with ONE_ROW, tiles of them.
+    Grid: (parts * bias_batches * bias_heads, tiles of queries, tiles of keys).
     """
-    which_batch = tl.program_id(0) // bias_heads
-    which_head = tl.program_id(0) % bias_heads
+    part = tl.program_id(0) // (bias_batches * bias_heads)
+    which = tl.program_id(0) % (bias_batches * bias_heads)
+    which_batch = which // bias_heads
+    which_head = which % bias_heads
     first_query = tl.program_id(1) * BLOCK_M
     first_key = tl.program_id(2) * BLOCK_N
     row_stride = 3 * heads * HEAD_DIM
     out_stride = heads * HEAD_DIM
     bias += 4 * (tl.cast(which_batch, tl.int64) * bias_batch + tl.cast(which_head, tl.int64) * bias_head)
     dbias += tl.cast(tl.program_id(0), tl.int64) * queries * keys
+    query = first_query + tl.arange(0, BLOCK_M)
     key = first_key + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     sequences = batch // bias_batches
     shared_heads = heads // bias_heads
-    for sequence in tl.range(which_batch * sequences, (which_batch + 1) * sequences, num_stages=1):
+    for shared in tl.range(part, sequences * shared_heads, parts, num_stages=1):
+        sequence = which_batch * sequences + shared // shared_heads
+        head = which_head * shared_heads + shared % shared_heads
         start = tl.load(cu_seqlens + sequence).to(tl.int64)
         length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
-        end = length if ONE_ROW else tl.minimum(length, first_query + BLOCK_M)
-        end = tl.where(first_key < length, end, 0)
-        for head in tl.range(which_head * shared_heads, (which_head + 1) * shared_heads, num_stages=1):
+        if tl.maximum(first_query, first_key) < length:
             q_head = qkv + start * row_stride + head * HEAD_DIM
+            k_head = q_head + heads * HEAD_DIM
+            v_head = k_head + heads * HEAD_DIM
             do_head = dout + start * out_stride + head * HEAD_DIM
             rows = tl.cast(head, tl.int64) * total + start
-            for m in tl.range(first_query, end, BLOCK_M, num_stages=1):
-                query = m + tl.arange(0, BLOCK_M)
-                q = tiles.load_rows(q_head, m, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-                do = tiles.load_rows(do_head, m, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-                k = tiles.load_rows(
-                    q_head + heads * HEAD_DIM, first_key, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True
-                )
-                v = tiles.load_rows(
-                    q_head + 2 * heads * HEAD_DIM, first_key, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True
-                )
-                row_lse = _load_lse(lse + rows, query, length, SCALED)
-                row_mass = None
-                if qkv.dtype.element_ty == tl.float32:
-                    row_mass = _load_mass(lse, rows, query, heads, total, length)[:, None]
-                row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
-                scores = _dot_bwd(q, tl.trans(k), None)
-                added = tiles.load_bias(bias, m, first_key, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True)
-                scores = tiles.scale_scores(scores, scale, added, q.dtype != tl.float32)
-                p = tl.where(key < length, _probabilities(scores, row_lse[:, None], row_mass, scale, SCALED), 0.0)
-                dp = _dot_bwd(do, tl.trans(v), None)
-                if seed is not None:
-                    keep = keep_attention(seed, threshold, head, start, m, first_key, BLOCK_M, BLOCK_N)
-                    dp = _drop(dp, keep, keep_scale)
-                acc += p * (dp - row_delta[:, None])
+            q = tiles.load_rows(q_head, first_query, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+            do = tiles.load_rows(do_head, first_query, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+            k = tiles.load_rows(k_head, first_key, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            v = tiles.load_rows(v_head, first_key, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            row_lse = _load_lse(lse + rows, query, length, SCALED)
+            row_mass = None
+            if qkv.dtype.element_ty == tl.float32:
+                row_mass = _load_mass(lse, rows, query, heads, total, length)[:, None]
+            row_delta = tl.load(delta + rows + query, mask=query < length, other=0.0)
+            scores = _scores(
+                q, k, first_query, first_key, length, scale, bias, bias_query, bias_width, BLOCK_M, BLOCK_N,
+                SCALED, True,
+            )  # fmt: skip
+            p = tl.where(key < length, _probabilities(scores, row_lse[:, None], row_mass, scale, SCALED), 0.0)
+            dp = _dprobabilities(
+                do, v, first_query, first_key, head, start, seed, threshold, keep_scale, BLOCK_M, BLOCK_N
+            )
+            acc += p * (dp - row_delta[:, None])
 
     if ONE_ROW:
         column = first_key + tl.arange(0, BLOCK_N)
-        tl.store(dbias + column, tl.sum(acc, 0), mask=column < keys)
+        tl.store(dbias + tl.program_id(1) * keys + column, tl.sum(acc, 0), mask=column < keys)
     else:
-        query = first_query + tl.arange(0, BLOCK_M)[:, None]
-        inside = (query < queries) & (key < keys)
-        tl.store(dbias + (query.to(tl.int64) * keys + key), acc, mask=inside)
+        inside = (query < queries)[:, None] & (key < keys)
+        tl.store(dbias + (query.to(tl.int64)[:, None] * keys + key), acc, mask=inside)

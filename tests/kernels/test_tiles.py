@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastbert.kernels import attention, attention_bwd, attention_fwd, attention_tiles
+from fastbert.ops.attention import attention_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 find_tile = attention_tiles.find_tile
@@ -74,3 +75,31 @@ def test_a_ragged_batch_idles_few_programs(deterministic: bool, monkeypatch: pyt
         padded = len(lengths) * -(-max(lengths) // block)
         assert useful <= programs, name
         assert useful / programs > 0.8 > useful / padded, name
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (1, 1, 8, 8), (1, 3, 1, 8), (9, 1, 8, 8)], ids=str)
+def test_the_gradient_of_a_shared_bias_is_summed_in_parts(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of few numbers, as rounding wants it, and by enough programs to fill the GPU."""
+    monkeypatch.setattr(attention, "_BIAS_SUMMANDS", 4)
+    lengths, heads = [8, 3, 1, 0, 5, 8, 2, 7, 4], 3
+    kernel = attention_bwd._attention_bwd_dbias_kernel
+    launch = mock.Mock(wraps=kernel.run)
+    monkeypatch.setattr(kernel, "run", launch)
+    random = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, heads, 32, generator=random).to(DEVICE)
+    bias = torch.randn(shape, generator=random).to(DEVICE)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    common = (bounds, max(lengths), 0.125, 0.0, None, bias)
+    out, lse = attention.attention_fwd(qkv, *common, True)
+    upstream = torch.randn(out.shape, generator=random).to(DEVICE)
+    _, dbias = attention.attention_bwd(upstream, qkv, out, lse, *common, True, True)
+    shared = len(lengths) * heads // (shape[0] * shape[1])
+    parts = launch.call_args.kwargs["grid"][0] // (shape[0] * shape[1])
+    assert parts <= shared <= 4 * parts
+
+    bias = bias.double().requires_grad_()
+    reference = attention_ref(qkv.double(), *common[:3], bias=bias)
+    (expected,) = torch.autograd.grad(reference, bias, upstream.double())
+    torch.testing.assert_close(dbias.double(), expected, atol=1e-5, rtol=1e-5)

@@ -234,18 +234,21 @@ def test_attention_bias_larger_than_needed(backend: str) -> None:
     accuracy.check_backward(ours(backend, lengths), eager(lengths), reference(lengths), tensors)
 
 
-def test_attention_bias_of_many_queries() -> None:
+@pytest.mark.parametrize(
+    "backend", [name for name in accuracy.backends_of("attention") if not accuracy.interpreted(name)]
+)
+def test_attention_bias_of_many_queries(backend: str) -> None:
     """Its gradient is a sum of so many numbers that their order, and what rounding takes from it, tell."""
-    accuracy.require("attention", "cpu", torch.float32, 8)
+    accuracy.require("attention", backend, torch.float32, 8)
     lengths = (32,) * 64
-    tensors = tensors_for(lengths, 12, 8, "111S", torch.float32, "cpu")
+    tensors = tensors_for(lengths, 12, 8, "111S", torch.float32, backend)
 
     def eager_(qkv: Tensor, bias: Tensor) -> Tensor:
         query, key, value = qkv.view(64, 32, 3, 12, 8).permute(2, 0, 3, 1, 4)
         probabilities = torch.softmax(query @ key.transpose(2, 3) * 8**-0.5 + bias, -1)
         return (probabilities @ value).transpose(1, 2).flatten(2).flatten(0, 1)
 
-    accuracy.check_backward(ours("cpu", lengths), eager_, reference(lengths), tensors)
+    accuracy.check_backward(ours(backend, lengths), eager_, reference(lengths), tensors)
 
 
 @backends
@@ -332,6 +335,15 @@ def test_attention_large_scores(backend: str) -> None:
     tensors = tensors_for((33,), 2, 32, None, torch.float32, backend)
     tensors["qkv"] = tensors["qkv"] * 40
     accuracy.check_backward(ours(backend, (33,)), eager((33,)), reference((33,)), tensors)
+
+
+def test_attention_few_tokens_with_a_sharp_softmax() -> None:
+    """PyTorch sums the scores of so few in several chains, whose rounding errors are those of shorter sums."""
+    accuracy.require("attention", "cpu", torch.float32, 64)
+    lengths = (7,) * 60
+    tensors = tensors_for(lengths, 1, 64, None, torch.float32, "cpu")
+    tensors["qkv"] = tensors["qkv"] * 3
+    accuracy.check_backward(ours("cpu", lengths), eager(lengths), reference(lengths), tensors)
 
 
 @pytest.mark.usefixtures("any_order")
