@@ -71,7 +71,7 @@ $(VENV)/.stamp-venv:
 # torch comes first and by exact version, so that nothing else gets to choose its build.
 $(VENV)/.stamp-torch: $(VENV)/.stamp-venv $(CONSTRAINTS)
 	@echo "installing torch"
-	@$(PIP_INSTALL) "$$(grep '^torch==' $(CONSTRAINTS))" setuptools wheel
+	@$(PIP_INSTALL) "$$(grep '^torch==' $(CONSTRAINTS))" 'setuptools>=77' wheel
 	@touch $@
 
 $(VENV)/.stamp-install: $(VENV)/.stamp-torch pyproject.toml setup.py
