@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, product, starmap
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +120,8 @@ class Resolved:
         functions += [(module.stock, name) for name in self.own_methods]
         self.functions = dict.fromkeys(its for its in ((module.stock, "forward"), *functions) if hasattr(*its))
         self.reason = self.missing or self._common() or check(parts)
-        self.reason = self.reason or next(filter(None, starmap(replaced_method, self.functions)), None)
+        for its, name in self.functions:
+            self.reason = self.reason or replaced_method(its, name)
         if torch.compiler.is_compiling():  # then nobody asks whether it is current
             return
         self.watched = [(its._modules, path.rpartition(".")[2]) for its, path in zip(parents, found, strict=True)]
