@@ -72,13 +72,10 @@ def _scores(
     SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Of the queries from `first` on and the keys from n on, [BLOCK_M, BLOCK_N], as `_probabilities` takes them."""
-    scores = _dot_bwd(q, tl.trans(k), None)
-    if bias is not None:
-        added = tiles.load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
-        scores = tiles.scale_scores(scores, scale, added, q.dtype != tl.float32)
-    elif SCALED:
-        scores = tiles.scale_scores(scores, scale, None, False)
-    return scores
+    return tiles.finish_scores(
+        _dot_bwd(q, tl.trans(k), None), scale, bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N,
+        SCALED, MASKED, q.dtype == tl.float32, False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -124,15 +121,12 @@ def _attention_bwd_dq_kernel(
     if first >= length:
         return
     head = tl.program_id(1)
-    row_stride = 3 * heads * HEAD_DIM
+    q_head, k_head, v_head, row_stride = tiles.find_head(qkv, start, head, heads, HEAD_DIM)
     out_stride = heads * HEAD_DIM
-    q_head = qkv + start * row_stride + head * HEAD_DIM
-    k_head = q_head + heads * HEAD_DIM
-    v_head = k_head + heads * HEAD_DIM
     dq_head = dqkv + start * row_stride + head * HEAD_DIM
     out_head = start * out_stride + head * HEAD_DIM
     if bias is not None:
-        bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+        bias = tiles.find_bias(bias, sequence, head, bias_batch, bias_head)
     query = first + tl.arange(0, BLOCK_M)
     rows = tl.cast(head, tl.int64) * total + start
     do = tiles.load_rows(dout + out_head, first, length, out_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
@@ -247,15 +241,12 @@ def _attention_bwd_dkdv_kernel(
     if first >= length:
         return
     head = tl.program_id(1)
-    row_stride = 3 * heads * HEAD_DIM
+    q_head, k_head, v_head, row_stride = tiles.find_head(qkv, start, head, heads, HEAD_DIM)
     out_stride = heads * HEAD_DIM
-    q_head = qkv + start * row_stride + head * HEAD_DIM
-    k_head = q_head + heads * HEAD_DIM
-    v_head = k_head + heads * HEAD_DIM
     dk_head = dqkv + start * row_stride + (heads + head) * HEAD_DIM
     do_offset = start * out_stride + head * HEAD_DIM
     if bias is not None:
-        bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+        bias = tiles.find_bias(bias, sequence, head, bias_batch, bias_head)
     rows = tl.cast(head, tl.int64) * total + start
     tile = tl.cast(head * (total // BLOCK_M + batch) + sequence, tl.int64) + start // BLOCK_M
     if stats is not None:
@@ -280,12 +271,10 @@ def _attention_bwd_dkdv_kernel(
             row_mass = None
             row_lse = tl.load(stats + 2 * m + tl.arange(0, BLOCK_M))
             row_delta = tl.load(stats + 2 * m + BLOCK_M + tl.arange(0, BLOCK_M))
-        scores = _dot_transposed(q, tl.trans(k))
-        if bias is not None:
-            added = tl.trans(tiles.load_bias(bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N, True))
-            scores = tiles.scale_scores(scores, scale, added, q.dtype != tl.float32)
-        elif SCALED:
-            scores = tiles.scale_scores(scores, scale, None, False)
+        scores = tiles.finish_scores(
+            _dot_transposed(q, tl.trans(k)), scale, bias, m, first, length, bias_query, bias_width, BLOCK_M, BLOCK_N,
+            SCALED, True, q.dtype == tl.float32, True,
+        )  # fmt: skip
         p = _probabilities(scores, row_lse[None, :], row_mass, scale, SCALED)
         if dq_sum is not None:
             p = tl.where(key < length, p, 0.0)
@@ -320,19 +309,15 @@ def _attention_bwd_short_kernel(
     """
     sequence = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    start, length = tiles.find_sequence(cu_seqlens, sequence)
     if length == 0:
         return
-    row_stride = 3 * heads * HEAD_DIM
+    q_head, k_head, v_head, row_stride = tiles.find_head(qkv, start, head, heads, HEAD_DIM)
     out_stride = heads * HEAD_DIM
-    q_head = qkv + start * row_stride + head * HEAD_DIM
-    k_head = q_head + heads * HEAD_DIM
-    v_head = k_head + heads * HEAD_DIM
     dq_head = dqkv + start * row_stride + head * HEAD_DIM
     do_head = dout + start * out_stride + head * HEAD_DIM
     if bias is not None:
-        bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+        bias = tiles.find_bias(bias, sequence, head, bias_batch, bias_head)
     query = tl.arange(0, BLOCK_S)
     row_lse = _load_lse(lse + tl.cast(head, tl.int64) * total + start, query, length, SCALED)
     q = tiles.load_rows(q_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
@@ -340,12 +325,10 @@ def _attention_bwd_short_kernel(
     v = tiles.load_rows(v_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     do = tiles.load_rows(do_head, 0, length, out_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
 
-    scores = _dot_bwd(k, tl.trans(q), None)
-    if bias is not None:
-        added = tl.trans(tiles.load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True))
-        scores = tiles.scale_scores(scores, scale, added, q.dtype != tl.float32)
-    elif SCALED:
-        scores = tiles.scale_scores(scores, scale, None, False)
+    scores = tiles.finish_scores(
+        _dot_bwd(k, tl.trans(q), None), scale, bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S,
+        SCALED, True, q.dtype == tl.float32, True,
+    )  # fmt: skip
     p = tl.where(query[:, None] < length, _probabilities(scores, row_lse[None, :], None, scale, SCALED), 0.0)
     dp = _dot_bwd(v, tl.trans(do), None)
     kept = p
@@ -381,9 +364,8 @@ def _attention_bwd_dbias_kernel(
     which_head = which % bias_heads
     first_query = tl.program_id(1) * BLOCK_M
     first_key = tl.program_id(2) * BLOCK_N
-    row_stride = 3 * heads * HEAD_DIM
     out_stride = heads * HEAD_DIM
-    bias += 4 * (tl.cast(which_batch, tl.int64) * bias_batch + tl.cast(which_head, tl.int64) * bias_head)
+    bias = tiles.find_bias(bias, which_batch, which_head, bias_batch, bias_head)
     dbias += tl.cast(tl.program_id(0), tl.int64) * queries * keys
     query = first_query + tl.arange(0, BLOCK_M)
     key = first_key + tl.arange(0, BLOCK_N)[None, :]
@@ -394,12 +376,9 @@ def _attention_bwd_dbias_kernel(
     for shared in tl.range(part, sequences * shared_heads, parts, num_stages=1):
         sequence = which_batch * sequences + shared // shared_heads
         head = which_head * shared_heads + shared % shared_heads
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+        start, length = tiles.find_sequence(cu_seqlens, sequence)
         if tl.maximum(first_query, first_key) < length:
-            q_head = qkv + start * row_stride + head * HEAD_DIM
-            k_head = q_head + heads * HEAD_DIM
-            v_head = k_head + heads * HEAD_DIM
+            q_head, k_head, v_head, row_stride = tiles.find_head(qkv, start, head, heads, HEAD_DIM)
             do_head = dout + start * out_stride + head * HEAD_DIM
             rows = tl.cast(head, tl.int64) * total + start
             q = tiles.load_rows(q_head, first_query, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)

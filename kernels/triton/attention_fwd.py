@@ -65,11 +65,10 @@ def _attend(
     """One step of the online softmax: the queries q (first, first + 1, ...) meet the keys n, n + 1, ..."""
     k = tiles.load_rows(k_head, n, length, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = _dot(q, tl.trans(k), None, BLOCK_D)
-    if bias is not None:
-        added = tiles.load_bias(bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, MASKED)
-        scores = tiles.scale_scores(scores, scale, added, q.dtype != tl.float32)
-    elif SCALED:
-        scores = tiles.scale_scores(scores, scale, None, False)
+    scores = tiles.finish_scores(
+        scores, scale, bias, first, n, length, bias_query, bias_width, BLOCK_M, BLOCK_N, SCALED, MASKED,
+        q.dtype == tl.float32, False,
+    )  # fmt: skip
     top, p, shrink = _softmax_block(scores, top, scale, n, length, BLOCK_N, SCALED, MASKED)
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
@@ -91,12 +90,9 @@ def _attention_fwd_kernel(
     if first >= length:
         return
     head = tl.program_id(1)
-    row_stride = 3 * heads * HEAD_DIM
-    q_head = qkv + start * row_stride + head * HEAD_DIM
-    k_head = q_head + heads * HEAD_DIM
-    v_head = k_head + heads * HEAD_DIM
+    q_head, k_head, v_head, row_stride = tiles.find_head(qkv, start, head, heads, HEAD_DIM)
     if bias is not None:
-        bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+        bias = tiles.find_bias(bias, sequence, head, bias_batch, bias_head)
     query = first + tl.arange(0, BLOCK_M)
     q = tiles.load_rows(q_head, first, length, row_stride, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -132,16 +128,12 @@ def _attention_fwd_short_kernel(
     """A head of a sequence of at most BLOCK_S tokens. Grid: (B * heads,)."""
     sequence = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    start, length = tiles.find_sequence(cu_seqlens, sequence)
     if length == 0:
         return
-    row_stride = 3 * heads * HEAD_DIM
-    q_head = qkv + start * row_stride + head * HEAD_DIM
-    k_head = q_head + heads * HEAD_DIM
-    v_head = k_head + heads * HEAD_DIM
+    q_head, k_head, v_head, row_stride = tiles.find_head(qkv, start, head, heads, HEAD_DIM)
     if bias is not None:
-        bias += 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+        bias = tiles.find_bias(bias, sequence, head, bias_batch, bias_head)
     query = tl.arange(0, BLOCK_S)
     q = tiles.load_rows(q_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     k = tiles.load_rows(k_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
@@ -149,11 +141,10 @@ def _attention_fwd_short_kernel(
 
     scores = _dot(q, tl.trans(k), None, BLOCK_D)
     top = tl.full((BLOCK_S,), -tiles.INFINITY, tl.float32)
-    if bias is not None:
-        added = tiles.load_bias(bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, True)
-        scores = tiles.scale_scores(scores, scale, added, q.dtype != tl.float32)
-    elif SCALED:
-        scores = tiles.scale_scores(scores, scale, None, False)
+    scores = tiles.finish_scores(
+        scores, scale, bias, 0, 0, length, bias_query, bias_width, BLOCK_S, BLOCK_S, SCALED, True,
+        q.dtype == tl.float32, False,
+    )  # fmt: skip
     top, p, _ = _softmax_block(scores, top, scale, 0, length, BLOCK_S, SCALED, True)
     row_sum = tl.sum(p, 1)
     if seed is not None:

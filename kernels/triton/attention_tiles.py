@@ -47,6 +47,28 @@ def find_tile(cu_seqlens, batch, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def find_sequence(cu_seqlens, sequence):
+    """Where a sequence starts, and its length."""
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    return start, (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+
+
+@triton.jit
+def find_head(qkv, start, head, heads, HEAD_DIM: tl.constexpr):
+    """Pointers to a head's query, key and value of the token `start`, and how far the next token's are from them."""
+    stride = 3 * heads * HEAD_DIM
+    query = qkv + start * stride + head * HEAD_DIM
+    key = query + heads * HEAD_DIM
+    return query, key, key + heads * HEAD_DIM, stride
+
+
+@triton.jit
+def find_bias(bias, sequence, head, bias_batch, bias_head):
+    """A pointer to the bias of a head of a sequence."""
+    return bias + 4 * (tl.cast(sequence, tl.int64) * bias_batch + tl.cast(head, tl.int64) * bias_head)
+
+
+@triton.jit
 def rows(x, first, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers [ROWS, BLOCK_D] to rows first, first + 1, ... of x."""
     row = tl.arange(0, ROWS)[:, None]
@@ -104,17 +126,25 @@ def load_bias(
 
 
 @triton.jit
-def scale_scores(scores, scale, bias, BOUNDED: tl.constexpr):
-    """scores * scale, and the bias if that is not None, rounded once, in every kernel alike. BOUNDED: with a bias, what
-    is finite is no lower than LOWEST.
+def finish_scores(
+    scores, scale, bias, first_query, first_key, length, bias_query, bias_width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Products of ROWS queries and COLUMNS keys, if SCALED times scale, plus the bias if it is not None: rounded once,
+    in every kernel alike. With a bias and unless EXACT, what is finite is no lower than LOWEST. TRANSPOSED: scores are
+    held [COLUMNS, ROWS].
 
     Left to itself the compiler fuses this product with whatever follows: with - lse in the backward, so that exp takes
     the rounding error of large scores for a difference.
     """
-    if bias is None:
-        return tl.fma(scores, scale, 0.0)
-    else:
-        scores = tl.fma(scores, scale, bias)
-        if BOUNDED:
+    if bias is not None:
+        added = load_bias(bias, first_query, first_key, length, bias_query, bias_width, ROWS, COLUMNS, MASKED)
+        if TRANSPOSED:
+            added = tl.trans(added)
+        scores = tl.fma(scores, scale, added)
+        if not EXACT:
             scores = tl.where((scores < LOWEST) & (scores > -INFINITY), LOWEST, scores)
-        return scores
+    elif SCALED:
+        scores = tl.fma(scores, scale, 0.0)
+    return scores
