@@ -149,3 +149,17 @@ class TestTable:
         if committed["versions"] == compiled["versions"]:
             changed = [name(a) for a, b in zip(committed["rows"], compiled["rows"], strict=True) if a != b]
             assert not changed, f"{advice}: {', '.join(changed)}"
+
+
+@pytest.mark.kernels
+def test_models_launch_every_kernel():
+    """With arguments that compile, in a process that does not interpret them, to code without a problem."""
+    program = str(HERE / "launch_without_gpu.py")
+    done = subprocess.run(
+        [sys.executable, program, "90"], env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert not {kernel: problems for kernel, problems in found.items() if problems}
+    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    assert found.keys() == {row["kernel"] for row in committed["rows"]}
