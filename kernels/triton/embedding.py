@@ -347,8 +347,8 @@ def cases(arch: int) -> Iterator[configs.Case]:
         ("input_ids", "position_ids", "token_type_ids", "seed", "ids", "ordered", "token", "first"), "*i64"
     )
     counts = dict.fromkeys(("num_tokens", "num_words", "num_positions", "num_types", "padding_idx"), "i32")
-    floats = dict.fromkeys(("weight", "bias", "rstd", "partials", "pieces"), "*fp32")
-    tensors = ("word", "position", "token_type", "y", "xhat", "dy", "dz", "dtable")
+    floats = dict.fromkeys(("rstd", "partials", "pieces"), "*fp32")
+    tensors = ("word", "position", "token_type", "weight", "bias", "y", "xhat", "dy", "dz", "dtable")
 
     def case(
         label: str,

@@ -16,8 +16,7 @@ _WIDE = 16384  # bytes of a turn, of which one under way is as much, and two mor
 _SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
 _INTERPRETER_PROCESSORS = 2
 # What kernels for whole rows are compiled for without a GPU.
-WIDTHS = [(hidden, torch.bfloat16) for hidden in (128, 312, 384, 768, 1024, 2048, 4096, 8192)]
-WIDTHS += [(hidden, torch.float32) for hidden in (128, 384, 1024, 2048, 4096, 8192)]  # each shape class
+WIDTHS = [(hidden, dtype) for hidden in (64, 192, 256, 320, 512, 640, 896, 1152, 1280, 1536, 1792, 2304, 2560, 3072, 5120, 6144) for dtype in (torch.bfloat16, torch.float32)]
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
