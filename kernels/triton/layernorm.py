@@ -191,10 +191,9 @@ def layernorm_bwd(
     dx = torch.empty_like(z) if dropout_p > 0.0 else None
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     dx_bias = mean.new_empty(hidden if need_x_bias else 0)
-    config = dict(configs.choose("layernorm_bwd", shape_class_bwd(hidden, z.dtype), z.device))
-    most = config.pop("PROGRAMS_PER_PROCESSOR") * rows.processors(z.device)
+    most, config = rows.staying(configs.choose("layernorm_bwd", shape_class_bwd(hidden, z.dtype), z.device))
     block_n = rows.block_columns(hidden)
-    programs = max(1, min(configs.cdiv(num_rows, config["BLOCK_M"]), most))
+    programs = max(1, min(configs.cdiv(num_rows, config["BLOCK_M"]), most * rows.processors(z.device)))
     partials = mean.new_empty(3 if need_x_bias else 2, programs, hidden)
     with torch.cuda.device_of(z):
         _layernorm_bwd_kernel[(programs,)](
@@ -232,9 +231,8 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 (_layernorm_fwd_kernel, off, table["layernorm_fwd"][shape_class(hidden)]),
                 (_layernorm_bwd_kernel, backward, table["layernorm_bwd"][shape_class_bwd(hidden, dtype)]),
             ):
-                config = dict(config)
-                options = {"num_warps": config.pop("num_warps")}
-                together = config.pop("PROGRAMS_PER_PROCESSOR", 1)
+                together, config = rows.staying(config) if "PROGRAMS_PER_PROCESSOR" in config else (1, dict(config))
+                options = {name: config.pop(name) for name in ("num_warps", "maxnreg") if name in config}
                 types = states | floats | scalars
                 types = {argument: types[argument] for argument in kernel.arg_names if argument in types}
                 launch = sizes | constants | config

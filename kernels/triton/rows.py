@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import triton
@@ -15,8 +15,12 @@ STAGES = tl.constexpr(3)  # of loops over rows: two turns' loads are under way, 
 _WIDE = 16384  # bytes of a turn, of which one under way is as much, and two more than some GPUs have room for
 _SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
 _INTERPRETER_PROCESSORS = 2
-# What kernels for whole rows are compiled for without a GPU.
-WIDTHS = [(hidden, dtype) for hidden in (64, 192, 256, 320, 512, 640, 896, 1152, 1280, 1536, 1792, 2304, 2560, 3072, 5120, 6144) for dtype in (torch.bfloat16, torch.float32)]
+_REGISTERS = 65536  # of a multiprocessor, handed out by eight a thread
+# What kernels for whole rows are compiled for without a GPU: BERT's widths, and of each shape class one that is no
+# power of two, whose masks take registers.
+_HALVES = (128, 192, 312, 384, 512, 768, 1024, 1536, 2048, 2560, 4096, 8192)
+_FLOATS = (192, 256, 384, 768, 1024, 1536, 2560, 8192)
+WIDTHS = [(hidden, torch.bfloat16) for hidden in _HALVES] + [(hidden, torch.float32) for hidden in _FLOATS]
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -30,6 +34,16 @@ def processors(device: torch.device) -> int:
 def stages(block_m: int, block_n: int, dtype: torch.dtype) -> int:
     """STAGES, or one less where a turn's rows [block_m, block_n] of this dtype are wide."""
     return STAGES.value - (block_m * block_n * dtype.itemsize > _WIDE)
+
+
+def staying(config: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """Of a kernel whose programs stay for many rows: how many a multiprocessor has, and what to launch with, which is
+    the configuration and a bound on registers, so that they fit in together.
+    """
+    launch = dict(config)
+    programs = launch.pop("PROGRAMS_PER_PROCESSOR")
+    threads = 32 * launch["num_warps"] * programs
+    return programs, launch | {"maxnreg": _REGISTERS // threads // 8 * 8}
 
 
 def block_columns(columns: int) -> int:
