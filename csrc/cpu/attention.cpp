@@ -54,8 +54,8 @@ void multiply(int64_t rows, int64_t depth, const float* a, int64_t stride, const
   }
 }
 
-// The same for rows of queries (or of the output's gradient) and keys from k on (or values), a score c each. A chain of
-// kChain products is added up by itself: the error of a sharp softmax is that of its scores.
+// The same for queries and keys, whose scores are c. A chain of kChain products is added up by itself: the error of a sharp
+// softmax is that of its scores.
 constexpr int64_t kChain = 16;
 inline void multiply_scores(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* panels, int64_t n,
                             float* c, int64_t ldc) {
@@ -269,7 +269,8 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
           store(g + j, dp_dropped);
         }
         // sum_j P_ij dP_ij = sum_d dO_id O_id. The first is the more exact one, but needs all keys at hand. With them, P
-        // is normalised anew: the log-sum-exp of large scores has lost digits that P - delta would miss where P is near 1.
+        // comes from the highest score and is normalised here: the log-sum-exp of large scores has lost digits that
+        // P - delta would miss where P is near 1.
         const float mass = sum(whole);
         const float normal = block < length || mass == 0.0f ? 1.0f : 1.0f / mass;
         float delta = sum(part) * normal;

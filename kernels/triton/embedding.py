@@ -287,7 +287,7 @@ def embedding_bwd(
     num_tokens, hidden = dy.shape
     dz = torch.empty_like(dy)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-    most, config = rows.staying(configs.choose("embedding_bwd", shape_class_bwd(hidden, dy.dtype), dy.device))
+    most, config = rows.launch(configs.choose("embedding_bwd", shape_class_bwd(hidden, dy.dtype), dy.device))
     block_n = rows.block_columns(hidden)
     programs = max(1, min(configs.cdiv(num_tokens, config["BLOCK_M"]), most * rows.processors(dy.device)))
     partials = rstd.new_empty(2, programs, hidden)
@@ -357,7 +357,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
         dtype: torch.dtype = torch.bfloat16,
     ) -> configs.Case:
         signature = dict.fromkeys(tensors, f"*{rows.NAMES[dtype]}") | floats | ids | counts | scalars
-        together, launch = rows.staying(launch) if "PROGRAMS_PER_PROCESSOR" in launch else (1, dict(launch))
+        together, launch = rows.launch(launch)
         options = {name: launch.pop(name) for name in ("num_warps", "maxnreg") if name in launch}
         types = {name: signature[name] for name in kernel.arg_names if name in signature}
         return configs.Case(label, kernel, types, constants | launch, options, False, together)

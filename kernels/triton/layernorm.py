@@ -191,7 +191,7 @@ def layernorm_bwd(
     dx = torch.empty_like(z) if dropout_p > 0.0 else None
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     dx_bias = mean.new_empty(hidden if need_x_bias else 0)
-    most, config = rows.staying(configs.choose("layernorm_bwd", shape_class_bwd(hidden, z.dtype), z.device))
+    most, config = rows.launch(configs.choose("layernorm_bwd", shape_class_bwd(hidden, z.dtype), z.device))
     block_n = rows.block_columns(hidden)
     programs = max(1, min(configs.cdiv(num_rows, config["BLOCK_M"]), most * rows.processors(z.device)))
     partials = mean.new_empty(3 if need_x_bias else 2, programs, hidden)
@@ -231,7 +231,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 (_layernorm_fwd_kernel, off, table["layernorm_fwd"][shape_class(hidden)]),
                 (_layernorm_bwd_kernel, backward, table["layernorm_bwd"][shape_class_bwd(hidden, dtype)]),
             ):
-                together, config = rows.staying(config) if "PROGRAMS_PER_PROCESSOR" in config else (1, dict(config))
+                together, config = rows.launch(config)
                 options = {name: config.pop(name) for name in ("num_warps", "maxnreg") if name in config}
                 types = states | floats | scalars
                 types = {argument: types[argument] for argument in kernel.arg_names if argument in types}

@@ -36,14 +36,16 @@ def stages(block_m: int, block_n: int, dtype: torch.dtype) -> int:
     return STAGES.value - (block_m * block_n * dtype.itemsize > _WIDE)
 
 
-def staying(config: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """Of a kernel whose programs stay for many rows: how many a multiprocessor has, and what to launch with, which is
-    the configuration and a bound on registers, so that they fit in together.
+def launch(config: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """How many programs a multiprocessor has to hold, and what to launch a kernel with: the configuration and, where
+    its programs stay for many rows, a bound on registers, so that they fit in together.
     """
-    launch = dict(config)
-    programs = launch.pop("PROGRAMS_PER_PROCESSOR")
-    threads = 32 * launch["num_warps"] * programs
-    return programs, launch | {"maxnreg": _REGISTERS // threads // 8 * 8}
+    arguments = dict(config)
+    programs = arguments.pop("PROGRAMS_PER_PROCESSOR", None)
+    if programs is None:
+        return 1, arguments
+    threads = 32 * arguments["num_warps"] * programs
+    return programs, arguments | {"maxnreg": _REGISTERS // threads // 8 * 8}
 
 
 def block_columns(columns: int) -> int:
