@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -543,10 +544,10 @@ class TestMakeGpu:
             "def test_long(): time.sleep(600)\n"
         )
         tests = ["-q", "-p", "no:cacheprovider", "-n", "2", f"--rootdir={tmp_path}", str(file)]
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
         with (tmp_path / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pytest", *tests], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-            )
+            process = suite.started([sys.executable, "-m", "pytest", *tests], cwd=tmp_path, stdout=log, stderr=log)
+            signal.signal(signal.SIGINT, before)
             end = time.monotonic() + 120
             while not ran.exists() and time.monotonic() < end:
                 time.sleep(0.1)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTER = [Path(p) for p in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))]
 # What is in the tree but not part of the project: the rules of .gitignore, without needing git.
 NOT_OURS = shutil.ignore_patterns(
-    *(".git", ".venv", ".cache", ".*_cache", ".hypothesis", "__pycache__", "output"),
+    *(".git", ".venv*", ".cache", ".*_cache", ".hypothesis", "__pycache__", "output"),
     *("build", "dist", "*.egg-info", "*.so", "_build.json"),
 )
 
