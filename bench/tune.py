@@ -21,7 +21,7 @@ WORTH = 0.98
 """A configuration has to take less than this share of the time of the best one so far; the rest is noise."""
 ATTEMPT_S = 60.0
 OPS = ("attention", "linear", "ffn", "layernorm", "embedding", "mlm_loss")
-MOST = {"num_stages": 7, "num_warps": 16, "maxnreg": 256}
+MOST = {"num_stages": 7, "num_warps": 32, "maxnreg": 256}
 """What is tried at most; of tiles 4096. As many registers as 256 a thread has without a bound, too."""
 TOGETHER = ("BLOCK_M", "BLOCK_N")
 """Tiles whose sizes are changed together with the number of warps, too."""

@@ -304,7 +304,7 @@ def embedding_bwd(
             *dropout.scalars(dropout_p),
             HIDDEN=hidden,
             BLOCK_N=block_n,
-            STAGES=rows.stages(config["BLOCK_M"], block_n, dy.dtype),
+            STAGES=rows.stages(config["BLOCK_M"], hidden, dy.dtype),
             **config,
         )
         rows.sum_partials(partials, (dweight, dbias))
@@ -368,7 +368,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
             label, constants = rows.label(kind, hidden, dtype), sizes | off
             yield case(label, _embedding_fwd_kernel, constants, table["embedding_fwd"][shape_class(hidden)], dtype)
             launch = table["embedding_bwd"][shape_class_bwd(hidden, dtype)]
-            constants |= {"STAGES": rows.stages(launch["BLOCK_M"], sizes["BLOCK_N"], dtype)}
+            constants |= {"STAGES": rows.stages(launch["BLOCK_M"], hidden, dtype)}
             yield case(label, _embedding_bwd_kernel, constants, launch, dtype)
     for hidden, dtype in ((312, torch.bfloat16), (768, torch.bfloat16), (768, torch.float32)):
         label = rows.label("table", hidden, dtype)

@@ -1,7 +1,8 @@
 """LayerNorm(dropout(x + x_bias) + residual): a program holds whole rows in registers, so that each value is read once.
 
 The gradients of weight, bias and x_bias are sums over all rows: each of a fixed number of programs sums its own rows,
-and a second kernel sums the programs.
+and a second kernel sums the programs. Beside rows of more than 4096 columns, registers have room for two of the three:
+PyTorch sums x_bias's.
 """
 
 from __future__ import annotations
@@ -115,6 +116,9 @@ def _layernorm_bwd_kernel(
         tl.store(out + 2 * part, tl.sum(dx_bias, 0), mask=column < HIDDEN)
 
 
+_SUMS_X_BIAS = 4096  # columns at most
+
+
 def shape_class(hidden: int) -> str:
     """Rows as long as registers hold them: padded to a power of two, the short ones together."""
     return str(max(256, configs.next_power_of_2(hidden)))
@@ -190,11 +194,12 @@ def layernorm_bwd(
     dz = torch.empty_like(z)
     dx = torch.empty_like(z) if dropout_p > 0.0 else None
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-    dx_bias = mean.new_empty(hidden if need_x_bias else 0)
+    sum_x_bias = need_x_bias and hidden <= _SUMS_X_BIAS
+    dx_bias = mean.new_empty(hidden if sum_x_bias else 0)
     most, config = rows.launch(configs.choose("layernorm_bwd", shape_class_bwd(hidden, z.dtype), z.device))
     block_n = rows.block_columns(hidden)
     programs = max(1, min(configs.cdiv(num_rows, config["BLOCK_M"]), most * rows.processors(z.device)))
-    partials = mean.new_empty(3 if need_x_bias else 2, programs, hidden)
+    partials = mean.new_empty(3 if sum_x_bias else 2, programs, hidden)
     with torch.cuda.device_of(z):
         _layernorm_bwd_kernel[(programs,)](
             dy,
@@ -208,13 +213,15 @@ def layernorm_bwd(
             seed if dropout_p > 0.0 else None,
             num_rows,
             *dropout.scalars(dropout_p),
-            X_BIAS=need_x_bias,
+            X_BIAS=sum_x_bias,
             HIDDEN=hidden,
             BLOCK_N=block_n,
-            STAGES=rows.stages(config["BLOCK_M"], block_n, z.dtype),
+            STAGES=rows.stages(config["BLOCK_M"], hidden, z.dtype),
             **config,
         )
         rows.sum_partials(partials, (dweight, dbias, dx_bias)[: len(partials)])
+    if need_x_bias and not sum_x_bias:
+        dx_bias = torch.sum(dz if dx is None else dx, 0, dtype=torch.float32)
     return dz, z.new_empty(0) if dx is None else dx, dweight, dbias, dx_bias
 
 
@@ -226,7 +233,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
         states = dict.fromkeys(("x", "x_bias", "residual", "y", "z", "dy", "dz", "dx"), f"*{rows.NAMES[dtype]}")
         sizes = {"HIDDEN": hidden, "BLOCK_N": rows.block_columns(hidden)}
         for kind, off in (("dropout", {}), ("plain", {"seed": None})):
-            backward = off | {"X_BIAS": True} | ({"dx": None} if kind == "plain" else {})
+            backward = off | {"X_BIAS": hidden <= _SUMS_X_BIAS} | ({"dx": None} if kind == "plain" else {})
             for kernel, constants, config in (
                 (_layernorm_fwd_kernel, off, table["layernorm_fwd"][shape_class(hidden)]),
                 (_layernorm_bwd_kernel, backward, table["layernorm_bwd"][shape_class_bwd(hidden, dtype)]),
@@ -237,5 +244,5 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 types = {argument: types[argument] for argument in kernel.arg_names if argument in types}
                 launch = sizes | constants | config
                 if "STAGES" in kernel.arg_names:
-                    launch["STAGES"] = rows.stages(config["BLOCK_M"], sizes["BLOCK_N"], dtype)
+                    launch["STAGES"] = rows.stages(config["BLOCK_M"], hidden, dtype)
                 yield configs.Case(rows.label(kind, hidden, dtype), kernel, types, launch, options, False, together)

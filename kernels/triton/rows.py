@@ -16,10 +16,10 @@ _WIDE = 16384  # bytes of a turn, of which one under way is as much, and two mor
 _SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
 _INTERPRETER_PROCESSORS = 2
 _REGISTERS = 65536  # of a multiprocessor, handed out by eight a thread
-# What kernels for whole rows are compiled for without a GPU: BERT's widths, and of each shape class one that is no
-# power of two, whose masks take registers.
-_HALVES = (128, 192, 312, 384, 512, 768, 1024, 1536, 2048, 2560, 4096, 8192)
-_FLOATS = (192, 256, 384, 768, 1024, 1536, 2560, 8192)
+# What kernels for whole rows are compiled for without a GPU: BERT's widths, of each shape class one that is no power of
+# two, whose masks take registers, and odd ones, which are read number by number.
+_HALVES = (128, 192, 312, 384, 512, 768, 1024, 1536, 2001, 2048, 2560, 4096, 5120, 8191, 8192)
+_FLOATS = (192, 256, 384, 768, 1001, 1024, 1536, 2001, 2560, 4095, 5120, 8191, 8192)
 WIDTHS = [(hidden, torch.bfloat16) for hidden in _HALVES] + [(hidden, torch.float32) for hidden in _FLOATS]
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -31,9 +31,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def stages(block_m: int, block_n: int, dtype: torch.dtype) -> int:
-    """STAGES, or one less where a turn's rows [block_m, block_n] of this dtype are wide."""
-    return STAGES.value - (block_m * block_n * dtype.itemsize > _WIDE)
+def stages(block_m: int, hidden: int, dtype: torch.dtype) -> int:
+    """STAGES, or one less where a turn's rows [block_m, hidden] of this dtype are wide.
+
+    1 where rows begin elsewhere than at 16 bytes: copies number by number keep an address for each, in registers.
+    """
+    if hidden * dtype.itemsize % 16:
+        return 1
+    return STAGES.value - (block_m * block_columns(hidden) * dtype.itemsize > _WIDE)
 
 
 def launch(config: Mapping[str, int]) -> tuple[int, dict[str, int]]:

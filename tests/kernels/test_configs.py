@@ -64,13 +64,13 @@ def test_tables_agree_in_their_keys():
 
 class TestSearch:
     def test_neighbours(self):
-        found = tune.neighbours({"BLOCK_M": 64, "num_warps": 16, "num_stages": 1})
+        found = tune.neighbours({"BLOCK_M": 64, "num_warps": 32, "num_stages": 1})
         assert found == [
+            {"BLOCK_M": 32, "num_warps": 32, "num_stages": 1},
+            {"BLOCK_M": 128, "num_warps": 32, "num_stages": 1},
+            {"BLOCK_M": 64, "num_warps": 16, "num_stages": 1},
+            {"BLOCK_M": 64, "num_warps": 32, "num_stages": 2},
             {"BLOCK_M": 32, "num_warps": 16, "num_stages": 1},
-            {"BLOCK_M": 128, "num_warps": 16, "num_stages": 1},
-            {"BLOCK_M": 64, "num_warps": 8, "num_stages": 1},
-            {"BLOCK_M": 64, "num_warps": 16, "num_stages": 2},
-            {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1},
         ]
 
     def test_a_tile_and_its_warps_change_together(self):
@@ -83,7 +83,7 @@ class TestSearch:
             return {"seconds": abs(config["BLOCK_M"] / config["num_warps"] - 16) + 100 / config["BLOCK_M"]}
 
         found = tune.search(ask, "row", "kernel", "class", {"BLOCK_M": 32, "num_warps": 2})
-        assert found["config"] == {"BLOCK_M": 256, "num_warps": 16}
+        assert found["config"] == {"BLOCK_M": 512, "num_warps": 32}
 
     def test_goes_to_the_best_past_what_fails(self):
         def ask(do, seconds, *, config, **rest):

@@ -31,6 +31,7 @@ CASES = [
     (512, 384, "br"),
     (3, 1000, "br"),
     (2, 8192, "b"),
+    (3, 4099, "br"),
     (0, 384, "br"),
 ]
 # x, residual, weight, bias, x_bias
