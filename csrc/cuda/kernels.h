@@ -33,10 +33,6 @@ struct LayerNormShape {
   Dropout dropout;
 };
 
-// The longest rows: in general, and where they cannot be read eight columns at a time, because they are no multiple of
-// eight columns or a tensor does not lie on a multiple of 16 bytes.
-constexpr int kLayerNormColumns = 8192, kLayerNormOddColumns = 4096;
-
 // y = LayerNorm(dropout(x + x_bias) + residual). x, residual (or null), y, z (or null): [rows, columns]; y and z in the
 // wider of the formats of x and residual. mean, rstd (or null): [rows].
 void layernorm_fwd(const Queue&, const LayerNormShape&, float eps, Parameter x, Parameter x_bias, Parameter residual,

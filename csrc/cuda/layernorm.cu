@@ -1,7 +1,7 @@
 // LayerNorm(dropout(x + x_bias) + residual), forward and backward. A row stays in registers between its one read and its
 // one write. Short rows (up to 1024 columns) take a warp each, four of them a block, which never wait for each other;
-// longer ones take a block each. Eight columns are one access; where a row's length or place forbids that, one is.
-#include <string>
+// longer ones take a block each, and those that registers do not hold are read again, from the cache. Eight columns are
+// one access; where a row's length or place forbids that, one is.
 #include <type_traits>
 
 #include "cuda/launch.h"
@@ -15,7 +15,7 @@ constexpr int kSlots = 4 * kMaxWarps;  // floats, through which the warps of a r
 
 // Elements of a row in one thread's registers, for N columns to an access.
 constexpr int elements(int n) { return n == 8 ? 32 : 4; }
-constexpr int max_columns(int n) { return n == 8 ? kLayerNormColumns : kLayerNormOddColumns; }
+constexpr int max_columns(int n) { return n == 8 ? 8192 : 4096; }  // that registers hold
 constexpr int max_threads(int n) { return max_columns(n) / elements(n); }
 static_assert(max_threads(1) == kMaxWarps * kWarp);
 
@@ -297,6 +297,115 @@ __global__ void __launch_bounds__(resident_threads(N, CHUNKS), 1) layernorm_bwd_
   }
 }
 
+constexpr int kLongThreads = 512;  // to a row that registers do not hold
+
+// The sum of term(column's value) over a row: each thread takes every kLongThreads-th access of N columns.
+template <int N, class T, class F>
+__device__ __forceinline__ float sum_long_row(const T* row, int columns, float* slots, const F& term) {
+  float total = 0.0f;
+  for (int column = threadIdx.x * N; column < columns; column += kLongThreads * N) {
+    float values[N];
+    load<N>(row + column, values);
+#pragma unroll
+    for (int j = 0; j < N; ++j) total += term(values[j]);
+  }
+  return Team{kLongThreads / kWarp}.sum(total, slots);
+}
+
+// The sum before the norm is kept in z, or where that is not wanted in y; each thread reads what it has written itself.
+template <class X, class R, class Y, int N>
+__global__ void __launch_bounds__(kLongThreads, 1) layernorm_fwd_long_kernel(Forward<X, R, Y> a) {
+  float* const slots = reinterpret_cast<float*>(shared_memory());
+  const int64_t row = blockIdx.x, place = row * a.columns;
+  Y* const kept = (a.z != nullptr ? a.z : a.y) + place;
+  const DropoutMask dropout(a.dropout);
+  for (int column = threadIdx.x * N; column < a.columns; column += kLongThreads * N) {
+    float values[N] = {}, add[N];
+    if (a.x_bias.data != nullptr) with_format(a.x_bias, [&](auto data) { load<N>(data + column, values); });
+    load<N>(a.x + place + column, add);
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[j] += add[j];
+    if (dropout.active) dropout.apply_row<N>(values, static_cast<uint32_t>(row), column);
+    if (a.residual != nullptr) {
+      load<N>(a.residual + place + column, add);
+#pragma unroll
+      for (int j = 0; j < N; ++j) values[j] += add[j];
+    }
+    store<N>(kept + column, values);
+  }
+  const float count = static_cast<float>(a.columns);
+  float mean = sum_long_row<N>(kept, a.columns, slots, [](float v) { return v; }) / count;
+  if constexpr (std::is_same_v<Y, float>)
+    mean += sum_long_row<N>(kept, a.columns, slots + 2 * kMaxWarps, [=](float v) { return v - mean; }) / count;
+  const auto square = [=](float v) { return (v - mean) * (v - mean); };
+  const float rstd = 1.0f / sqrtf(sum_long_row<N>(kept, a.columns, slots + kMaxWarps, square) / count + a.eps);
+  if (a.mean != nullptr && threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
+  for (int column = threadIdx.x * N; column < a.columns; column += kLongThreads * N) {
+    float values[N], weight[N], bias[N];
+    load<N>(kept + column, values);
+    with_format(a.weight, [&](auto data) { load<N>(data + column, weight); });
+    with_format(a.bias, [&](auto data) { load<N>(data + column, bias); });
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[j] = (values[j] - mean) * rstd * weight[j] + bias[j];
+    store<N>(a.y + place + column, values);
+  }
+}
+
+// dz and dx alone: registers do not hold the column sums either.
+template <class T, int N>
+__global__ void __launch_bounds__(kLongThreads, 1) layernorm_bwd_long_kernel(Backward<T> a) {
+  float* const slots = reinterpret_cast<float*>(shared_memory());
+  const Team team{kLongThreads / kWarp};
+  const int64_t row = blockIdx.x, place = row * a.columns;
+  const DropoutMask dropout(a.dropout);
+  const float mean = a.mean[row], rstd = a.rstd[row];
+  const auto read = [&](int column, float (&gradient)[N], float (&normal)[N]) {
+    float weight[N];
+    with_format(a.weight, [&](auto data) { load<N>(data + column, weight); });
+    load<N>(a.dy + place + column, gradient);
+    load<N>(a.z + place + column, normal);
+#pragma unroll
+    for (int j = 0; j < N; ++j) gradient[j] *= weight[j], normal[j] = (normal[j] - mean) * rstd;
+  };
+  float gradient[N], normal[N], total = 0.0f, total_normal = 0.0f;
+  for (int column = threadIdx.x * N; column < a.columns; column += kLongThreads * N) {
+    read(column, gradient, normal);
+#pragma unroll
+    for (int j = 0; j < N; ++j) total += gradient[j], total_normal += gradient[j] * normal[j];
+  }
+  const float average = team.sum(total, slots) / static_cast<float>(a.columns);
+  const float average_normal = team.sum(total_normal, slots + kMaxWarps) / static_cast<float>(a.columns);
+  for (int column = threadIdx.x * N; column < a.columns; column += kLongThreads * N) {
+    read(column, gradient, normal);
+#pragma unroll
+    for (int j = 0; j < N; ++j) gradient[j] = (gradient[j] - average - normal[j] * average_normal) * rstd;
+    store<N>(a.dz + place + column, gradient);
+    if (!dropout.active) continue;
+    dropout.apply_row<N>(gradient, static_cast<uint32_t>(row), column);
+    store<N>(a.dx + place + column, gradient);
+  }
+}
+
+// Their column sums, after them: a thread takes a column of every gridDim.y-th row.
+template <class T>
+__global__ void __launch_bounds__(kLongThreads) layernorm_bwd_long_sums_kernel(Backward<T> a) {
+  const int column = static_cast<int>(blockIdx.x) * kLongThreads + static_cast<int>(threadIdx.x);
+  if (column >= a.columns) return;
+  const T* const dx = a.dx != nullptr ? a.dx : a.dz;
+  float sums[3] = {};
+#pragma unroll 4
+  for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
+    const int64_t place = row * a.columns + column;
+    const float gradient = to_float(a.dy[place]);
+    sums[0] += gradient * ((to_float(a.z[place]) - a.mean[row]) * a.rstd[row]);
+    sums[1] += gradient;
+    sums[2] += to_float(dx[place]);
+  }
+  float* const out = a.sums + static_cast<int64_t>(blockIdx.y) * 3 * a.columns + column;
+#pragma unroll
+  for (int s = 0; s < 3; ++s) out[static_cast<int64_t>(s) * a.columns] = sums[s];
+}
+
 constexpr int kParts = 8;
 
 // Adds up the sets of column sums: a warp takes 32 columns of every eighth set.
@@ -329,20 +438,14 @@ bool in_eights(int columns, Pointers... pointers) {
   return columns % 8 == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-int warps_for(bool eights, int columns) {
-  const int n = eights ? 8 : 1;
-  if (columns > max_columns(n))
-    throw std::runtime_error("layernorm: rows of " + std::to_string(columns) + " columns; at most " +
-                             std::to_string(max_columns(n)) + " are allowed" +
-                             (eights ? "" : " where these or the tensors' places are not multiples of 8 and 16 bytes"));
-  return ceil_div(columns, kWarp * elements(n));
-}
+bool is_long(bool eights, int columns) { return columns > max_columns(eights ? 8 : 1); }
+int warps_for(bool eights, int columns) { return ceil_div(columns, kWarp * elements(eights ? 8 : 1)); }
 int threads_for(int warps) { return (warps == 1 ? kRowsPerBlock : warps) * kWarp; }
 
-// Calls run(N, CHUNKS), as types, for the kernel that fits.
 template <int N>
 using Size = std::integral_constant<int, N>;
 
+// Calls run(N, CHUNKS), as types, for the kernel that fits.
 template <class F>
 void with_chunks(bool eights, int columns, const F& run) {
   if (!eights) return run(Size<1>{}, Size<elements(1)>{});
@@ -352,6 +455,11 @@ void with_chunks(bool eights, int columns, const F& run) {
     case 3: return run(Size<8>{}, Size<3>{});
     default: return run(Size<8>{}, Size<4>{});
   }
+}
+
+template <class F>
+void with_access(bool eights, const F& run) {
+  eights ? run(Size<8>{}) : run(Size<1>{});
 }
 
 template <class X, class R, class Y>
@@ -373,6 +481,11 @@ void forward(const Queue& queue, const LayerNormShape& shape, float eps, const v
                            static_cast<Y*>(z),
                            mean,
                            rstd};
+  if (is_long(eights, shape.columns))
+    return with_access(eights, [&](auto n) {
+      launch(queue, "layernorm_fwd_cuda", layernorm_fwd_long_kernel<X, R, Y, decltype(n)::value>,
+             dim3(static_cast<unsigned>(shape.rows)), kLongThreads, kSlots * 4, a);
+    });
   const int64_t blocks = warps == 1 ? (shape.rows + kRowsPerBlock - 1) / kRowsPerBlock : shape.rows;
   with_chunks(eights, shape.columns, [&](auto n, auto chunks) {
     launch(queue, "layernorm_fwd_cuda", layernorm_fwd_kernel<X, R, Y, decltype(n)::value, decltype(chunks)::value>,
@@ -397,10 +510,19 @@ void backward(const Queue& queue, const LayerNormShape& shape, const void* dy, c
                       static_cast<T*>(dz),
                       static_cast<T*>(dx),
                       workspace};
+  const unsigned sets = static_cast<unsigned>(layernorm_bwd_sets(queue, shape));
+  if (is_long(eights, shape.columns)) {
+    with_access(eights, [&](auto n) {
+      launch(queue, "layernorm_bwd_cuda", layernorm_bwd_long_kernel<T, decltype(n)::value>,
+             dim3(static_cast<unsigned>(shape.rows)), kLongThreads, kSlots * 4, a);
+    });
+    return launch(queue, "layernorm_bwd_cuda", layernorm_bwd_long_sums_kernel<T>,
+                  dim3(static_cast<unsigned>(ceil_div(shape.columns, kLongThreads)), sets), kLongThreads, 0, a);
+  }
   const int shared = warps == 1 ? 3 * shape.columns * 4 : (kSlots + shape.columns) * 4;
   with_chunks(eights, shape.columns, [&](auto n, auto chunks) {
     launch(queue, "layernorm_bwd_cuda", layernorm_bwd_kernel<T, decltype(n)::value, decltype(chunks)::value>,
-           dim3(static_cast<unsigned>(layernorm_bwd_sets(queue, shape))), threads_for(warps), shared, a);
+           dim3(sets), threads_for(warps), shared, a);
   });
 }
 
@@ -430,6 +552,7 @@ int layernorm_bwd_sets(const Queue& queue, const LayerNormShape& shape) {
   const bool eights = in_eights(shape.columns);
   const int warps = warps_for(eights, shape.columns);
   int64_t most = multiprocessors(queue);
+  if (is_long(eights, shape.columns)) return static_cast<int>(shape.rows < most ? shape.rows : most);
   with_chunks(eights, shape.columns, [&](auto n, auto chunks) {
     most *= resident_threads(decltype(n)::value, decltype(chunks)::value) / threads_for(warps);
   });

@@ -20,6 +20,8 @@
 namespace fastbert::cuda {
 namespace {
 
+constexpr int64_t kMaxColumns = 1 << 29;  // of layernorm, whose backward counts three sums a column in an int
+
 #ifdef FASTBERT_EMULATED
 
 struct Current {
@@ -102,9 +104,8 @@ struct Call {
   LayerNormShape rows(const char* name, const Tensor& t, double dropout_p, const OptionalTensor& seed) const {
     check(name, t, t.scalar_type(), {-1, -1});
     const int64_t columns = t.size(1);
-    if (columns < 1 || columns > (columns % 8 == 0 ? kLayerNormColumns : kLayerNormOddColumns))
-      fail(op, ": ", name, " has shape ", shape_text(t), "; its last dimension must be 1 to ", kLayerNormColumns,
-           " if it is a multiple of 8, else 1 to ", kLayerNormOddColumns);
+    if (columns < 1 || columns > kMaxColumns)
+      fail(op, ": ", name, " has shape ", shape_text(t), "; its last dimension must be 1 to ", kMaxColumns);
     return {t.size(0), static_cast<int>(columns), dropout(dropout_p, seed)};
   }
   Tensor make(const std::vector<int64_t>& shape, ScalarType type) const { return new_tensor(shape, type, device); }
@@ -117,18 +118,10 @@ const void* aligned(Tensor& t) {
 }
 const void* aligned(OptionalTensor& t) { return t.has_value() ? aligned(*t) : nullptr; }
 
-// Of layernorm's tensors those with longer rows than a kernel takes that copies less at a time.
-template <class... Others>
-void align_long_rows(Tensor& rows, Others&... others) {
-  if (rows.dim() != 2 || rows.size(1) <= kLayerNormOddColumns) return;
-  aligned(rows), (aligned(others), ...);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_fwd_op(Tensor x, OptionalTensor x_bias, OptionalTensor residual,
                                                          Tensor weight, Tensor bias, double eps, double dropout_p,
                                                          OptionalTensor seed, bool save) {
   const Call call(FASTBERT_OP("layernorm_fwd"), x);
-  align_long_rows(x, x_bias, residual, weight, bias);
   const Parameter x_data{x.const_data_ptr(), call.format("x", x)};
   const LayerNormShape shape = call.rows("x", x, dropout_p, seed);
   ScalarType type = x.scalar_type();
@@ -156,7 +149,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_bwd_op(Tensor dy, T
                                                                  Tensor rstd, double dropout_p, OptionalTensor seed,
                                                                  bool need_x_bias) {
   const Call call(FASTBERT_OP("layernorm_bwd"), dy);
-  align_long_rows(z, dy, weight);
   const Format format = call.format("z", z);
   const LayerNormShape shape = call.rows("z", z, dropout_p, seed);
   const ScalarType type = z.scalar_type();

@@ -142,15 +142,12 @@ def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | 
 
 
 def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    return dispatch.triton_rows_reason(device_type, (dtype, *_given(requires)), _columns(requires))
+    columns = requires[2] if requires else 0
+    return dispatch.triton_rows_reason(device_type, (dtype, *_given(requires)), columns)
 
 
 def _given(requires: tuple[torch.dtype, torch.dtype | None, int] | None) -> Iterator[torch.dtype]:
     return (other for other in requires or () if isinstance(other, torch.dtype))
-
-
-def _columns(requires: tuple[torch.dtype, torch.dtype | None, int] | None) -> int:
-    return requires[2] if requires else 0
 
 
 def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
@@ -158,11 +155,6 @@ def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str |
     residual = requires[1] if requires else None
     if reason is None and {dtype, residual} == {torch.bfloat16, torch.float16}:
         return "has no kernel for x in one and residual in the other of torch.bfloat16 and torch.float16"
-    columns = _columns(requires)
-    if reason is None and columns > dispatch.WIDEST:
-        return f"has kernels for rows of up to {dispatch.WIDEST} columns, not {columns}"
-    if reason is None and columns > dispatch.WIDEST // 2 and columns % 8 != 0:
-        return f"has kernels for more than {dispatch.WIDEST // 2} columns only in multiples of 8, not for {columns}"
     return reason
 
 

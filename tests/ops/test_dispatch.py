@@ -46,24 +46,6 @@ def test_other_devices_run_on_the_reference(op: str) -> None:
     assert "meta" in description["rejected"]["cpu"]
 
 
-@pytest.mark.parametrize(
-    ("columns", "words"),
-    [
-        (8192, None),
-        (8200, "up to 8192 columns, not 8200"),
-        (4095, None),
-        (4097, "more than 4096 columns only in multiples of 8, not for 4097"),
-    ],
-)
-def test_rows_too_wide_for_cuda(columns: int, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What csrc/cuda throws at (layernorm.cu, ops.cpp) is a reason before it is called."""
-    monkeypatch.setattr(dispatch, "cuda_reason", lambda *_: None)
-    supports = dispatch._candidates("layernorm")["cuda"].supports
-    reason = supports("cuda", torch.bfloat16, (torch.float32, torch.bfloat16, columns))
-    assert reason is None if words is None else words in reason
-    assert supports("cuda", torch.bfloat16, None) is None
-
-
 @pytest.mark.parametrize("backend", ["triton", None])
 def test_rows_too_wide_for_triton(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another implementation takes them; Triton, where it is forced, says why it does not."""
