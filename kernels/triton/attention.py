@@ -28,6 +28,7 @@ from fastbert.kernels import attention_fwd as fwd
 from fastbert.kernels import configs, dropout, rows
 
 _PADDED, _DROPOUT = "-padded", "-dropout"  # what a shape class of their own is called after
+_PADDED_SIZES = {32: 24, 64: 40, 128: 80}  # one head size of all that are padded to the key: code for others is alike
 _TILE_WARPS = 4  # of the kernels before and after the backward, which go over the tokens once
 _BIAS_PROGRAMS = 4  # a multiprocessor, for the gradient of a bias
 _BIAS_SUMMANDS = 64  # that one of them adds up in turn: rounding errors of long sums in float32 are worse than eager's
@@ -290,11 +291,12 @@ def cases(arch: int) -> Iterator[configs.Case]:
 
 
 def _head_dims(offered: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """The head sizes that a shape class of those offered is compiled for."""
+    """The head sizes that a shape class of those offered is compiled for: its own, and one that is padded to it."""
     block_d = int(name.split("-")[0][1:])
+    padded = _PADDED_SIZES[block_d]
     if _PADDED in name:
-        return (40,)
-    return (block_d,) if block_d != 64 or name.removesuffix(_DROPOUT) + _PADDED in offered else (40, 64)
+        return (padded,)
+    return (block_d,) if name.removesuffix(_DROPOUT) + _PADDED in offered else (padded, block_d)
 
 
 def _tile_cases(arch: int) -> Iterator[configs.Case]:
