@@ -6,9 +6,10 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import psutil
 import pytest
@@ -33,6 +34,36 @@ def frozen_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def _watch(load_script: Callable[[str], ModuleType]) -> Iterator[Any]:
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield None
+        return
+    watch = load_script("tests/interpreted_memory.py").Watch()
+    with pytest.MonkeyPatch.context() as patch:
+        watch.install(patch)
+        yield watch
+
+
+@pytest.fixture
+def memory_watch(_watch: Any) -> Iterator[Callable[[], list[str]]]:
+    """Fails a test whose Triton kernels are interpreted and use memory as no GPU could bear.
+
+    A function that gives the errors so far and takes them away.
+    """
+
+    def take() -> list[str]:
+        errors = [] if _watch is None else sorted(_watch.errors)
+        if _watch is not None:
+            _watch.errors.clear()
+        return errors
+
+    take()
+    yield take
+    errors = take()
+    assert not errors, "\n".join(errors)
 
 
 @pytest.fixture

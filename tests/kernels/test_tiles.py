@@ -16,6 +16,7 @@ import triton.language as tl
 from fastbert.kernels import attention, attention_bwd, attention_fwd, attention_tiles
 from fastbert.ops.attention import attention_ref
 
+pytestmark = pytest.mark.usefixtures("memory_watch")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 find_tile = attention_tiles.find_tile
 

@@ -25,8 +25,8 @@ DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_
 
 
 @pytest.fixture(autouse=True)
-def triton_for_every_op(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forces the backend, and fills memory with NaN, so that what a kernel forgets to write shows."""
+def triton_for_every_op(monkeypatch: pytest.MonkeyPatch, memory_watch: object) -> Iterator[None]:
+    """Forces the backend, watches memory, and fills it with NaN, so that what a kernel forgets to write shows."""
     monkeypatch.setenv("FASTBERT_BACKEND", "triton")
     assert os.environ["TRITON_INTERPRET"] == "1"
     torch.use_deterministic_algorithms(True)

@@ -21,6 +21,11 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def watched_memory(memory_watch: object) -> None:
+    """What Triton's interpreter reads and writes is watched."""
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Threads that wait for each other are slow on a busy machine. What they may change has its own tests."""
     threads = torch.get_num_threads()
