@@ -76,8 +76,8 @@ def attention(
 
     qkv: [T, 3, heads, head_dim], the T tokens of all sequences one after another.
     cu_seqlens: int32 [B + 1], from 0 to T, not decreasing; sequence b is cu_seqlens[b] to cu_seqlens[b + 1].
-    max_seqlen: at least the length of the longest sequence.
-    scale: of the scores; 1 / sqrt(head_dim) by default.
+    max_seqlen: an int, at least the length of the longest sequence.
+    scale: of the scores, finite; 1 / sqrt(head_dim) by default.
     bias: added to the scaled scores, [B or 1, heads or 1, S or 1, S], S >= max_seqlen, by position within the
         sequence. -inf forbids a key; a query with no key left gives 0. Gets a gradient if it requires one. With 16-bit
         inputs, triton takes lower finite scores for -65536, and cuda for -45426 (-65536 in units of log(2)), which
@@ -90,14 +90,15 @@ def attention(
     backend: forces an implementation (see `fastbert.dispatch`).
 
     Returns [T, heads * head_dim]. Differentiable once. Under autocast, qkv is cast as a stock module would.
-    Raises ValueError or TypeError for wrong shapes, dtypes, devices or lengths.
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices, lengths or numbers.
     """
     checks.tensor("attention", "qkv", qkv)
     if scale is None and qkv.dim() == 4 and qkv.size(3) > 0:
         scale = 1.0 / math.sqrt(qkv.size(3))
     elif scale is not None:
-        scale = checks.number("attention", "scale", scale)
+        scale = checks.finite("attention", "scale", scale)
     dropout_p = checks.number("attention", "dropout_p", dropout_p)
+    max_seqlen = checks.integer("attention", "max_seqlen", max_seqlen)
     if dropout_p == 0.0 and seed is None and bias is None and leaf.direct(_cpu, qkv, backend):
         done = _cpu.attempt(qkv, cu_seqlens, max_seqlen, scale, 0.0, None, None)
         if done is not None:

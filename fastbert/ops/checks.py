@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
+
+from fastbert.internals import tracing
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,11 +47,38 @@ def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning:
         raise ValueError(f"{op}: {name} must have shape {meaning} = {list(expected)}, got {list(value.shape)}")
 
 
-def number(op: str, name: str, value: float | Tensor) -> float:
-    """An argument as a float. Raises TypeError for a tensor: its gradient would be lost, and reading it would wait."""
-    if isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a number, got a {type(value).__name__}")
-    return value if type(value) is float or torch.compiler.is_compiling() else float(value)
+def number(op: str, name: str, value: object) -> float:
+    """An argument as a float. Raises TypeError if it is no number, which neither a string nor a tensor is: a tensor's
+    gradient would be lost, and reading it would wait.
+    """
+    if type(value) is float:
+        return value
+    if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    return value if torch.compiler.is_compiling() else float(value)  # type: ignore[return-value]
+
+
+def finite(op: str, name: str, value: object, *, negative: bool = True) -> float:
+    """An argument as a float. Raises TypeError if it is no number, ValueError unless it is finite and, without
+    `negative`, at least 0. Of compiled code only the type is asked: a comparison would become a guard.
+    """
+    value = number(op, name, value)
+    if not torch.compiler.is_compiling() and not (math.isfinite(value) and (negative or value >= 0.0)):
+        raise ValueError(f"{op}: {name} must be finite{'' if negative else ' and not negative'}, got {value}")
+    return value
+
+
+def integer(op: str, name: str, value: object) -> int:
+    """An argument as an int. Raises TypeError if it is none, which neither 1.0 nor a tensor is, but for the sizes that
+    torch.jit.trace makes tensors of.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and tracing() is not None):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    return int(value)
 
 
 def probability(op: str, name: str, value: float) -> float:

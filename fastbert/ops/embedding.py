@@ -66,16 +66,20 @@ def embedding(
     input_ids: [B, S], or [T] where sequences are packed; int64 or int32. position_ids, token_type_ids: of a shape that
         broadcasts to that of input_ids; by default 0, 1, ... S - 1 and 0. Packed ids need their positions.
     word: [V, H]. position: [P, H]. token_type: [Y, H]. weight, bias: [H], of the LayerNorm. One dtype and device.
-    padding_idx: the row of `word` that gets no gradient.
+    padding_idx: the row of `word` that gets no gradient, an int; counted from the end if negative.
     dropout_p: probability of dropping an element. seed: int64, one element, on word's device; drawn from PyTorch's
         default generator if None.
+    eps: added to the variance; finite, and not negative.
     backend: forces an implementation (see `fastbert.dispatch`).
 
     Returns [B, S, H], or [T, H]. Differentiable once. Raises IndexError if an id has no row in its table, ValueError or
-    TypeError for wrong shapes, dtypes or devices, ValueError for packed ids without positions. The Triton kernels, for
-    which the host does not wait, give NaN where an id has no row.
+    TypeError for wrong shapes, dtypes, devices or numbers, ValueError for packed ids without positions. The Triton
+    kernels, for which the host does not wait, give NaN where an id has no row.
     """
-    dropout_p, eps = checks.number("embedding", "dropout_p", dropout_p), checks.number("embedding", "eps", eps)
+    dropout_p = checks.number("embedding", "dropout_p", dropout_p)
+    eps = checks.finite("embedding", "eps", eps, negative=False)
+    if padding_idx is not None:
+        padding_idx = checks.integer("embedding", "padding_idx", padding_idx)
     if dropout_p == 0.0 and seed is None and leaf.direct(_cpu, word, backend):
         y = _direct(input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, padding_idx, eps)
         if y is not None:

@@ -60,13 +60,15 @@ def layernorm(
     x: [..., H]. weight, bias, x_bias: [H]. residual: of x's shape. The dtypes may differ, as under autocast.
     dropout_p: probability of dropping an element. seed: int64, one element, on x's device; drawn from PyTorch's
         default generator if None.
+    eps: added to the variance; finite, and not negative.
     backend: forces an implementation (see `fastbert.dispatch`).
 
     Returns [..., H] in the promoted dtype of x and residual; statistics are float32 (float64 for float64).
-    Differentiable once. Raises ValueError or TypeError for wrong shapes, dtypes or devices.
+    Differentiable once. Raises ValueError or TypeError for wrong shapes, dtypes, devices or numbers.
     """
     checks.tensor("layernorm", "x", x)
-    dropout_p, eps = checks.number("layernorm", "dropout_p", dropout_p), checks.number("layernorm", "eps", eps)
+    dropout_p = checks.number("layernorm", "dropout_p", dropout_p)
+    eps = checks.finite("layernorm", "eps", eps, negative=False)
     if dropout_p == 0.0 and seed is None and x.dim() == 2 and leaf.direct(_cpu, x, backend):
         done = _cpu.attempt(x, x_bias, residual, weight, bias, eps, 0.0, None, False)
         if done is not None:

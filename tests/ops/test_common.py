@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -420,6 +421,57 @@ def test_compiled_attention_is_chosen_by_its_head_size(dynamic: bool | None, mon
         qkv = torch.randn(5, 3, 2, head_dim, generator=accuracy.generator(head_dim))
         torch.testing.assert_close(run(qkv, starts, 5, backend="reference"), attention_ref(qkv, starts, 5))
     assert list(dict.fromkeys(seen)) == [32, 64, 136]  # some of them twice, where a trace begins anew
+
+
+@pytest.mark.parametrize("op", DROPPING)
+def test_compiled_once_for_any_number(op: str) -> None:
+    """By the reference, in plain PyTorch: what is asked of an argument must not become a guard."""
+    torch._dynamo.reset()
+    of = sample(op, 0.0, backend="reference")
+    name = "scale" if op == "attention" else "eps"
+    graphs: list[list[str]] = []
+
+    def look(graph: torch.fx.GraphModule, examples: object) -> Callable[..., object]:
+        mode = torch._guards.TracingContext.get().fake_mode
+        graphs.append([str(guard.expr) for guard in mode.shape_env.guards])
+        return graph.forward
+
+    def run(number: float) -> Tensor:
+        return of.run(**of.tensors, **{name: number})
+
+    compiled = torch.compile(run, fullgraph=True, backend=look)
+    for number in (0.1, 0.2, 0.3, 0.4):
+        torch.testing.assert_close(compiled(number), run(number))
+    assert graphs == [[], []]  # one for the first number, one for all
+
+
+def test_exported_attention_takes_symbolic_numbers() -> None:
+    """max_seqlen and scale as exporting has them, where they come from a size."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, qkv: Tensor) -> Tensor:
+            rows = qkv.size(0)
+            starts = torch.tensor([0, 1], dtype=torch.int32) * rows
+            return ops.attention(qkv, starts, rows, 1 / rows, backend="reference")
+
+    sizes = ({0: torch.export.Dim("rows", min=2, max=64)},)
+    for strict in (False, True):
+        exported = torch.export.export(Attention(), (torch.randn(5, 3, 2, 8),), dynamic_shapes=sizes, strict=strict)
+        qkv = torch.randn(9, 3, 2, 8)
+        torch.testing.assert_close(exported.module()(qkv), Attention()(qkv))
+
+
+def test_traced_attention_takes_sizes() -> None:
+    """torch.jit.trace makes tensors of them."""
+
+    def run(qkv: Tensor) -> Tensor:
+        return ops.attention(qkv, torch.tensor([0, 5], dtype=torch.int32), qkv.size(0))
+
+    qkv = torch.randn(5, 3, 2, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and a size is compared
+        traced = torch.jit.trace(run, (qkv,), check_trace=False)
+    torch.testing.assert_close(traced(qkv), run(qkv))
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,14 @@ def test_embedding_triton_gives_nan_for_ids_without_a_row() -> None:
     assert torch.isfinite(leaves["word"].grad).all()
 
 
+@backends
+def test_embedding_padding_idx_is_an_integer_on_every_backend(backend: str) -> None:
+    accuracy.require("embedding", backend, torch.float32)
+    for bad in (1.5, torch.tensor(1)):
+        with pytest.raises(TypeError, match=f"embedding: padding_idx must be an integer, got {type(bad).__name__}"):
+            ours(backend, ids_for(1, 3, False, backend), bad)(**tensors_for(16, torch.float32, backend))
+
+
 @pytest.mark.parametrize("types", [True, False], ids=["types", ""])
 @dropouts
 @backends
@@ -285,7 +293,12 @@ PACKED = {"input_ids": torch.tensor([1, 2]), "position_ids": torch.tensor([0, 1]
         ({"weight": torch.randn(8)}, ValueError, ["weight", "[16]", "[8]"]),
         ({"bias": None}, TypeError, ["bias", "NoneType"]),
         ({"padding_idx": 61}, ValueError, ["padding_idx", "61"]),
+        ({"padding_idx": 1.5}, TypeError, ["padding_idx", "integer", "float"]),
+        ({"padding_idx": "0"}, TypeError, ["padding_idx", "integer", "str"]),
         ({"dropout_p": 2.0}, ValueError, ["dropout_p", "2.0"]),
+        ({"eps": None}, TypeError, ["eps", "number", "NoneType"]),
+        ({"eps": -1.0}, ValueError, ["eps", "finite and not negative", "-1.0"]),
+        ({"eps": float("inf")}, ValueError, ["eps", "finite and not negative", "inf"]),
         ({"seed": torch.tensor([1], dtype=torch.int32)}, ValueError, ["seed", "int32"]),
     ],
 )
