@@ -1,5 +1,6 @@
 """The GPU benchmark, as far as it goes without a GPU: who takes part, what is held against what, what is written."""
 
+import ast
 import importlib.machinery
 import importlib.util
 import json
@@ -517,6 +518,28 @@ class TestMakeGpu:
         assert len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith("make gpu: ")
         assert not done.stdout
+
+    @pytest.mark.parametrize("steps", [["tests"], ["build", "sanitize"], ["bench"]])
+    def test_what_the_tests_need_is_missed_before_anything_is_done(self, suite, steps, monkeypatch):
+        there = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "psutil" else there(name))
+        reason = suite.unfit(steps) or ""
+        words = ["has no psutil, which tests and sanitize need", "--target FOLDER psutil` on", "PYTHONPATH=FOLDER"]
+        assert [word in reason for word in words] == [steps != ["bench"]] * len(words)
+
+    def test_what_the_tests_import_is_what_they_are_said_to_need(self, suite):
+        """At the top of their files; what stands in a `try` there is not needed."""
+        tests = ROOT / "tests"
+        files = [tests / "conftest.py", *(tests / "gpu").glob("*.py"), *(tests / "ops").glob("*.py")]
+        files.append(tests / "model" / "comparison.py")  # which tests/gpu uses
+        packages = set()
+        for file in files:
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                    packages |= {name.partition(".")[0] for name in names}
+        packages -= sys.stdlib_module_names | {"fastbert"} | {file.stem for file in files}
+        assert set(suite.TESTS_NEED) <= packages <= {*suite.NEEDED, *suite.TESTS_NEED}
 
     def test_unknown_step(self):
         done = subprocess.run([sys.executable, str(ROOT / ".ci" / "gpu"), "nope"], capture_output=True, text=True)
