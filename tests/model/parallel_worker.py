@@ -1,7 +1,8 @@
 """One of two processes that train together: ``python parallel_worker.py RANK FOLDER``.
 
-FOLDER/given.pt holds a configuration, weights and a batch for DDP and for FSDP2; the gradients go to FOLDER/RANK.pt. A
-process of its own, because a fork of one that has computed inherits OpenMP's locks without the threads that hold them.
+FOLDER/given.pt holds a configuration, weights and a batch for DDP and for FSDP2, and which of DDP_SETTINGS to run; the
+gradients go to FOLDER/RANK.pt. A process of its own, because a fork of one that has computed inherits OpenMP's locks
+without the threads that hold them.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def replicated(rank: int, config: Any, state: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[Any, Any]:
+def replicated(
+    rank: int, config: Any, state: dict[str, Tensor], batch: dict[str, Tensor], settings: list[Any]
+) -> dict[Any, Any]:
     """Gradients of two steps of a masked language model under DDP, each process with its half of the rows."""
     found = {}
     rows = {name: value[2 * rank : 2 * rank + 2] for name, value in batch.items()}
-    for loss, find_unused_parameters, static_graph in DDP_SETTINGS:
+    for loss, find_unused_parameters, static_graph in settings:
         model = fastbert.BertForMaskedLM(config)
         model.load_state_dict(state)
         parallel = nn.parallel.DistributedDataParallel(

@@ -734,17 +734,24 @@ def test_mlm_loss_counts_as_the_op_says() -> None:
     torch.testing.assert_close(model(**batch).loss, loss)
 
 
-def test_two_processes(tmp_path: Path, run_commands: Any) -> None:
+@pytest.mark.parametrize("backend", [None, "triton"], ids=["any", "triton"])
+def test_two_processes(backend: str | None, tmp_path: Path, run_commands: Any) -> None:
     """DDP and FSDP2 (layer by layer) have the gradients of one process, DDP also of losses made of the logits."""
-    replicated, batch = build(head="ForMaskedLM", train=True), mlm_batch()
-    sharded, holes = build(train=True), inputs("holes")
-    given = {
+    settings, changes, variables = DDP_SETTINGS, {}, {}
+    if backend == "triton":
+        pytest.importorskip("triton")
+        settings, changes = [("both", False, False)], {"num_hidden_layers": 1}  # the interpreter takes its time
+        variables = {"FASTBERT_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+    replicated, batch = build(head="ForMaskedLM", train=True, **changes), mlm_batch()
+    sharded, holes = build(train=True, **changes), inputs("holes")
+    given: dict[str, dict[str, Any]] = {
         kind: {"config": stock.config, "state": stock.state_dict(), "batch": rows}
         for kind, stock, rows in (("ddp", replicated, batch), ("fsdp", sharded, holes))
     }
+    given["ddp"]["settings"] = settings
     torch.save(given, tmp_path / "given.pt")
     worker = str(Path(__file__).with_name("parallel_worker.py"))
-    run_commands([[sys.executable, worker, str(rank), str(tmp_path)] for rank in (0, 1)])
+    run_commands([[sys.executable, worker, str(rank), str(tmp_path)] for rank in (0, 1)], **variables)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
 
     halves = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
@@ -755,7 +762,7 @@ def test_two_processes(tmp_path: Path, run_commands: Any) -> None:
         expected[kind] = gradients_of(replicated)
     sharded(**holes)[0][real(holes)].square().sum().backward()
     expected["fsdp"] = gradients_of(sharded)
-    assert one.keys() == other.keys() == {(*setting, step) for setting in DDP_SETTINGS for step in (0, 1)} | {"fsdp"}
+    assert one.keys() == other.keys() == {(*setting, step) for setting in settings for step in (0, 1)} | {"fsdp"}
     for case in one:
         kind, tolerance = ("fsdp", 1e-4) if case == "fsdp" else (case[0], 1e-5)
         assert one[case].keys() == other[case].keys() == expected[kind].keys()

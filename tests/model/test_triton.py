@@ -152,6 +152,34 @@ def test_compiled() -> None:
     assert_close(ours, expected)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of infinite gradients, in the interpreter
+def test_gradient_scaler() -> None:
+    """float16 autocast: the unscaled gradients are right, and of a scale that makes them infinite the weights stay."""
+    ours, eager, truth = contestants(small("ForMaskedLM"))
+    batch = labelled()
+
+    def step(model: Any, scale: float) -> tuple[list[Tensor | None], float]:
+        """The gradients that are stepped along, and the next scale."""
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16, enabled=model is not truth):
+            loss = model(**batch).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        return [parameter.grad for parameter in model.parameters()], scaler.get_scale()
+
+    names = [name for name, _ in eager.named_parameters()]
+    weights = [parameter.detach().clone() for parameter in ours.parameters()]
+    assert step(ours, 2.0**40)[1] == 2.0**39
+    assert all(map(torch.equal, weights, ours.parameters()))
+    judge_gradients(names, *(step(model, 2.0**10)[0] for model in (ours, eager, truth)))
+    assert all_fast(ours)
+    assert not any(map(torch.equal, weights, ours.parameters()))
+
+
 def test_autocast() -> None:
     ours, eager, truth = contestants(small("ForMaskedLM"))
     batch = labelled()
