@@ -261,10 +261,13 @@ def prepare_output(output: Path, args: RunArguments) -> Path | None:
     if output.exists() and not output.is_dir():
         raise CommandError(f"--output_dir {output}: a file is in the way")
     resumable = not args.save_only_model
+    start: Path | None = None
     if resume is not None and resume.lower() not in ("true", "false", "1", "0"):
         if problem := checkpoint_problem(resume, resumable=resumable):
             raise CommandError(f"--resume_from_checkpoint {resume}: not a complete checkpoint: {problem}")
-        return Path(resume)
+        start = Path(resume)
+        if start.parent.resolve() == output.resolve():
+            return start
     content = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     ours = RUN in content or any(checkpoints(output))
     if resume is not None and resume.lower() in ("true", "1"):
@@ -274,7 +277,7 @@ def prepare_output(output: Path, args: RunArguments) -> Path | None:
         say(f"resuming from {found}" if found else f"no complete checkpoint in {output} yet: starting anew")
         return found
     if not content:
-        return None
+        return start
     if not args.overwrite_output_dir:
         hint = "go on with --resume_from_checkpoint true, or " if ours else ""
         raise CommandError(
@@ -282,12 +285,12 @@ def prepare_output(output: Path, args: RunArguments) -> Path | None:
             f"{' …' if len(content) > 3 else ''}); choose another, {hint}start anew with --overwrite_output_dir"
         )
     if args.process_index != 0:
-        return None
+        return start
     for path in checkpoints(output):
         shutil.rmtree(path)
     for name in (RUN, REPORT, CURVES):
         (output / name).unlink(missing_ok=True)
-    return None
+    return start
 
 
 def check_same_run(

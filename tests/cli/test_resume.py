@@ -156,6 +156,29 @@ def test_resuming_by_name_and_with_other_data(
     assert "other optim (adamw_torch_fused) than this one (sgd)" in capsys.readouterr().err
 
 
+def test_resuming_into_an_occupied_folder(
+    kit: Any, base_model: Path, train: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint that is named says nothing about a folder that it does not lie in."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    shutil.copytree(uninterrupted, whole)
+    out.mkdir()
+    (out / "config.json").write_text("mine", encoding="utf-8")
+    (out / "checkpoint-1").mkdir()
+    flags = kit.finetune_flags(base_model, train, out, **STEPS, **BY_STEPS)
+    resuming = ["--resume_from_checkpoint", str(checkpoints(whole)[-1])]
+    assert main([*flags, *resuming]) == 1
+    assert f"--output_dir {out}: not empty (it holds 'checkpoint-1', 'config.json')" in capsys.readouterr().err
+    assert (out / "config.json").read_text(encoding="utf-8") == "mine"
+    assert main([*flags, *resuming, "--overwrite_output_dir"]) == 0
+    assert not (out / "checkpoint-1").exists()
+    assert report(out)["resumed_from"] == checkpoints(whole)[-1].name
+    (tmp_path / "link").symlink_to(whole)
+    flags = kit.finetune_flags(base_model, train, tmp_path / "link", **STEPS, **BY_STEPS)
+    assert main([*flags, *resuming]) == 0
+    same_result(whole, uninterrupted)
+
+
 def test_resuming_with_a_model_of_another_size(
     kit: Any, base_model: Path, train: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
