@@ -47,6 +47,8 @@ SIZES = (
 OPTIMIZER_FLAGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 NOTED_FLAGS = (
     *OPTIMIZER_FLAGS,
+    "num_train_epochs",
+    "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "lr_scheduler_type",

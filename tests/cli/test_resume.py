@@ -204,6 +204,19 @@ def test_resuming_with_another_learning_rate_says_so(
     assert "--warmup_steps" not in errors
 
 
+def test_resuming_for_another_length_says_so(
+    kit: Any, base_model: Path, train: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    settings = {**STEPS, **BY_STEPS, "num_train_epochs": 4, "max_steps": 43}
+    assert main([*kit.finetune_flags(base_model, train, out, **settings), "--resume_from_checkpoint"]) == 0
+    errors = capsys.readouterr().err
+    assert "--num_train_epochs 4.0: the run that is resumed had 3.0\n" in errors
+    assert "--max_steps 43: the run that is resumed had -1\n" in errors
+    assert report(out)["steps"] == 43
+
+
 def test_early_stopping_survives_a_resume(kit: Any, base_model: Path, train: Path, tmp_path: Path) -> None:
     """A learning rate of nothing never improves: patience 3 ends after four evaluations, resumed or not."""
     out = tmp_path / "out"
