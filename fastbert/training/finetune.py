@@ -74,7 +74,9 @@ class FinetuneRun(Run):
 
     def load(self) -> Any:
         self.task.configure(self.config)
-        model = self.task.load(self.model_args, self.config, **self.hub)
+        # A new head that is not trained would be random.
+        trained = not self.args.do_train and self.checkpoint is None
+        model = self.task.load(self.model_args, self.config, trained=trained, **self.hub)
         check_vocabulary(self.tokenizer, self.task.encoder(model), self.tokenizer_name, self.tokenizer_flag)
         if self.data_args.max_seq_length is not None:
             self.tokenizer.model_max_length = self.max_seq_length
@@ -107,6 +109,8 @@ class FinetuneRun(Run):
         if not args.do_train:
             if self.checkpoint is not None:
                 trainer._load_from_checkpoint(str(self.checkpoint))
+            if trainer.eval_dataset is not None:
+                trainer.evaluate()
             return
         if self.checkpoint is not None and args.early_stopping_patience is not None:
             state = json.loads((self.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -136,6 +140,8 @@ class FinetuneRun(Run):
 
     def summary(self, report: dict[str, Any]) -> list[str]:
         best, test, lines = report["best"], report["test"], []
+        if not self.args.do_train:
+            lines += [f"validation {self.metric} {e[self.metric]:.4f}" for e in report["history"]["eval"]]
         if best and best["value"] is None:
             problem = "undefined (NaN) in every evaluation; the model is that of the last step"
             lines.append(f"validation {best['metric']} {problem}")

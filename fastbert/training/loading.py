@@ -96,7 +96,8 @@ def load_model(
         if "mismatch" in str(error):
             hint = " (its head has another number of labels? --ignore_mismatched_sizes starts with a new head)"
         raise CommandError(f"--model_name_or_path {name}: cannot load weights: {first_line(error)}{hint}") from error
-    missing = sorted(loaded["missing_keys"])
+    # Those of another shape are drawn anew as well.
+    missing = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
     if missing and trained:
         raise CommandError(
             f"--model_name_or_path {name}: not a trained {trained}: the checkpoint lacks {', '.join(missing[:4])}"

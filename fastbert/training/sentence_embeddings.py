@@ -137,8 +137,8 @@ class SentenceEmbeddings(Task):
     def headline(self) -> str:
         return f"sentence embeddings, {' '.join(self.texts)}{f' with {self.score}' if self.score else ''}"
 
-    def load(self, model_args: ModelArguments, config: PreTrainedConfig, **hub: Any) -> Any:
-        """A SentenceTransformer: the folder's own, or the encoder with mean pooling."""
+    def load(self, model_args: ModelArguments, config: PreTrainedConfig, *, trained: bool = False, **hub: Any) -> Any:
+        """A SentenceTransformer: the folder's own, or the encoder with mean pooling, which uses no new weights."""
         from sentence_transformers import SentenceTransformer
 
         name = model_args.model_name_or_path

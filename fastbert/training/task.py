@@ -159,12 +159,15 @@ class Task:
     def configure(self, config: PreTrainedConfig) -> None:
         """Set what the head needs."""
 
-    def load(self, model_args: ModelArguments, config: PreTrainedConfig, **hub: Any) -> PreTrainedModel:
-        """The model to train. Raises CommandError."""
+    def load(
+        self, model_args: ModelArguments, config: PreTrainedConfig, *, trained: bool = False, **hub: Any
+    ) -> PreTrainedModel:
+        """The model to train, or one that is ``trained`` and has no new weights. Raises CommandError."""
         model, _ = load_model(
             self.head,
             model_args.model_name_or_path,
             config,
+            trained=f"model for {self.name}" if trained else None,
             ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
             **hub,
         )

@@ -338,6 +338,35 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], flags: list[str], word
     assert words in capsys.readouterr().err
 
 
+def test_without_training_the_model_is_evaluated(
+    kit: Any, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = kit.write_rows(tmp_path / "train.csv", kit.examples(30))
+    more = {"do_train": False, "validation_file": kit.write_rows(tmp_path / "validation.csv", kit.examples(15, seed=1))}
+    assert main(kit.finetune_flags(classifier, train, tmp_path / "out", **more)) == 0
+    (evaluation,) = report(tmp_path / "out")["history"]["eval"]
+    assert evaluation["accuracy"] > 0.9
+    assert capsys.readouterr().out == f"validation accuracy {evaluation['accuracy']:.4f}\n"
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (classifier / "model.safetensors").read_bytes()
+    assert main(kit.finetune_flags(classifier, train, tmp_path / "other", **more, do_eval=False)) == 0
+    assert report(tmp_path / "other")["history"]["eval"] == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_head_that_is_new_must_be_trained(
+    kit: Any, base_model: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = kit.write_rows(tmp_path / "train.csv", kit.examples(30))
+    two = kit.write_rows(tmp_path / "two.csv", [row for row in kit.examples(30) if row["label"] != "food"])
+    for model, rows in ((base_model, train), (classifier, two)):
+        more = {"do_train": False, "ignore_mismatched_sizes": True}
+        assert main(kit.finetune_flags(model, rows, tmp_path / "out", **more)) == 1
+        errors = capsys.readouterr().err
+        assert f"--model_name_or_path {model}: not a trained model for sequence_classification" in errors
+        assert "lacks classifier.bias, classifier.weight" in errors
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
 def test_batches_that_are_all_dropped(
     kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
