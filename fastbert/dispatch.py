@@ -92,14 +92,19 @@ def _load_cuda() -> str | None:
     return None
 
 
-def _build_reason(key: str = "reason", unknown: str = "fastbert was installed without its C++ extension") -> str:
-    """What the build noted down about why it left the extension, or the CUDA kernels, out."""
+@functools.cache
+def _build_note() -> dict[str, Any]:
+    """What `setup.py` noted down of the build; {} where it left no note."""
     try:
-        note = json.loads(Path(__file__).with_name("_build.json").read_text(encoding="utf-8"))
-        reason = note[key]
-    except (OSError, ValueError, KeyError):
-        reason = ""
-    return reason or unknown
+        note: dict[str, Any] = json.loads(Path(__file__).with_name("_build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note
+
+
+def _build_reason(key: str = "reason", unknown: str = "fastbert was installed without its C++ extension") -> str:
+    """Why the build left the extension, or the CUDA kernels, out."""
+    return _build_note().get(key) or unknown
 
 
 def _settle_vector_math() -> None:
@@ -154,7 +159,13 @@ def cuda_reason(missing: str | None, device_type: str, dtypes: tuple[torch.dtype
     if device_type != "cuda":
         where = f"needs a tensor on cuda, this one is on {device_type}"
         return where if torch.cuda.is_available() else "no CUDA device"
-    return _nvidia_reason() or _driver_reason(*_cuda_versions()) or _float_reason(dtypes)
+    archs = tuple(_build_note().get("cuda_archs", ()))
+    return (
+        _nvidia_reason()
+        or _driver_reason(*_cuda_versions())
+        or _arch_reason(archs, torch.cuda.get_device_capability(), *_cuda_versions())
+        or _float_reason(dtypes)
+    )
 
 
 def triton_reason(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -197,6 +208,25 @@ def _driver_reason(driver: int, needed: int) -> str | None:
     if driver // 1000 < needed // 1000:
         return f"was built for CUDA {needed // 1000}, the driver offers {driver // 1000}.{driver % 1000 // 10}"
     return None
+
+
+def _arch_reason(archs: tuple[str, ...], capability: tuple[int, int], driver: int, library: int) -> str | None:
+    """Against CUDA kernels that were compiled for none but `archs`, as FASTBERT_CUDA_ARCHS names them.
+
+    Machine code serves GPUs of its major version from its minor one on, that of "90a" 9.0 alone. A driver compiles
+    the last one's PTX for later GPUs, if it knows the CUDA that it came from.
+    """
+    here = 10 * capability[0] + capability[1]
+    for arch in archs:
+        number = int(arch.rstrip("af"))
+        if number // 10 == capability[0] and (number == here if arch.endswith("a") else number <= here):
+            return None
+    built = f"was compiled for compute capability {', '.join(archs)}, this GPU has {here}"
+    if archs and archs[-1].isdigit() and int(archs[-1]) <= here:
+        if driver >= library:
+            return None
+        built += f", for which only a driver of CUDA {library // 1000}.{library % 1000 // 10} could compile it"
+    return built if archs else None
 
 
 def _float_reason(dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -302,7 +332,16 @@ def preferred(op: str, device_type: str) -> list[str]:
     if device_type != "cuda" or not torch.cuda.is_available():
         return []
     major, minor = torch.cuda.get_device_capability()
-    return _measured().get(f"sm_{major}{minor}", {}).get(op, [])
+    measured = _measured().get(f"sm_{major}{minor}", {}).get(op, [])
+    return [name for name in measured if name != "cuda" or _as_measured(op, (major, minor))]
+
+
+def _as_measured(op: str, capability: tuple[int, int]) -> bool:
+    """Whether the CUDA kernels here are those that a measurement is of: attention on 9.0 has others without CUTLASS."""
+    if op != "attention" or capability != (9, 0):
+        return True
+    note = _build_note()
+    return bool(note.get("cutlass")) and any(arch.startswith("90") for arch in note.get("cuda_archs", ()))
 
 
 def _ordered(op: str, device_type: str) -> list[Implementation]:

@@ -11,13 +11,17 @@ namespace fastbert::cuda {
 struct Work {
   int sequence, start, length, first;
 
-  __device__ __forceinline__ bool none() const { return first >= length; }
+  __device__ __forceinline__ bool none() const { return first < 0 || first >= length; }
 };
 
-// A sequence that is longer than was promised is cut, so that no memory but its own is touched.
+// Where a sequence starts. Offsets that point beyond all tokens, and sequences longer than was promised, are cut, so that
+// no other memory is touched.
+__device__ __forceinline__ int start_of(const AttentionShape& shape, int sequence) {
+  return max(0, min(shape.cu_seqlens[sequence], static_cast<int>(shape.total)));
+}
+
 __device__ __forceinline__ int length_of(const AttentionShape& shape, int sequence) {
-  const int length = shape.cu_seqlens[sequence + 1] - shape.cu_seqlens[sequence];
-  return length < shape.max_seqlen ? length : shape.max_seqlen;
+  return max(0, min(start_of(shape, sequence + 1) - start_of(shape, sequence), shape.max_seqlen));
 }
 
 // Tiles of `rows` rows of all sequences, without knowing the lengths when the grid is made: tile v belongs to the last
@@ -29,11 +33,11 @@ __device__ __forceinline__ Work find_work(const AttentionShape& shape, int tile,
   while (count > 1) {
     const int step = (count + kWarp - 1) / kWarp, at = low + lane * step;
     const bool before = lane * step < count && shape.cu_seqlens[at] / rows + at <= tile;
-    const int last = __popc(__ballot_sync(0xffffffffu, before)) - 1;
+    const int last = max(__popc(__ballot_sync(0xffffffffu, before)) - 1, 0);
     low += last * step;
     count = count - last * step < step ? count - last * step : step;
   }
-  const int start = shape.cu_seqlens[low];
+  const int start = start_of(shape, low);
   return {low, start, length_of(shape, low), (tile - start / rows - low) * rows};
 }
 
@@ -179,7 +183,7 @@ inline int short_warps(const Queue& queue, int max_seqlen, int shared, int most)
 // The work of such a block.
 __device__ __forceinline__ Work short_work(const AttentionShape& shape) {
   const int sequence = blockIdx.x;
-  return {sequence, shape.cu_seqlens[sequence], length_of(shape, sequence), 0};
+  return {sequence, start_of(shape, sequence), length_of(shape, sequence), 0};
 }
 
 // A query's log-sum-exp in units of log2, plus infinity where nothing may come of it.

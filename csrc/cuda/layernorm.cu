@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_fwd_kernel(Forwar
     }
   }
   float mean = team.sum(total, slots) / static_cast<float>(a.columns);
-  if constexpr (std::is_same_v<Y, float>) {  // sums of 16-bit numbers have no rounding that would make a constant row steep
+  if constexpr (std::is_same_v<Y, float>) {  // so few 16-bit numbers have a sum without a rounding that would make a constant row steep
     float rest = 0.0f;
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
@@ -335,8 +335,7 @@ __global__ void __launch_bounds__(kLongThreads, 1) layernorm_fwd_long_kernel(For
   }
   const float count = static_cast<float>(a.columns);
   float mean = sum_long_row<N>(kept, a.columns, slots, [](float v) { return v; }) / count;
-  if constexpr (std::is_same_v<Y, float>)
-    mean += sum_long_row<N>(kept, a.columns, slots + 2 * kMaxWarps, [=](float v) { return v - mean; }) / count;
+  mean += sum_long_row<N>(kept, a.columns, slots + 2 * kMaxWarps, [=](float v) { return v - mean; }) / count;
   const auto square = [=](float v) { return (v - mean) * (v - mean); };
   const float rstd = 1.0f / sqrtf(sum_long_row<N>(kept, a.columns, slots + kMaxWarps, square) / count + a.eps);
   if (a.mean != nullptr && threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;

@@ -36,7 +36,7 @@ def ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *, backend: 
         x, weight1, bias1, weight2 = (checks.autocast(value) for value in (x, weight1, bias1, weight2))
     _check(x, weight1, bias1, weight2)
     sizes = (*weight1.shape, weight2.size(0))
-    in_eights = all(size % 8 == 0 for size in sizes)
+    in_eights = all(size > 0 and size % 8 == 0 for size in sizes)
     chosen = dispatch.select("ffn", device=x.device, dtype=x.dtype, requires=in_eights, backend=backend)
     return chosen.run(x, weight1, bias1, weight2)
 

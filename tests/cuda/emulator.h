@@ -9,6 +9,7 @@
 // before the next, =priority a warp only when none with a higher number can go on, =late2 the third warp only when no other
 // can: a missing barrier then gives other results.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -36,6 +37,7 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+using std::max, std::min;
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 namespace fastbert::emulator {

@@ -93,6 +93,13 @@ def test_layernorm_rows_constant_but_for_rounding(emulated: Any) -> None:
     accuracy.check_backward(layernorm(emulated), layernorm_cases.eager(), layernorm_cases.reference(), tensors)
 
 
+def test_layernorm_long_constant_rows(emulated: Any) -> None:
+    """In float32 a sum of so many 16-bit numbers is rounded."""
+    x, weight, bias = torch.full((2, 12001), 1.999).half(), torch.ones(12001).half(), torch.zeros(12001).half()
+    y = run_layernorm(emulated.leaves["layernorm"], x, weight, bias, None, None, 0.0, 1e-12, None)
+    assert (y == 0).all()
+
+
 @pytest.mark.parametrize(("columns", "dtype"), [(64, torch.bfloat16), (4104, torch.float32)], ids=accuracy.name_of)
 def test_layernorm_where_rows_do_not_lie_on_16_bytes(emulated: Any, columns: int, dtype: torch.dtype) -> None:
     def moved(value: torch.Tensor) -> torch.Tensor:
@@ -147,13 +154,16 @@ def test_layernorm_refuses(emulated: Any, change: dict, words: list[str]) -> Non
 
 
 @ORDERS
-@pytest.mark.parametrize("columns", [312, 1032, 4099])
+@pytest.mark.parametrize(("rows", "columns"), [(17, 312), (60, 1032), (17, 4099)])
 def test_layernorm_does_not_depend_on_the_order_of_threads(
-    emulated: Any, columns: int, order: str, monkeypatch: pytest.MonkeyPatch
+    emulated: Any, rows: int, columns: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A barrier that is missing between a write and a read shows in one of the orders."""
-    tensors = layernorm_cases.tensors_for(17, columns, "br", torch.float32)
-    upstream = torch.randn(17, columns, generator=accuracy.generator(3))
+    """A barrier that is missing between a write and a read shows in one of the orders.
+
+    Of 60 rows a block has several, which several warps share.
+    """
+    tensors = layernorm_cases.tensors_for(rows, columns, "br", torch.float32)
+    upstream = torch.randn(rows, columns, generator=accuracy.generator(3))
     y, gradients = accuracy.evaluate(layernorm(emulated, 0.1), tensors, upstream)
     monkeypatch.setenv("FASTBERT_EMULATOR_ORDER", order)
     y_other, gradients_other = accuracy.evaluate(layernorm(emulated, 0.1), tensors, upstream)
@@ -307,6 +317,30 @@ def test_attention_cuts_what_is_longer_than_promised(
     assert torch.equal(y[kept], expected[0])
     assert torch.equal(dqkv[kept], expected[1])
     assert torch.equal(dbias, expected[2])
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("total", [60, 200], ids=["short", "long"])
+def test_attention_stays_inside_whatever_the_offsets_are(
+    emulated: Any, total: int, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read before the offsets, and none that lies beyond the tokens leads there."""
+    monkeypatch.setenv("FASTBERT_EMULATOR_CAPABILITY", capability)
+    qkv = attention_cases.tensors_for((total,), 1, 32, None, torch.bfloat16)["qkv"]
+
+    def results(offsets: list[int], before: int = -7) -> tuple[Tensor, ...]:
+        given = torch.tensor([before, *offsets], dtype=torch.int32)[1:]
+        leaf_qkv = qkv.clone().requires_grad_()
+        y = run_attention(emulated.leaves["attention"], leaf_qkv, given, total, 0.2, 0.0, None, None, True)
+        return y, *torch.autograd.grad(y, leaf_qkv, torch.ones_like(y))
+
+    def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...], first: int = 0) -> bool:
+        return all(torch.equal(a[first:], b[first:]) for a, b in zip(one, other, strict=True))
+
+    assert same(results([0, 40, total + 1000]), results([0, 40, total]))
+    assert same(results([-50, 40, total]), results([0, 40, total]))
+    late = [total // 2, total - 10, total]
+    assert same(results(late), results(late, before=10), first=late[0])  # nobody writes the tokens before
 
 
 @pytest.mark.parametrize(

@@ -58,16 +58,62 @@ def test_says_why_an_op_was_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "_build.json").write_text(json.dumps({"cutlass_reason": "no headers"}))
     monkeypatch.setattr(dispatch, "cuda_error", None)
     monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
-    assert dispatch.missing_leaf("ffn_fwd_nowhere_cuda") == "not built (no headers)"
+    dispatch._build_note.cache_clear()
+    try:
+        assert dispatch.missing_leaf("ffn_fwd_nowhere_cuda") == "not built (no headers)"
+    finally:
+        dispatch._build_note.cache_clear()
 
 
-def test_says_when_the_driver_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_says_when_the_driver_is_too_old() -> None:
     """PyTorch runs on it, if it was built for an older CUDA than the kernels."""
-    monkeypatch.setattr(dispatch, "_nvidia_reason", lambda: None)
-    for driver, needed, words in [(12080, 13000, ["CUDA 13", "12.8"]), (13000, 13010, None), (13000, 12080, None)]:
-        monkeypatch.setattr(dispatch, "_cuda_versions", lambda versions=(driver, needed): versions)
-        reason = dispatch.cuda_reason(None, "cuda", (torch.bfloat16,))
-        assert reason is None if words is None else all(word in reason for word in words), reason
+    assert dispatch._driver_reason(13000, 13010) is None
+    assert dispatch._driver_reason(13000, 12080) is None
+    reason = dispatch._driver_reason(12080, 13000)
+    assert reason is not None
+    assert "CUDA 13" in reason
+    assert "12.8" in reason
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "driver", "words"),
+    [
+        (("80", "90", "100"), (8, 0), 13000, None),
+        (("80", "90", "100"), (8, 9), 13000, None),
+        (("80", "90", "100"), (9, 0), 13000, None),
+        (("80", "90", "100"), (10, 3), 13000, None),
+        (("80", "90", "100"), (12, 0), 13000, None),  # from PTX
+        (("80", "90", "100"), (12, 0), 12090, ["80, 90, 100", "has 120", "13.0"]),
+        (("86",), (8, 0), 13000, ["86", "has 80"]),
+        (("90",), (8, 0), 13000, ["90", "has 80"]),
+        (("80", "100"), (9, 0), 13000, ["80, 100", "has 90"]),
+        (("90a",), (9, 0), 13000, None),
+        (("90a",), (10, 0), 13000, ["90a", "has 100"]),
+        (("100f",), (10, 3), 13000, None),
+    ],
+)
+def test_says_which_gpus_it_was_compiled_for(
+    archs: tuple[str, ...], capability: tuple[int, int], driver: int, words: list[str] | None
+) -> None:
+    reason = dispatch._arch_reason(archs, capability, driver, 13000)
+    assert reason is None if words is None else all(word in reason for word in words), reason
+
+
+@pytest.mark.parametrize(
+    ("op", "capability", "note", "same"),
+    [
+        ("attention", (9, 0), {"cutlass": "4.2.0", "cuda_archs": ["80", "90"]}, True),
+        ("attention", (9, 0), {"cutlass": None, "cuda_archs": ["80", "90"]}, False),
+        ("attention", (9, 0), {"cutlass": "4.2.0", "cuda_archs": ["80"]}, False),
+        ("attention", (8, 0), {"cutlass": None, "cuda_archs": ["80"]}, True),
+        ("layernorm", (9, 0), {"cutlass": None, "cuda_archs": ["90"]}, True),
+    ],
+)
+def test_a_measurement_is_of_the_kernels_that_were_built(
+    op: str, capability: tuple[int, int], note: dict, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_build_note", lambda: note)
+    assert dispatch._as_measured(op, capability) is same
 
 
 @built

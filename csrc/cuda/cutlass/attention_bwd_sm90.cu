@@ -243,6 +243,7 @@ __device__ __forceinline__ void multiply_tiles(const AttentionBackwardBoxed<T>& 
   const auto start_dv = [&](int tile) {
     const auto douts = memory.douts(tile);
     hold(dv);
+    hold(weights);
     begin_products();
 #pragma unroll
     for (int k = 0; k < M / 16; ++k) multiply_by_columns<T>(dv, weights[k], douts.by_columns(k), k > 0 || tile > 0);

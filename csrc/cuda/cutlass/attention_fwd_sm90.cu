@@ -175,6 +175,7 @@ __device__ __forceinline__ void multiply_tiles(const AttentionForward<T>& a, con
   const auto start_result = [&](int tile) {
     const auto values = memory.values(value_stage.stage);
     hold(result);
+    hold(weights);
     begin_products();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k)

@@ -12,6 +12,8 @@
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp>
 
+#include <cstring>
+
 #include "cuda/launch.h"
 
 namespace fastbert::cuda {
@@ -242,6 +244,14 @@ __global__ void __launch_bounds__(BackwardProduct<T>::MaxThreadsPerBlock, 1)
 // The stride of a matrix in row-major order.
 auto row_major(int columns) { return cute::make_stride(static_cast<int64_t>(columns), _1{}, static_cast<int64_t>(0)); }
 
+// CuTe leaves a descriptor of zeros where the driver refuses to make it, and tells nobody who could act on it.
+template <class Copy>
+void check_descriptor(const Copy& copy, const char* name) {
+  constexpr CUtensorMap kNone{};
+  if (std::memcmp(copy.get_tma_descriptor(), &kNone, sizeof kNone) == 0)
+    throw std::runtime_error(std::string(name) + ": the driver made no TMA descriptor");
+}
+
 template <class PRODUCT, class Element, class Arguments>
 void start(const Queue& queue, const char* name, void (*kernel)(typename PRODUCT::Params), const FfnShape& shape,
            const void* a, const void* b, typename PRODUCT::StrideB b_stride, const Arguments& epilogue,
@@ -260,6 +270,10 @@ void start(const Queue& queue, const char* name, void (*kernel)(typename PRODUCT
   if (!PRODUCT::can_implement(arguments) || PRODUCT::get_workspace_size(arguments) != 0)
     throw std::runtime_error(std::string(name) + ": CUTLASS cannot form this product");
   const typename PRODUCT::Params params = PRODUCT::to_underlying_arguments(arguments, nullptr);
+  check_descriptor(params.mainloop.tma_load_a, name);
+  check_descriptor(params.mainloop.tma_load_b, name);
+  check_descriptor(params.epilogue.tma_store_d, name);
+  if (source != nullptr) check_descriptor(params.epilogue.tma_load_c, name);
   launch(queue, name, kernel, PRODUCT::get_grid_shape(params), static_cast<int>(PRODUCT::MaxThreadsPerBlock),
          static_cast<int>(PRODUCT::SharedStorageSize), params);
 }
