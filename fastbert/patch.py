@@ -212,8 +212,6 @@ def enable() -> None:
             swap(self, replace=())
 
     PreTrainedModel.post_init = post_init
-    if os.environ.get("FASTBERT_PATCH"):  # set by suites of tests that call this: was anything fast in them?
-        print_calls_at_exit()
 
 
 def disable() -> None:
@@ -236,11 +234,9 @@ def enabled() -> Iterator[None]:
         disable()
 
 
-@functools.cache
-def print_calls_at_exit() -> None:
-    """Print, when the process ends, how many layer calls were fast. FASTBERT_PRINT_CALLS=1 asks for it, too."""
-    atexit.register(lambda: print(f"fastbert: {calls['fast']} fast layer calls, {calls['stock']} stock", flush=True))
+def _print_calls() -> None:
+    print(f"fastbert: {calls['fast']} fast layer calls, {calls['stock']} stock", flush=True)
 
 
 if os.environ.get("FASTBERT_PRINT_CALLS", "0") not in ("", "0"):
-    print_calls_at_exit()
+    atexit.register(_print_calls)
