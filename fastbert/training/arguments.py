@@ -229,7 +229,11 @@ class RunArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if not self.output_dir:  # transformers would make one up
+            raise ValueError("--output_dir is needed")
         check_ranges(self)
+        # transformers insists on being told, where it takes the CPU for any other dtype by itself.
+        self.use_cpu = self.use_cpu or ((self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available())
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("--fp16: not on a CPU; it has --bf16")
@@ -252,10 +256,12 @@ def _check_schedule(args: TrainingArguments) -> None:
 class FinetuneArguments(RunArguments):
     """The training of ``fastbert finetune``; defaults that differ from transformers' are repeated here."""
 
-    do_train: bool = field(default=True, metadata={"help": "Train."})
+    do_train: bool = field(default=True, metadata={"help": "Train; false evaluates and tests the model as it is."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation data."})
     do_predict: bool = field(default=True, metadata={"help": "Test the best model, if there is a --test_file."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_strategy: str = field(
+        default="epoch", metadata={"help": "When to evaluate.", "choices": ["no", "steps", "epoch"]}
+    )
     eval_steps: float | None = field(
         default=None,
         metadata={
@@ -264,7 +270,10 @@ class FinetuneArguments(RunArguments):
     )
     save_strategy: str | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "When to save: no, steps, epoch or best. Default: --eval_strategy, or epoch without it."},
+        metadata={
+            "help": "When to save. Default: --eval_strategy, or epoch without it.",
+            "choices": ["no", "steps", "epoch", "best"],
+        },
     )
     save_steps: float | None = field(  # type: ignore[assignment]
         default=None,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastbert.cli import main
 from fastbert.training.labels import sorted_names
@@ -312,6 +313,8 @@ def test_wrong_flags(
         (["--num_train_epoch", "3"], "unrecognized arguments"),
         (["--seed", "x"], "invalid int value"),
         (["--problem_type", "other"], "invalid choice"),
+        (["--eval_strategy", "best"], "--eval_strategy/--eval-strategy: invalid choice: 'best'"),
+        (["--save_strategy", "never"], "--save_strategy/--save-strategy: invalid choice: 'never'"),
         (["--early_stopping_patience", "0"], "--early_stopping_patience must be at least 1"),
         (["--max_train_samples", "0"], "--max_train_samples must be at least 1"),
         (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0, got nan"),
@@ -365,6 +368,33 @@ def test_a_head_that_is_new_must_be_trained(
         assert f"--model_name_or_path {model}: not a trained model for sequence_classification" in errors
         assert "lacks classifier.bias, classifier.weight" in errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["--output_dir", ""]])
+@pytest.mark.parametrize(
+    "command", [["finetune", "--model_name_or_path", "x"], ["pretrain", "--dataset", "x", "--tokenizer_name", "y"]]
+)
+def test_an_output_folder_is_needed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    given: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main([*command, *given])
+    assert caught.value.code == 2
+    assert f"fastbert {command[0]}: error: --output_dir is needed\n" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="bf16 is about the GPU here")
+def test_bf16_needs_no_flag_more_without_a_gpu(kit: Any, base_model: Path, tmp_path: Path) -> None:
+    train = kit.write_rows(tmp_path / "train.csv", kit.examples(30))
+    flags = kit.finetune_flags(base_model, train, tmp_path / "out", bf16=True, max_steps=1, use_cpu=False)
+    assert main(flags) == 0
+    assert report(tmp_path / "out")["arguments"]["use_cpu"]
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
@@ -432,9 +462,6 @@ def test_a_diverging_run_stops(kit: Any, base_model: Path, tmp_path: Path, capsy
 
 
 def test_broken_models(kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
-    import torch
     from safetensors.torch import load_file, save_file
 
     train = kit.write_rows(tmp_path / "train.csv", kit.examples(12))
