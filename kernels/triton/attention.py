@@ -93,7 +93,7 @@ def attention_bwd(
     Returns dqkv [T, 3, h, d] and dbias, shaped like bias (empty unless need_dbias). Repeats bit for bit if
     deterministic.
     """
-    total, _, heads, head_dim = qkv.shape
+    total, _, heads, _ = qkv.shape
     dqkv = torch.empty_like(qkv)
     dbias = torch.zeros_like(bias) if need_dbias and bias is not None else lse.new_empty(0)
     if total == 0:
@@ -103,42 +103,19 @@ def attention_bwd(
     batch = cu_seqlens.numel() - 1
     scalars = _scalars(qkv, batch, scale, dropout_p, bias)
     constants = _constants(qkv, scale, bias)
-    block_s = 0 if need_dbias else _short("attention_bwd_short", qkv, max_seqlen, bias)
+    block_s = _short("attention_bwd_short", qkv, max_seqlen, bias)
     with torch.cuda.device_of(qkv):
         if block_s:
+            delta = torch.empty_like(lse) if need_dbias else None
             config = _config("attention_bwd_short", qkv, bias, seed, block_s)
             bwd._attention_bwd_short_kernel[batch * heads,](
-                dout, qkv, lse, dqkv, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
+                dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, BLOCK_S=block_s, **config
             )
-            return dqkv, dbias
-        delta = torch.empty_like(lse)
-        if qkv.dtype is torch.float32:
-            lse = lse.new_empty(2, heads, total)  # which attention_bwd_dq writes
-        two_passes = qkv.dtype is torch.float32 or deterministic
-        config = _config("attention_bwd_dkdv" if two_passes else "attention_bwd", qkv, bias, seed)
-        slots = total // config["BLOCK_M"] + batch
-        stats = dq_sum = None
-        if qkv.dtype is not torch.float32:
-            stats = lse.new_empty(heads, slots, 2, config["BLOCK_M"])
-            dq_sum = None if two_passes else lse.new_empty(heads, slots, config["BLOCK_M"], _block_d(head_dim))
-            bwd._attention_bwd_begin_kernel[slots, heads](
-                dout, out, lse, delta, stats, dq_sum, cu_seqlens, batch, total, heads,
-                **constants, BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
-            )  # fmt: skip
-        if two_passes:
-            dq_config = _config("attention_bwd_dq", qkv, bias, seed)
-            bwd._attention_bwd_dq_kernel[total // dq_config["BLOCK_M"] + batch, heads](
-                dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **dq_config
-            )
-        bwd._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
-            dout, qkv, lse, delta, stats, dqkv, dq_sum, cu_seqlens, seed, bias,
-            *scalars, **constants, **config,
-        )  # fmt: skip
-        if dq_sum is not None:
-            bwd._attention_bwd_end_kernel[slots, heads](
-                dq_sum, dqkv, cu_seqlens, batch, heads, scale,
-                HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
-            )  # fmt: skip
+        else:
+            delta = torch.empty_like(lse)
+            if qkv.dtype is torch.float32:
+                lse = lse.new_empty(2, heads, total)  # which attention_bwd_dq writes
+            _bwd_long(dout, qkv, out, lse, delta, dqkv, cu_seqlens, seed, bias, scalars, constants, deterministic)
         if need_dbias:
             config = _config("attention_bwd_dbias", qkv, bias, seed)
             one_row = dbias.size(2) == 1
@@ -155,6 +132,50 @@ def attention_bwd(
             if partials.data_ptr() != dbias.data_ptr():
                 torch.sum(partials.sum(3, keepdim=True) if one_row else partials, 0, out=dbias)
     return dqkv, dbias
+
+
+def _bwd_long(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dqkv: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    scalars: tuple[int | float, ...],
+    constants: dict[str, Any],
+    deterministic: bool,
+) -> None:
+    """Writes dqkv and delta, float32 [h, T]; in float32 lse, [2, h, T], too."""
+    batch, total, heads, scale = scalars[:4]
+    head_dim = qkv.size(3)
+    two_passes = qkv.dtype is torch.float32 or deterministic
+    config = _config("attention_bwd_dkdv" if two_passes else "attention_bwd", qkv, bias, seed)
+    slots = total // config["BLOCK_M"] + batch
+    stats = dq_sum = None
+    if qkv.dtype is not torch.float32:
+        stats = lse.new_empty(heads, slots, 2, config["BLOCK_M"])
+        dq_sum = None if two_passes else lse.new_empty(heads, slots, config["BLOCK_M"], _block_d(head_dim))
+        bwd._attention_bwd_begin_kernel[slots, heads](
+            dout, out, lse, delta, stats, dq_sum, cu_seqlens, batch, total, heads,
+            **constants, BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
+        )  # fmt: skip
+    if two_passes:
+        dq_config = _config("attention_bwd_dq", qkv, bias, seed)
+        bwd._attention_bwd_dq_kernel[total // dq_config["BLOCK_M"] + batch, heads](
+            dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias, *scalars, **constants, **dq_config
+        )
+    bwd._attention_bwd_dkdv_kernel[total // config["BLOCK_N"] + batch, heads](
+        dout, qkv, lse, delta, stats, dqkv, dq_sum, cu_seqlens, seed, bias,
+        *scalars, **constants, **config,
+    )  # fmt: skip
+    if dq_sum is not None:
+        bwd._attention_bwd_end_kernel[slots, heads](
+            dq_sum, dqkv, cu_seqlens, batch, heads, scale,
+            HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
+        )  # fmt: skip
 
 
 def _bias_parts(shared: int, programs: int, device: torch.device) -> int:
@@ -236,7 +257,7 @@ _KERNELS = {
         bwd._attention_bwd_dkdv_kernel,
         "dout qkv lse delta stats dqkv dq_sum cu_seqlens seed bias",
     ),
-    "attention_bwd_short": (bwd._attention_bwd_short_kernel, "dout qkv lse dqkv cu_seqlens seed bias"),
+    "attention_bwd_short": (bwd._attention_bwd_short_kernel, "dout qkv lse delta dqkv cu_seqlens seed bias"),
     "attention_bwd_dbias": (bwd._attention_bwd_dbias_kernel, "dout qkv lse delta dbias cu_seqlens seed bias"),
 }
 _FLOATS = ("lse", "delta", "stats", "dq_sum", "bias", "dbias")
@@ -255,17 +276,18 @@ def cases(arch: int) -> Iterator[configs.Case]:
             dtypes = ("fp32",) if "-fp32" in name else ("bf16", "fp16")
             bias = "-bias" in name
             dropouts = (True,) if name.endswith(_DROPOUT) else (False,) if name + _DROPOUT in offered else (False, True)
-            one_rows = (False, True) if op.endswith("dbias") else (False,)
-            for head_dim, dtype, drops, one_row in itertools.product(
-                _head_dims(offered, name), dtypes, dropouts, one_rows
-            ):
+            # Of the gradient of a bias: whether it is wanted, or whether the bias has one row for all queries.
+            of_bias = (False, True) if op.endswith("dbias") or (op == "attention_bwd_short" and bias) else (False,)
+            for head_dim, dtype, drops, this in itertools.product(_head_dims(offered, name), dtypes, dropouts, of_bias):
                 constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
                 constants["SCALED"] = bias or dtype == "fp32"
                 constants |= {key: value for key, value in config.items() if key.startswith("BLOCK")}
                 if "-s" in name:
                     constants["BLOCK_S"] = int(name.split("-")[1][1:])
                 if op.endswith("dbias"):
-                    constants["ONE_ROW"] = one_row
+                    constants["ONE_ROW"] = this
+                if op == "attention_bwd_short" and not this:
+                    constants["delta"] = None
                 if op.endswith("dkdv"):
                     constants["dq_sum"] = None
                     constants |= {} if dtype != "fp32" else {"stats": None}
@@ -281,7 +303,11 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     else "i32"
                     for argument in kernel.arg_names
                 }
-                label = f"{op}/{name}/{dtype}-{head_dim}" + "-dropout" * drops + "-row" * one_row
+                label = (
+                    f"{op}/{name}/{dtype}-{head_dim}"
+                    + "-dropout" * drops
+                    + ("-row" if op.endswith("dbias") else "-delta") * this
+                )
                 options = {key: config[key] for key in ("num_warps", "num_stages", "maxnreg") if key in config}
                 narrow = block_d <= 64 and op == "attention_fwd"
                 matrix = dtype != "fp32" or narrow

@@ -298,14 +298,15 @@ def _attention_bwd_dkdv_kernel(
 
 @triton.jit(do_not_specialize=tiles.UNSPECIALIZED)
 def _attention_bwd_short_kernel(
-    dout, qkv, lse, dqkv, cu_seqlens, seed, bias,
+    dout, qkv, lse, delta, dqkv, cu_seqlens, seed, bias,
     batch, total, heads, scale, threshold, keep_scale, bias_batch, bias_head, bias_query, bias_width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV of a head of a sequence of at most BLOCK_S tokens. Grid: (B * heads,).
 
-    Scores are held transposed, [keys, queries]. delta comes from them: all keys are at hand, `out` need not be read.
+    Scores are held transposed, [keys, queries]. delta comes from them: all keys are at hand, `out` need not be read. It
+    is written if it is wanted, for the gradient of the bias.
     """
     sequence = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -319,7 +320,8 @@ def _attention_bwd_short_kernel(
     if bias is not None:
         bias = tiles.find_bias(bias, sequence, head, bias_batch, bias_head)
     query = tl.arange(0, BLOCK_S)
-    row_lse = _load_lse(lse + tl.cast(head, tl.int64) * total + start, query, length, SCALED)
+    rows = tl.cast(head, tl.int64) * total + start
+    row_lse = _load_lse(lse + rows, query, length, SCALED)
     q = tiles.load_rows(q_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     k = tiles.load_rows(k_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
     v = tiles.load_rows(v_head, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D, True)
@@ -338,7 +340,10 @@ def _attention_bwd_short_kernel(
         dp = _drop(dp, keep, keep_scale)
     dv = _dot_bwd(kept.to(do.dtype), do, None)
     tiles.store_rows(dq_head + 2 * heads * HEAD_DIM, dv * keep_scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
-    ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q.dtype)
+    row_delta = tl.sum(p * dp, 0)
+    if delta is not None:
+        tl.store(delta + rows + query, row_delta, mask=query < length)
+    ds = (p * (dp - row_delta[None, :])).to(q.dtype)
     dk = _dot_bwd(ds, q, None)
     tiles.store_rows(dq_head + heads * HEAD_DIM, dk * scale, 0, length, row_stride, BLOCK_S, HEAD_DIM, BLOCK_D)
     dq = _dot_bwd(tl.trans(ds), k, None)

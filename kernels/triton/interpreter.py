@@ -2,6 +2,8 @@
 
 bfloat16: the interpreter's arrays hold it as uint16; casts to it truncate, and a matrix product multiplies the
 integers.
+Products in float32: the bits of an element are NumPy's of the whole tile's shape. On a GPU they depend on the element's
+row and column alone, and kernels with tiles of different shapes rely on that.
 Integer sums: each is computed and compared again in 64 bits, to find overflow, for half of a kernel's time.
 Loop bounds: scalars are arrays of one element, which NumPy since 2.4 does not convert to an index.
 Functions that a kernel calls: for each call the interpreter replaces the language anew, for a third of a kernel's time;
@@ -47,6 +49,9 @@ def _cast(self: Any, src: Any, dst_type: Any) -> Any:
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+    if a.dtype.scalar == tl.float32:
+        rows, columns = np.ascontiguousarray(a.data), np.ascontiguousarray(b.data.T)
+        return interpreter.TensorHandle(np.einsum("mk,nk->mn", rows, columns) + d.data, d.dtype.scalar)
     a, b = (_cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
     return _stock_dot(self, a, b, d, *precision)
 

@@ -346,6 +346,26 @@ def test_attention_few_tokens_with_a_sharp_softmax() -> None:
     accuracy.check_backward(ours("cpu", lengths), eager(lengths), reference(lengths), tensors)
 
 
+@pytest.mark.parametrize("lengths", [(3,), (2, 0), (1, 40, 1)], ids=lambda lengths: "+".join(map(str, lengths)))
+@pytest.mark.parametrize("bias", [None, "B11S", "1hSS"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=accuracy.name_of)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_attention_few_tokens(backend: str, dtype: torch.dtype, bias: str | None, lengths: tuple[int, ...]) -> None:
+    """Gradients of scores that are 0, or next to it, as few keys share the weight: with dropout and each one by itself.
+
+    CUDA C++ takes their sums from the rounded output.
+    """
+    accuracy.require("attention", backend, dtype, 32)
+    tensors = tensors_for(lengths, 2, 32, bias, dtype, backend)
+    query, key, value = tensors.pop("qkv").unbind(1)
+
+    def apart(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda query, key, value, **more: run(torch.stack([query, key, value], 1), **more)
+
+    runs = (apart(run(lengths, 0.1)) for run in (functools.partial(ours, backend), eager, reference))
+    accuracy.check_backward(*runs, {"query": query, "key": key, "value": value} | tensors)
+
+
 @pytest.mark.usefixtures("any_order")
 @pytest.mark.parametrize(
     ("lengths", "score", "deterministic"),
