@@ -108,7 +108,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="question answering: as in finetune (default: 0)",
     )
-    add("--max_seq_length", type=_positive, metavar="N", help="longer texts are cut (default: what the model allows)")
+    add(
+        "--max_seq_length",
+        type=_positive,
+        metavar="N",
+        help="longer texts are cut to this many tokens (sequences, choices) or read in overlapping windows of them "
+        "(words, questions; default: what the model allows)",
+    )
     add("--max_tokens_per_batch", type=_positive, default=8192, metavar="N", help="tokens in a batch (default: 8192)")
     add("--window_rows", type=_positive, default=4096, metavar="N", help="rows in memory at a time (default: 4096)")
     add("--all_scores", action="store_true", help="add a column score_<label> for every label")
@@ -196,6 +202,8 @@ def main(argv: list[str]) -> int:
     parser = build_parser()
     flags = parser.parse_args(argv)
     quiet_transformers()
+    if flags.output != "-" and os.path.realpath(flags.output) == os.path.realpath(flags.input):
+        raise CommandError(f"--output {flags.output}: is the --input; choose another")
     rows = open_rows(flags.input, "--input")
     config = load_config(flags.model_name_or_path)
     if flags.optimize:

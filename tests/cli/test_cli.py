@@ -51,6 +51,14 @@ def test_finetune_takes_the_flags_of_transformers(capsys: pytest.CaptureFixture[
         assert bool(missing) == (flag == "--help")
 
 
+@pytest.mark.parametrize("command", ["finetune", "predict"])
+def test_help_says_what_becomes_of_long_texts(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "onger texts are cut to this many tokens (sequences, choices) or read in overlapping windows" in shown
+
+
 @pytest.mark.parametrize("command", ["info", "predict"])
 def test_unknown_flags(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -312,6 +312,19 @@ def test_an_existing_output_is_not_replaced_unasked(
     assert read(output)[0]["predicted_label"] == "animal"
 
 
+def test_the_input_is_never_replaced(
+    kit: Any, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = kit.write_rows(tmp_path / "in.csv", data(kit, 3))
+    before, link = given.read_bytes(), tmp_path / "link.csv"
+    link.symlink_to(given)
+    for source, output in ((given, given), (link, given), (given, link)):
+        assert main(kit.predict_flags(classifier, source, output, overwrite=True)) == 1
+        assert f"--output {output}: is the --input" in capsys.readouterr().err
+    assert given.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [given, link]
+
+
 def test_a_resumed_run_replaces_no_file_that_has_come_meanwhile(
     kit: Any,
     classifier: Path,
