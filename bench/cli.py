@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = "model: inference; training: a training step; op: single operations; table (default): model and training"
-    top.add_argument("command", nargs="?", choices=list(KINDS), default="table", help=what)
+    top.add_argument("command", nargs="?", type=_command, metavar="COMMAND", default="table", help=what)
     top.add_argument("--list", action="store_true", help="list rows and contestants, measure nothing")
     top.add_argument("--row", default=None, metavar="A,B", help="rows to run (default: all)")
     top.add_argument("--contestants", default=None, metavar="A,B", help="who takes part; 'all' includes hf-compile")
@@ -133,6 +133,15 @@ def _rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 def _is_op(name: str, wanted: str) -> bool:
     """Whether ``wanted`` ("attention", "attention_fwd") names the op row ``name`` ("attention_fwd[minilm]") in part."""
     return name.startswith((wanted + "_", wanted + "["))
+
+
+def _command(text: str) -> str:
+    """The type of the command."""
+    if text in OTHERS:
+        raise argparse.ArgumentTypeError(f"{text} comes first, before the flags")
+    if text not in KINDS:
+        raise argparse.ArgumentTypeError(f"unknown {text!r}; allowed are {', '.join([*KINDS, *OTHERS])}")
+    return text
 
 
 def positive(text: str) -> int:

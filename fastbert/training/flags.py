@@ -118,7 +118,9 @@ def parse_flags(
     Exits with status 2 on a wrong flag. With ``shown``, --help shows the flags of these names and --help_all every one.
     """
     parser = ArgumentParser(cast(Any, kinds), formatter_class=HelpFormatter, allow_abbrev=False, **parser_arguments)
-    if len(argv) == 1 and argv[0].endswith(".json"):
+    if argv and argv[0].endswith(".json"):
+        if len(argv) > 1:
+            parser.error(f"{argv[0]}: a file of flags stands alone, without {' '.join(argv[1:])}; put all into it")
         argv = _read(argv[0])
     if shown is not None:
         parser.add_argument("--help_all", action="store_true", help="Show every flag of TrainingArguments too.")

@@ -57,7 +57,7 @@ class PretrainRun(Run):
     def open(self) -> None:
         model_args, data_args = self.model_args, self.data_args
         self.tokenizer = load_tokenizer(self.tokenizer_name, self.tokenizer_flag, **self.hub)
-        self.prepared = [_open_dataset(path, self.tokenizer) for path in data_args.dataset]
+        self.prepared = [_open_dataset(path, self.tokenizer, self.tokenizer_flag) for path in data_args.dataset]
         self.pairs = _same_format(data_args, [settings for _, settings in self.prepared])
         self.config = _config(model_args, self.tokenizer, **self.hub)
         if model_args.optimize:
@@ -163,8 +163,11 @@ class PretrainRun(Run):
         return [_summary(report["history"][-1])] if report["history"] else []
 
 
-def _open_dataset(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any]]:
-    """A prepared dataset and how it was made. Raises CommandError for anything else."""
+def _open_dataset(path: str, tokenizer: PreTrainedTokenizerBase, argument: str) -> tuple[Any, dict[str, Any]]:
+    """A prepared dataset and how it was made: with the tokenizer that ``argument`` named.
+
+    Raises CommandError for anything else.
+    """
     import datasets
     import pyarrow as pa
 
@@ -185,7 +188,7 @@ def _open_dataset(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, d
         ) from error
     if digest != tokenizer_digest(tokenizer):
         raise CommandError(
-            f"--dataset {path}: was prepared with another tokenizer (of {tokens} tokens; --tokenizer_name has "
+            f"--dataset {path}: was prepared with another tokenizer (of {tokens} tokens; {argument} has "
             f"{len(tokenizer)})"
         )
     return data, found

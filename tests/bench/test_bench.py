@@ -265,11 +265,21 @@ class TestCommandLine:
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err
 
-    @pytest.mark.parametrize("arguments", [["--threads", "0"], ["--repeats", "x"], ["nope"]])
+    @pytest.mark.parametrize("arguments", [["--threads", "0"], ["--repeats", "x"]])
     def test_wrong_values(self, arguments):
         with pytest.raises(SystemExit) as error:
             cli.main(arguments)
         assert error.value.code == 2
+
+    def test_wrong_commands(self, capsys):
+        for arguments, message in (
+            (["nope"], f"unknown 'nope'; allowed are {', '.join([*cli.KINDS, *cli.OTHERS])}"),
+            (["--list", "gpu"], "gpu comes first, before the flags"),
+        ):
+            with pytest.raises(SystemExit) as error:
+                cli.main(arguments)
+            assert error.value.code == 2
+            assert message in capsys.readouterr().err
 
     def test_output_that_cannot_be_written(self, tmp_path, capsys):
         (tmp_path / "file").write_text("")

@@ -454,6 +454,14 @@ def test_wrong_flags_in_a_file(command: str, tmp_path: Path, capsys: pytest.Capt
         assert f"{file}: {words}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["finetune", "pretrain", "prepare", "tokenizer"])
+def test_a_file_of_flags_stands_alone(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "flags.json", "--max_steps", "3"])
+    assert caught.value.code == 2
+    assert "flags.json: a file of flags stands alone, without --max_steps 3" in capsys.readouterr().err
+
+
 def test_a_diverging_run_stops(kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = kit.write_rows(tmp_path / "train.csv", kit.examples(60))
     flags = kit.finetune_flags(base_model, train, tmp_path / "out", optim="sgd", learning_rate=1e38, logging_steps=1)

@@ -143,4 +143,11 @@ def test_bad_data(
     assert main(arguments) == 0
     assert main(kit.pretrain_flags(pairs, tmp_path / "t", tmp_path / "out")) == 1
     assert "was prepared with another tokenizer" in capsys.readouterr().err
+    shutil.copytree(base_model, tmp_path / "model")
+    shutil.copytree(tmp_path / "t", tmp_path / "model", dirs_exist_ok=True)
+    more = {"tokenizer_name": None, "config_overrides": None, "model_name_or_path": tmp_path / "model"}
+    assert main(kit.pretrain_flags(pairs, base_model, tmp_path / "out", **more)) == 1
+    errors = capsys.readouterr().err
+    assert "--model_name_or_path has" in errors
+    assert "--tokenizer_name" not in errors
     assert not (tmp_path / "out").exists()
