@@ -32,7 +32,7 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
     # rows, features, intermediate, features out
     "ffn": [(17, 64, 256, 64), (130, 32, 96, 40)],
     # rows, hidden, dropout
-    "layernorm": [(17, 384, 0.1), (3, 104, 0.0)],
+    "layernorm": [(17, 384, 0.1), (5, 1032, 0.1), (2, 4099, 0.0)],
     # sequences, length, hidden, dropout
     "embedding": [(2, 5, 40, 0.1)],
     # rows, hidden, vocabulary
