@@ -28,31 +28,39 @@ def quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def _check_place(name: str) -> None:
+def _check_place(name: str, argument: str, what: str) -> None:
     if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            raise CommandError(f"--model_name_or_path {name}: no Hugging Face model: the folder has no config.json")
-    elif os.path.exists(name):
-        raise CommandError(f"--model_name_or_path {name}: a file; the folder that holds the model is wanted")
-    elif os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
-        raise CommandError(f"--model_name_or_path {name}: no such folder")
+        return
+    if os.path.exists(name):
+        raise CommandError(f"{argument} {name}: a file; the folder that holds the {what} is wanted")
+    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
+        raise CommandError(f"{argument} {name}: no such folder")
+
+
+def _not_loaded(name: str, argument: str, what: str, error: Exception) -> CommandError:
+    where = "" if os.path.isdir(name) else "no such folder here; from the hub: "
+    return CommandError(f"{argument} {name}: {where}cannot load {what}: {first_line(error)}")
 
 
 def load_config(name: str, **hub: Any) -> PreTrainedConfig:
     """The model's configuration. Raises CommandError."""
-    _check_place(name)
+    argument = "--model_name_or_path"
+    _check_place(name, argument, "model")
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise CommandError(f"{argument} {name}: no Hugging Face model: the folder has no config.json")
     try:
         return AutoConfig.from_pretrained(name, **hub)
     except LOAD_ERRORS as error:
-        raise CommandError(f"--model_name_or_path {name}: cannot load config.json: {first_line(error)}") from error
+        raise _not_loaded(name, argument, "config.json", error) from error
 
 
 def load_tokenizer(name: str, argument: str = "--model_name_or_path", **options: Any) -> PreTrainedTokenizerBase:
     """The model's fast tokenizer. Raises CommandError."""
+    _check_place(name, argument, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
     except LOAD_ERRORS as error:
-        raise CommandError(f"{argument} {name}: cannot load a tokenizer: {first_line(error)}") from error
+        raise _not_loaded(name, argument, "a tokenizer", error) from error
     if not tokenizer.is_fast:
         raise CommandError(f"{argument} {name}: has no fast tokenizer (tokenizer.json)")
     # Where a tokenizer's files are missing, transformers makes one of special tokens, to which every word is unknown.

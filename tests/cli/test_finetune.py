@@ -524,6 +524,30 @@ def test_broken_models(kit: Any, base_model: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["finetune", "predict", "pretrain", "prepare"])
+def test_a_name_that_is_no_folder_and_not_on_the_hub(
+    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise OSError("the hub cannot be reached")
+
+    for loader in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(f"transformers.{loader}.from_pretrained", unreachable)
+    monkeypatch.chdir(tmp_path)
+    rows, name = kit.write_rows(tmp_path / "rows.csv", kit.examples(12)), Path("nope")
+    flags = {
+        "finetune": kit.finetune_flags(name, rows, tmp_path / "out"),
+        "predict": kit.predict_flags(name, rows, tmp_path / "out.csv"),
+        "pretrain": kit.pretrain_flags(tmp_path, name, tmp_path / "out"),
+        "prepare": ["prepare", "--input", str(rows), "--tokenizer_name", "nope", "--output", "out"],
+    }
+    assert main(flags[command]) == 1
+    errors = capsys.readouterr().err
+    assert "nope: no such folder here; from the hub: cannot load " in errors
+    assert "the hub cannot be reached" in errors
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("command", ["finetune", "predict", "pretrain"])
 def test_a_family_that_fastbert_does_not_know(
     kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str

@@ -309,7 +309,11 @@ def test_bad_flags_and_tokenizers(
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
     assert main(flags(corpus, tmp_path, tmp_path / "out")) == 1
-    assert f"--tokenizer_name {tmp_path}" in capsys.readouterr().err
+    assert f"--tokenizer_name {tmp_path}: cannot load a tokenizer" in capsys.readouterr().err
+    assert main(flags(corpus, corpus, tmp_path / "out")) == 1
+    assert f"--tokenizer_name {corpus}: a file; the folder that holds the tokenizer" in capsys.readouterr().err
+    assert main(flags(corpus, tmp_path / "nope", tmp_path / "out")) == 1
+    assert f"--tokenizer_name {tmp_path / 'nope'}: no such folder\n" in capsys.readouterr().err
     from transformers import PreTrainedTokenizerFast
 
     without = PreTrainedTokenizerFast(tokenizer_file=str(base_model / "tokenizer.json"), pad_token="[PAD]")
