@@ -1,6 +1,5 @@
 """What a result was measured on: processor, ISA, versions, commit. Nothing that names the host or its user."""
 
-import json
 import os
 import platform
 import subprocess
@@ -83,12 +82,7 @@ def _cuda_kernels() -> dict[str, Any]:
     """Whether there are CUDA C++ kernels, and what they were built with: some are there only with CUTLASS."""
     from fastbert import dispatch
 
-    try:
-        note = json.loads(Path(dispatch.__file__).with_name("_build.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        note = {}
-    found = {"built": dispatch.cuda_error is None, "reason": dispatch.cuda_error}
-    return found | {name: note.get(name) for name in ("nvcc", "cuda_archs", "cutlass")}
+    return {"built": dispatch.cuda_error is None, "reason": dispatch.cuda_error} | dispatch.cuda_build()
 
 
 def _version(name: str) -> str | None:

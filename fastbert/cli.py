@@ -115,6 +115,8 @@ def information() -> dict[str, Any]:
             "features": list(_C.cpu_features()),
         }
     build["cuda"] = dispatch.cuda_error or True
+    if dispatch.cuda_error is None:
+        build |= dispatch.cuda_build()
     devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {

@@ -102,6 +102,11 @@ def _build_note() -> dict[str, Any]:
     return note
 
 
+def cuda_build() -> dict[str, Any]:
+    """What the CUDA kernels were built with: nvcc's version, the compute capabilities, CUTLASS's version or None."""
+    return {name: _build_note().get(name) for name in ("nvcc", "cuda_archs", "cutlass")}
+
+
 def _build_reason(key: str = "reason", unknown: str = "fastbert was installed without its C++ extension") -> str:
     """Why the build left the extension, or the CUDA kernels, out."""
     return _build_note().get(key) or unknown

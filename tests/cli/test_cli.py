@@ -99,6 +99,9 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"fastbert {fastbert.__version__}" in text
     threads = next(line for line in text.splitlines() if "threads" in line)
     assert threads.split()[-1] == str(found["cpu"]["threads"])
+    if found["build"]["cuda"] is True:
+        archs = next(line for line in text.splitlines() if "cuda_archs" in line)
+        assert archs.split()[1:] == found["build"]["cuda_archs"]
 
 
 def test_info_imports_nothing_heavy(tmp_path: Path) -> None:
