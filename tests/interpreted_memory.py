@@ -4,6 +4,7 @@ Programs of a launch run in any order and at the same time on a GPU, and so do t
 they take turns, so that a kernel that depends on the order is right there. An access counts as an error if it
 
 - lies outside of all tensors that the launch was given, or not at a multiple of its size;
+- has a mask of integers, as one of a scalar and a tensor is there, which Triton's interpreter refuses since 3.9;
 - reads what another program writes in the same launch, or what the same one wrote, for which its threads would have to
   wait for one another;
 - writes what another program reads or writes, or one place twice; atomics may meet atomics alone.
@@ -129,6 +130,8 @@ class Watch:
     def _elements(self, pointers: Any, mask: Any) -> Iterator[tuple[_Region, Any]]:
         """The regions that an access goes to, with the numbers of the elements there."""
         itemsize = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
+        if mask.data.dtype != np.bool_:
+            self._error("a mask that is not of booleans")
         addresses, live = np.broadcast_arrays(pointers.data, mask.data)
         addresses = addresses[live.astype(bool)].astype(np.uint64)
         if addresses.size == 0:

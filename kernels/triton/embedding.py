@@ -200,12 +200,13 @@ def _embedding_bwd_few_rows_kernel(
 ):
     part = tl.program_id(0)
     row = tl.program_id(2)
+    wanted = tl.where(row == padding_idx, -2, row)  # of no token
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for start in range(part * PART, tl.minimum(part * PART + PART, num_tokens), BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
         id = tl.load(ids + token, mask=token < num_tokens, other=-1)
-        inside = ((id == row) & (row != padding_idx))[:, None] & (column < HIDDEN)[None, :]
+        inside = (id == wanted)[:, None] & (column < HIDDEN)[None, :]
         offset = token.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         total += tl.load(dz + offset, mask=inside, other=0.0).to(tl.float32)
     out = partials + (part.to(tl.int64) * tl.num_programs(2) + row) * HIDDEN + column

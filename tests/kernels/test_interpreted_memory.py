@@ -69,6 +69,12 @@ def _masked_kernel(x, y, size, BLOCK: tl.constexpr):
     tl.store(y + tl.program_id(0), tl.sum(tl.load(x + at, mask=at < size - 1).to(tl.float32)))
 
 
+@triton.jit
+def _integer_mask_kernel(x, y, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at), mask=(at < size) & (tl.program_id(0) != size))
+
+
 def run(kernel: object, x: Tensor, y: Tensor) -> None:
     kernel[(x.numel() // 8,)](x, y, x.numel(), BLOCK=8)  # type: ignore[index]
 
@@ -103,6 +109,7 @@ def test_an_update_in_place_passes(memory_watch: Callable[[], list[str]]) -> Non
         (_neighbour_kernel, "reads what another program writes"),
         (_neighbour_kernel, "writes what another program reads"),
         (_own_kernel, "reads what it wrote"),
+        (_integer_mask_kernel, "a mask that is not of booleans"),
         (_atomic_kernel, "reads what atomics change"),
         (_atomic_kernel, "changes by atomics what is read or written"),
     ],
