@@ -337,22 +337,13 @@ __device__ __forceinline__ void wait_for_products() {
 }
 // Keeps the compiler from moving accesses to a result, or to an operand in registers, past where this stands: before
 // begin_products and after the wait.
-template <int N>
-__device__ __forceinline__ void hold(float (&c)[N][4]) {
+template <class Word, int N>
+__device__ __forceinline__ void hold(Word (&words)[N][4]) {
 #ifdef __CUDACC__
 #pragma unroll
   for (int n = 0; n < N; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(c[n][i]);
-#endif
-}
-template <int N>
-__device__ __forceinline__ void hold(uint32_t (&a)[N][4]) {
-#ifdef __CUDACC__
-#pragma unroll
-  for (int n = 0; n < N; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(a[n][i]);
+    for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(words[n][i]);
 #endif
 }
 
