@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(max_threads(N), 1) layernorm_fwd_kernel(Forwar
     }
   }
   float mean = team.sum(total, slots) / static_cast<float>(a.columns);
-  if constexpr (std::is_same_v<Y, float>) {  // so few 16-bit numbers have a sum without a rounding that would make a constant row steep
+  // A mean that is rounded would make a constant row steep. So few 16-bit numbers have one that is exact enough.
+  if constexpr (std::is_same_v<Y, float>) {
     float rest = 0.0f;
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
