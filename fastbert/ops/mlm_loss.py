@@ -13,6 +13,7 @@ from fastbert import dispatch
 from fastbert.ops import checks, leaf
 from fastbert.ops.layernorm import layernorm
 from fastbert.ops.linear import linear
+from fastbert.ops.mlm_transform import mlm_transform
 
 
 def mlm_loss_ref(
@@ -63,8 +64,7 @@ def mlm_loss(
     label_smoothing: in [0, 1]: the share of each target that is spread over the whole vocabulary, as
         F.cross_entropy does it.
     num_items: what the sum is divided by, in place of the number of labels (gradient accumulation).
-    backend: forces an implementation (see `fastbert.dispatch`) of the loss and of the transform's `layernorm` and
-        `linear`; but Triton has no kernel for a `linear` of one weight, which chooses for itself then.
+    backend: forces an implementation (see `fastbert.dispatch`) of the loss and of its transform.
 
     Returns (loss, count): a float32 scalar (float64 for float64), and the number of labels, int64. Without any
     label the loss is NaN, as PyTorch's own mean is, or with num_items 0, and the gradients are 0. Differentiable once.
@@ -76,29 +76,28 @@ def mlm_loss(
     _check(hidden, labels, decoder_weight, decoder_bias, label_smoothing)
     hidden = leaf.as_rows(hidden)
     labels = labels.reshape(-1)
-    labelled = labels != ignore_index
-    count = labelled.sum()
     autocasting = checks.autocasting(hidden)
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocasting else hidden.dtype
     chosen = dispatch.select("mlm_loss", device=hidden.device, dtype=dtype, backend=backend)
-    # The Triton kernels gather for themselves, without making the host wait for how many rows there are. In compiled
-    # code a shape that depends on the data would break the graph.
-    if chosen.name != "triton" and not torch.compiler.is_compiling():
-        index = labelled.nonzero().squeeze(1)
-        hidden, labels = hidden[index], labels[index]
-    # Triton has no kernel for a product with one weight: forced, it would raise.
-    linear_backend = None if backend == "triton" else backend
-    transformed = layernorm(
-        F.gelu(linear(hidden, transform_weight, transform_bias, backend=linear_backend)),
-        norm_weight,
-        norm_bias,
-        eps=eps,
-        backend=backend,
-    )
+    unlabelled: int | Tensor = ignore_index
+    if chosen.name == "triton":  # which gathers for itself, without making the host wait for how many rows there are
+        if autocasting:
+            hidden, transform_weight, transform_bias = map(checks.autocast, (hidden, transform_weight, transform_bias))
+        _check_transform(hidden, transform_weight, transform_bias)
+        activation, labels, unlabelled = mlm_transform(hidden, labels, transform_weight, transform_bias, ignore_index)
+        count = unlabelled[0].long()
+    else:
+        labelled = labels != ignore_index
+        count = labelled.sum()
+        if not torch.compiler.is_compiling():  # where a shape that depends on the data would break the graph
+            index = labelled.nonzero().squeeze(1)
+            hidden, labels = hidden[index], labels[index]
+        activation = F.gelu(linear(hidden, transform_weight, transform_bias, backend=backend))
+    transformed = layernorm(activation, norm_weight, norm_bias, eps=eps, backend=backend)
     if autocasting:
         transformed, decoder_weight = checks.autocast(transformed), checks.autocast(decoder_weight)
         decoder_bias = None if decoder_bias is None else checks.autocast(decoder_bias)
-    total = chosen.run(transformed, labels, decoder_weight, decoder_bias, ignore_index, label_smoothing)
+    total = chosen.run(transformed, labels, decoder_weight, decoder_bias, unlabelled, label_smoothing)
     if num_items is not None:
         return total / num_items, count
     # 0 / 0 would make the gradients NaN where PyTorch's are 0.
@@ -108,7 +107,7 @@ def mlm_loss(
 def _check(
     hidden: Tensor, labels: Tensor, decoder_weight: Tensor, decoder_bias: Tensor | None, label_smoothing: float
 ) -> None:
-    """Checks all but the transform, which `linear` and `layernorm` check."""
+    """Checks all but the transform."""
     checks.tensor("mlm_loss", "labels", labels)
     if labels.dtype is not torch.int64:
         raise TypeError(f"mlm_loss: labels must be torch.int64, got {labels.dtype}")
@@ -129,6 +128,15 @@ def _check(
         checks.operand("mlm_loss", "decoder_bias", decoder_bias, decoder_weight, "decoder_weight")
         checks.shape("mlm_loss", "decoder_bias", decoder_bias, (decoder_weight.size(0),), "[vocabulary]")
     checks.probability("mlm_loss", "label_smoothing", label_smoothing)
+
+
+def _check_transform(hidden: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """What `linear` checks where it is used."""
+    features = hidden.size(1)
+    checks.operand("mlm_loss", "transform_weight", weight, hidden, "hidden")
+    checks.shape("mlm_loss", "transform_weight", weight, (features, features), "[features, features]")
+    checks.operand("mlm_loss", "transform_bias", bias, hidden, "hidden")
+    checks.shape("mlm_loss", "transform_bias", bias, (features,), "[features]")
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -152,7 +160,7 @@ def _run_reference(
 _cpu = leaf.Leaf("mlm_loss", "cpu", backward=False)
 _triton = leaf.define_triton(
     "mlm_loss",
-    "(Tensor h, Tensor labels, Tensor weight, Tensor? bias, int ignore_index, float label_smoothing, bool need_dh, "
+    "(Tensor h, Tensor labels, Tensor weight, Tensor? bias, Tensor count, float label_smoothing, bool need_dh, "
     "bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -163,17 +171,19 @@ def _run(
     labels: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ignore_index: int,
+    unlabelled: int | Tensor,
     label_smoothing: float,
 ) -> Tensor:
+    """unlabelled: which rows have no label: those whose label it is or, for Triton, those from count on, int32 [1]."""
     hidden, labels, weight = hidden.contiguous(), labels.contiguous(), weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()
     needed = [leaf.needs_grad(tensor) for tensor in (hidden, weight, bias)]
     try:
-        return kernels.call(any(needed), hidden, labels, weight, bias, ignore_index, label_smoothing, *needed)[0]
-    except RuntimeError:  # the kernel checks the labels too, but can raise nothing else
-        check_labels(labels, weight.size(0), ignore_index)
+        return kernels.call(any(needed), hidden, labels, weight, bias, unlabelled, label_smoothing, *needed)[0]
+    except RuntimeError:
+        if isinstance(unlabelled, int):  # the kernel checks the labels too, but can raise nothing else
+            check_labels(labels, weight.size(0), unlabelled)
         raise
 
 
@@ -190,7 +200,7 @@ def _forward_fake(
     labels: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ignore_index: int,
+    unlabelled: int | Tensor,
     label_smoothing: float,
     need_dh: bool,
     need_dweight: bool,

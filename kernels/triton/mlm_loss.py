@@ -1,9 +1,8 @@
 """Cross-entropy of the masked language model's decoder, and its gradients, at the labelled rows.
 
-How many rows are labelled only the device knows. It gathers them into a buffer with room for all, and the chunks of
-rows that the host launches find there what they have to do: a chunk beyond the last labelled row ends at once. A
-chunk's logits are kept in a scratch of bounded size, in the dtype of the hidden states, and are turned into their own
-gradients there:
+The rows come from mlm_transform.py, those with a label first, and how many these are only the device knows: a chunk
+beyond the last of them ends at once. A chunk's logits are kept in a scratch of bounded size, in the dtype of the hidden
+states, and are turned into their own gradients there:
 
     logits = h W^T + b; per tile of the vocabulary: maximum, sum of exponentials, sum of logits (float32)
     log-sum-exp and loss of each row, of the logits as they are kept: others would not sum up to 1 with these, and where
@@ -12,7 +11,7 @@ gradients there:
     dh = dlogits W;  dW += dlogits^T h
 
 The chunks follow one another in order and nothing is added atomically: results repeat bit for bit. A label that is
-neither ignore_index nor a row of the decoder makes the loss NaN, and the gradients with it.
+no row of the decoder makes the loss NaN, and the gradients with it.
 
 Gradients are formed before the factor of the loss is known, by which GradScaler keeps those of float16 from becoming 0.
 So in float16 those of the logits are kept GAIN times as large, and all others in float32.
@@ -21,7 +20,8 @@ So in float16 those of the logits are kept GAIN times as large, and all others i
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import triton
@@ -34,59 +34,18 @@ SCRATCH_BYTES = 256 * 1024 * 1024  # for the logits of a chunk
 GAIN = tl.constexpr(32768.0)
 ROW_MULTIPLE = 128  # of rows in a chunk, and of columns in the scratch, which tiles of BLOCK_K and of dW read whole
 
-_COMPACT = {"BLOCK": 4096, "num_warps": 8}
-_GATHER = {"BLOCK_M": 8, "num_warps": 4}
 _LSE = {"BLOCK_M": 32, "BLOCK_B": 64, "num_warps": 4}
 _DLOGITS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
 
 
-@triton.jit(do_not_specialize=("num_rows", "ignore_index"))
-def _mlm_loss_compact_kernel(
-    labels,  # int64 [num_rows]
-    index,  # int32 [num_rows]: the labelled rows first, in their order
-    count,  # int32 [1]: how many there are
-    num_rows,
-    ignore_index,
-    BLOCK: tl.constexpr,
-):
-    total = 0
-    for first in range(0, num_rows, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        label = tl.load(labels + row, mask=row < num_rows, other=0)
-        labelled = (row < num_rows) & (label != ignore_index)
-        place = total + tl.cumsum(labelled.to(tl.int32), 0) - 1
-        tl.store(index + place, row, mask=labelled)
-        total += tl.sum(labelled.to(tl.int32), 0)
-    tl.store(count, total)
-
-
-@triton.jit
-def _mlm_loss_gather_kernel(
-    h,  # [num_rows, HIDDEN]
-    index,  # int32 [num_rows]
-    count,  # int32 [1]
-    out,  # [num_rows, HIDDEN]: the labelled rows of h
-    HIDDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = row < tl.load(count)
-    source = tl.load(index + row, mask=live, other=0).to(tl.int64)
-    inside = live[:, None] & (column < HIDDEN)[None, :]
-    values = tl.load(h + source[:, None] * HIDDEN + column[None, :], mask=inside, other=0.0)
-    tl.store(out + row.to(tl.int64)[:, None] * HIDDEN + column[None, :], values, mask=inside)
-
-
 @triton.jit
 def _logits_epilogue(
-    v, m, label, tile, tiles, bias, logits, stats, label_logit, chunk, vocabulary,
+    v, m, labels, number, tile, tiles, bias, logits, stats, label_logit, chunk, vocabulary,
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """v: float32 [BLOCK_M, BLOCK_N], the product's rows from m and columns from tile * BLOCK_N on, of `tiles` tiles.
-    label: of these rows, int64 [BLOCK_M]. The rest as the kernel has it. Rows without a label are written, too: nobody
-    reads them, and whole tiles need fewer registers."""
+    labels: of this chunk, the first `number` of which are looked at. The rest as the kernel has it. Rows without a
+    label are written, too: nobody reads them, and whole tiles need fewer registers."""
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     n = tile * BLOCK_N
     word = column < vocabulary - n
@@ -96,9 +55,6 @@ def _logits_epilogue(
     if logits is not None:
         pointer = logits + (m.to(tl.int64) * WIDTH + n) + (row[:, None] * WIDTH + column[None, :])
         tl.store(pointer, v, mask=(column < WIDTH - n)[None, :])
-    own = (label - n).to(tl.int32)
-    on_label = tl.sum(tl.where(column[None, :] == own[:, None], v, 0.0), 1)
-    tl.store(label_logit + m + row, on_label, mask=(own >= 0) & (own < tl.minimum(BLOCK_N, vocabulary - n)))
     out = stats + (tile.to(tl.int64) * chunk + m) + row
     part = tiles.to(tl.int64) * chunk
     tl.store(out + 2 * part, tl.sum(tl.where(word[None, :], v, 0.0), 1))
@@ -107,6 +63,10 @@ def _logits_epilogue(
     tl.store(out, maximum)
     base = tl.where(maximum == float("-inf"), 0.0, maximum)
     tl.store(out + part, tl.sum(tl.exp(v - base[:, None]), 1))
+    # Last and in each half, for a label in hand takes registers from the product: some of them spilt.
+    own = (tl.load(labels + m + row, mask=row < number - m, other=-1) - n).to(tl.int32)
+    on_label = tl.sum(tl.where(column[None, :] == own[:, None], v, 0.0), 1)
+    tl.store(label_logit + m + row, on_label, mask=(own >= 0) & (own < tl.minimum(BLOCK_N, vocabulary - n)))
 
 
 @triton.jit(do_not_specialize=("begin", "chunk", "steps"))
@@ -114,8 +74,7 @@ def _mlm_loss_logits_kernel(
     h,  # [num_rows, HIDDEN], the labelled rows
     weight,  # [vocabulary, HIDDEN]
     bias,  # [vocabulary] or None
-    labels,  # int64 [num_rows]
-    index,  # int32 [num_rows]
+    labels,  # int64 [num_rows], of the labelled rows
     count,  # int32 [1]
     logits,  # [chunk, WIDTH], or None if there is no backward
     stats,  # float32 [3, halves of tiles, chunk]: maximum, sum of exponentials less it, sum of logits
@@ -138,18 +97,16 @@ def _mlm_loss_logits_kernel(
     if tile_m * BLOCK_M < number:
         row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # of the chunk
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        live = row < number
         a_row, b_row = begin + tl.minimum(row, number - 1), tl.minimum(column, vocabulary - 1)
         v = matmul.multiply_rows(h, a_row, weight, b_row, steps, HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
         left, right = matmul.halves(v, BLOCK_M, BLOCK_N)
         _logits_epilogue(
-            left, tile_m * BLOCK_M, label, 2 * tile_n, 2 * tiles_n, bias, logits, stats, label_logit, chunk,
-            vocabulary, h.dtype.element_ty, WIDTH, BLOCK_M, BLOCK_N // 2,
+            left, tile_m * BLOCK_M, labels + begin, number, 2 * tile_n, 2 * tiles_n, bias, logits, stats, label_logit,
+            chunk, vocabulary, h.dtype.element_ty, WIDTH, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         _logits_epilogue(
-            right, tile_m * BLOCK_M, label, 2 * tile_n + 1, 2 * tiles_n, bias, logits, stats, label_logit,
-            chunk, vocabulary, h.dtype.element_ty, WIDTH, BLOCK_M, BLOCK_N // 2,
+            right, tile_m * BLOCK_M, labels + begin, number, 2 * tile_n + 1, 2 * tiles_n, bias, logits, stats,
+            label_logit, chunk, vocabulary, h.dtype.element_ty, WIDTH, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
 
 
@@ -157,8 +114,7 @@ def _mlm_loss_logits_kernel(
 def _mlm_loss_lse_kernel(
     stats,  # float32 [3, tiles, chunk], of what `_logits_epilogue` calls a tile
     label_logit,  # float32 [chunk]
-    labels,  # int64 [num_rows]
-    index,  # int32 [num_rows]
+    labels,  # int64 [num_rows], of the labelled rows
     count,  # int32 [1]
     lse,  # float32 [2, chunk]: the maximum, and the log-sum-exp less it, which has more digits apart
     losses,  # float32 [num_rows], of the labelled rows in their order
@@ -186,7 +142,7 @@ def _mlm_loss_lse_kernel(
         powers = powers * tl.exp(maximum - highest) + tl.sum(s * tl.exp(m - highest[None, :]), 0)
         total += tl.sum(tl.load(pointer + 2 * part, mask=inside, other=0.0), 0)
         maximum = highest
-    label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
+    label = tl.load(labels + begin + row, mask=live, other=0)
     above = tl.where((label >= 0) & (label < vocabulary), tl.log(powers), float("nan"))
     on_label = tl.load(label_logit + row, mask=live, other=0.0)
     loss = maximum - on_label + above
@@ -201,8 +157,7 @@ def _mlm_loss_lse_kernel(
 def _mlm_loss_dlogits_kernel(
     logits,  # [chunk, width], replaced by their gradients (GAIN); zero in the columns beyond the vocabulary
     lse,  # float32 [2, chunk]
-    labels,  # int64 [num_rows]
-    index,  # int32 [num_rows]
+    labels,  # int64 [num_rows], of the labelled rows
     count,  # int32 [1]
     dbias,  # float32 [vocabulary], to which this chunk's sums are added, or None
     begin,
@@ -224,7 +179,7 @@ def _mlm_loss_dlogits_kernel(
         v = tl.load(pointer, mask=live[:, None] & (column < width)[None, :], other=float("-inf")).to(tl.float32)
         maximum = tl.load(lse + row, mask=live, other=0.0)
         above = tl.load(lse + chunk + row, mask=live, other=0.0)
-        label = tl.load(labels + tl.load(index + begin + row, mask=live, other=0), mask=live, other=0)
+        label = tl.load(labels + begin + row, mask=live, other=0)
         d = tl.exp(v - maximum[:, None] - above[:, None]) - smoothing / vocabulary
         d -= tl.where(column[None, :] == label[:, None], 1.0 - smoothing, 0.0)
         d = tl.where(live[:, None] & word[None, :], d, 0.0)
@@ -238,9 +193,9 @@ def _mlm_loss_dlogits_kernel(
 
 @triton.jit(do_not_specialize=("begin", "chunk"))
 def _mlm_loss_dh_kernel(
-    dlogits,  # [chunk, width]
+    dlogits,  # [chunk, width], SCALE times as large as they are
     weight,  # [vocabulary, HIDDEN]
-    index,  # int32 [num_rows]
+    index,  # int32 [num_rows]: which row of dh each is, or None: they lie alike
     count,  # int32 [1]
     dh,  # [num_rows, HIDDEN], of which the labelled rows are written
     begin,
@@ -253,6 +208,7 @@ def _mlm_loss_dh_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     number = tl.minimum(tl.load(count) - begin, chunk)
     tile_m, tile_n = matmul.tile_of(tl.program_id(0), tl.cdiv(chunk, BLOCK_M), tl.cdiv(HIDDEN, BLOCK_N), GROUP_M)
@@ -278,16 +234,18 @@ def _mlm_loss_dh_kernel(
             BLOCK_K,
             PRECISION,
         )
-        if dlogits.dtype.element_ty == tl.float16:
-            d *= 1.0 / GAIN
-        to = tl.load(index + begin + row, mask=row < number, other=0).to(tl.int64)
+        if SCALE != 1.0:
+            d *= 1.0 / SCALE
+        to = (begin + row).to(tl.int64)
+        if index is not None:
+            to = tl.load(index + to, mask=row < number, other=0).to(tl.int64)
         live = (row < number)[:, None] & (column < HIDDEN)[None, :]
         tl.store(dh + to[:, None] * HIDDEN + column[None, :], d, mask=live)
 
 
 @triton.jit(do_not_specialize=("begin", "chunk"))
 def _mlm_loss_dweight_kernel(
-    dlogits,  # [chunk, WIDTH]
+    dlogits,  # [chunk, WIDTH], SCALE times as large as they are
     h,  # [num_rows, HIDDEN], the labelled rows
     count,  # int32 [1]
     dweight,  # [vocabulary, HIDDEN], written by the first chunk and added to by the others
@@ -301,6 +259,7 @@ def _mlm_loss_dweight_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     number = tl.maximum(tl.minimum(tl.load(count) - begin, chunk), 0)
     if (number > 0) | (begin == 0):
@@ -327,8 +286,8 @@ def _mlm_loss_dweight_kernel(
             BLOCK_K,
             PRECISION,
         )
-        if dlogits.dtype.element_ty == tl.float16:
-            d *= 1.0 / GAIN
+        if SCALE != 1.0:
+            d *= 1.0 / SCALE
         pointer = dweight + row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         live = (row < vocabulary)[:, None] & (column < HIDDEN)[None, :]
         if begin > 0:
@@ -341,13 +300,14 @@ def mlm_loss_fwd(
     labels: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ignore_index: int,
+    count: Tensor,
     label_smoothing: float,
     need_dh: bool,
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h [N, H]; labels int64 [N]; weight [V, H]; bias [V]; contiguous.
+    """h [N, H]; labels int64 [N]; weight [V, H]; bias [V]; contiguous. count int32 [1]: how many rows are labelled,
+    which come first; the others are not looked at.
 
     Returns the sum of the losses (float32), and the gradients of h, weight and bias, in float32 if these are float16;
     those not needed are empty.
@@ -361,40 +321,28 @@ def mlm_loss_fwd(
         dweight = torch.zeros_like(weight, dtype=stored) if need_dweight else none()
         dbias = h.new_zeros(vocabulary if need_dbias else 0, dtype=stored)
         return h.new_zeros((), dtype=torch.float32), dh, dweight, dbias
-    width = configs.cdiv(vocabulary, ROW_MULTIPLE) * ROW_MULTIPLE
+    forward, dh_config, dweight_config = (config(f"mlm_loss_{name}", h) for name in ("fwd", "dh", "dweight"))
+    whole = dh_config["BLOCK_K"], dweight_config["BLOCK_M"], dweight_config["BLOCK_K"]
+    width = padded(vocabulary, forward["BLOCK_M"], *whole)
     chunk = _chunk_rows(num_rows, width * h.element_size())
     one = num_rows <= chunk
-    index = labels.new_empty(num_rows, dtype=torch.int32)
-    count = index.new_empty(1)
-    gathered = torch.empty_like(h)
     losses = h.new_zeros(num_rows, dtype=torch.float32)
     lse, label_logit = losses.new_empty(2, chunk), losses.new_empty(chunk)
     logits = h.new_empty(chunk, width) if need_dh or need_dweight or need_dbias else None
     dweight = torch.empty_like(weight, dtype=stored if one else torch.float32) if need_dweight else None
     # Summed wherever there is a bias, so that none is left out by a kernel of its own.
     dbias = None if logits is None or bias is None else losses.new_zeros(vocabulary)
-    forward, dh_config, dweight_config = (_config(name, h) for name in ("fwd", "dh", "dweight"))
-    whole = {forward["BLOCK_M"], dh_config["BLOCK_K"], dweight_config["BLOCK_M"], dweight_config["BLOCK_K"]}
-    if any(ROW_MULTIPLE % size for size in whole):
-        raise ValueError(
-            f"mlm_loss: the configured tiles read {sorted(whole)} at once; these must divide {ROW_MULTIPLE}"
-        )
     tiles = configs.cdiv(vocabulary, forward["BLOCK_N"])
     stats = losses.new_empty(3, 2 * tiles, chunk)
     precision = {"PRECISION": matmul.precision(h.dtype)}
+    product = precision | {"SCALE": GAIN.value if h.dtype is torch.float16 else 1.0}
     with torch.cuda.device_of(h):
-        _mlm_loss_compact_kernel[(1,)](labels, index, count, num_rows, ignore_index, **_COMPACT)
-        block = min(512, configs.next_power_of_2(hidden))
-        _mlm_loss_gather_kernel[(configs.cdiv(num_rows, _GATHER["BLOCK_M"]), configs.cdiv(hidden, block))](
-            h, index, count, gathered, HIDDEN=hidden, BLOCK_N=block, **_GATHER
-        )
         for begin in range(0, num_rows, chunk):
             _mlm_loss_logits_kernel[(configs.cdiv(chunk, forward["BLOCK_M"]) * tiles,)](
-                gathered,
+                h,
                 weight,
                 bias,
                 labels,
-                index,
                 count,
                 logits,
                 stats,
@@ -412,7 +360,6 @@ def mlm_loss_fwd(
                 stats,
                 label_logit,
                 labels,
-                index,
                 count,
                 lse,
                 losses,
@@ -426,13 +373,13 @@ def mlm_loss_fwd(
             if logits is None:
                 continue
             _mlm_loss_dlogits_kernel[(configs.cdiv(width, _DLOGITS["BLOCK_N"]),)](
-                logits, lse, labels, index, count, dbias, begin, chunk, vocabulary, width, label_smoothing, **_DLOGITS
+                logits, lse, labels, count, dbias, begin, chunk, vocabulary, width, label_smoothing, **_DLOGITS
             )
             if need_dh:
                 _mlm_loss_dh_kernel[matmul.tiles(dh_config, chunk, hidden),](
                     logits,
                     weight,
-                    index,
+                    None,
                     count,
                     dh,
                     begin,
@@ -440,13 +387,13 @@ def mlm_loss_fwd(
                     vocabulary,
                     width,
                     HIDDEN=hidden,
-                    **precision,
+                    **product,
                     **dh_config,
                 )
             if dweight is not None:
                 _mlm_loss_dweight_kernel[matmul.tiles(dweight_config, vocabulary, hidden),](
                     logits,
-                    gathered,
+                    h,
                     count,
                     dweight,
                     begin,
@@ -454,7 +401,7 @@ def mlm_loss_fwd(
                     vocabulary,
                     WIDTH=width,
                     HIDDEN=hidden,
-                    **precision,
+                    **product,
                     **dweight_config,
                 )
     return (
@@ -471,45 +418,78 @@ def _chunk_rows(num_rows: int, row_bytes: int) -> int:
     return min(most, configs.cdiv(num_rows, ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
-def _config(part: str, h: Tensor) -> dict[str, int]:
-    shape_class = "fp32" if h.dtype is torch.float32 else "half"
-    return configs.choose(f"mlm_loss_{part}", shape_class, h.device)
+def padded(columns: int, *tiles: int) -> int:
+    """The columns of a scratch for so many, which tiles of these sizes read whole."""
+    if any(ROW_MULTIPLE % size for size in tiles):
+        read = sorted(set(tiles))
+        raise ValueError(f"mlm_loss: the configured tiles read {read} at once; these must divide {ROW_MULTIPLE}")
+    return configs.cdiv(columns, ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def config(kernel: str, h: Tensor) -> dict[str, int]:
+    """The launch configuration of one of the products."""
+    return configs.choose(kernel, "fp32" if h.dtype is torch.float32 else "half", h.device)
+
+
+_TYPES = dict.fromkeys(("stats", "label_logit", "lse", "losses", "dbias", "partials"), "*fp32")
+_TYPES |= {"labels": "*i64", "front": "*i64", "index": "*i32", "count": "*i32", "vocabulary": "i32", "width": "i32:16"}
+_TYPES |= {"smoothing": "fp32"}
+_TYPES |= dict.fromkeys(("num_rows", "ignore_index", "begin", "chunk", "tiles", "steps"), "i32")
+
+
+def case(
+    kernel: triton.JITFunction,
+    kind: str,
+    launch: Mapping[str, Any],
+    label: str = "",
+    matrix: bool = False,
+    **types: str,
+) -> configs.Case:
+    """One launch of a kernel of the head, whose tensors are of `kind` but for those that `types` names; fp32 may be
+    called tf32, where it is multiplied so."""
+    stored = "fp32" if kind == "tf32" else kind
+    options = {name: launch[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch}
+    constants = {name: value for name, value in launch.items() if name not in options}
+    if "PRECISION" in kernel.arg_names:
+        constants["PRECISION"] = "tf32" if kind == "tf32" else "ieee"
+    signature = {
+        name: types.get(name) or _TYPES.get(name, f"*{stored}") for name in kernel.arg_names if name not in constants
+    }
+    together = 2 if options.get("maxnreg", 256) <= 128 else 1  # of 8 warps each
+    return configs.Case(kind + label, kernel, signature, constants, options, matrix and kind != "fp32", together)
+
+
+def kinds(shape_class: str) -> tuple[str, str]:
+    """What a shape class serves, as `case` calls it."""
+    return ("fp32", "tf32") if shape_class == "fp32" else ("fp16", "bf16")
 
 
 def cases(arch: int) -> Iterator[configs.Case]:
     table = configs.table(arch)
-    integers = dict.fromkeys(("num_rows", "ignore_index", "begin", "chunk", "tiles", "steps"), "i32")
-    integers |= {"vocabulary": "i32", "width": "i32:16", "smoothing": "fp32"}
-    floats = dict.fromkeys(("stats", "label_logit", "lse", "losses", "dbias"), "*fp32")
-    pointers = {"labels": "*i64", "index": "*i32", "count": "*i32"} | floats
-
-    def case(
-        label: str, kernel: triton.JITFunction, kind: str, launch: dict[str, object], matrix: bool
-    ) -> configs.Case:
-        tensors = dict.fromkeys(("h", "weight", "bias", "logits", "dlogits", "out"), f"*{kind}")
-        tensors |= dict.fromkeys(("dh", "dweight"), "*fp32" if kind == "fp16" else f"*{kind}")
-        types = {name: type_ for name, type_ in (tensors | pointers | integers).items() if name in kernel.arg_names}
-        options = {name: launch[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch}
-        constants = {name: value for name, value in launch.items() if name not in options}
-        together = 2 if options.get("maxnreg", 256) <= 128 else 1  # of 8 warps each
-        return configs.Case(label, kernel, types, constants, options, matrix, together)
-
-    yield case("any", _mlm_loss_compact_kernel, "bf16", _COMPACT, False)
-    yield case("any", _mlm_loss_lse_kernel, "bf16", _LSE, False)
+    width = 30592  # of BERT's vocabulary of 30522
+    yield case(_mlm_loss_lse_kernel, "bf16", _LSE)
     for kind in ("bf16", "fp32"):
-        yield case(kind, _mlm_loss_gather_kernel, kind, {"HIDDEN": 768, "BLOCK_N": 512} | _GATHER, False)
-        yield case(kind, _mlm_loss_dlogits_kernel, kind, _DLOGITS, False)
-    width = 30592  # BERT's vocabulary of 30522
-    kernels = {"fwd": _mlm_loss_logits_kernel, "dh": _mlm_loss_dh_kernel, "dweight": _mlm_loss_dweight_kernel}
-    for part, kernel in kernels.items():
-        for shape_class, config in table[f"mlm_loss_{part}"].items():
-            for kind in ("fp32", "tf32") if shape_class == "fp32" else ("fp16", "bf16"):
-                for hidden in (768, 312):
-                    launch = {"HIDDEN": hidden, "PRECISION": "tf32" if kind == "tf32" else "ieee"} | config
-                    if "WIDTH" in kernel.arg_names:
-                        launch["WIDTH"] = width
-                    stored = "fp32" if kind == "tf32" else kind
-                    yield case(f"{kind}-{hidden}", kernel, stored, launch, kind != "fp32")
-        if part == "fwd":
-            launch = {"HIDDEN": 768, "WIDTH": width, "PRECISION": "ieee"} | table["mlm_loss_fwd"]["half"]
-            yield case("bf16-768-inference", kernel, "bf16", launch | {"logits": None}, True)
+        yield case(_mlm_loss_dlogits_kernel, kind, _DLOGITS)
+    for hidden in (768, 312):
+        for shape_class, config in table["mlm_loss_fwd"].items():
+            for kind in kinds(shape_class):
+                launch = {"HIDDEN": hidden, "WIDTH": width} | config
+                yield case(_mlm_loss_logits_kernel, kind, launch, f"-{hidden}", True)
+                if kind == "bf16":
+                    yield case(_mlm_loss_logits_kernel, kind, launch | {"logits": None}, f"-{hidden}-inference", True)
+        for shape_class, config in table["mlm_loss_dh"].items():
+            for kind in kinds(shape_class):
+                launch = {"HIDDEN": hidden} | config
+                # In float16 the loss keeps its gradients in float32, and those of the logits larger than they are.
+                loss = {"dh": "*fp32"} if kind == "fp16" else {}
+                scale = {"SCALE": GAIN.value if kind == "fp16" else 1.0}
+                yield case(_mlm_loss_dh_kernel, kind, launch | scale | {"index": None}, f"-{hidden}", True, **loss)
+                yield case(_mlm_loss_dh_kernel, kind, launch | {"SCALE": 1.0}, f"-{hidden}-transform", True)
+        for shape_class, config in table["mlm_loss_dweight"].items():
+            for kind in kinds(shape_class):
+                loss = {"dweight": "*fp32"} if kind == "fp16" else {}
+                scale = {"SCALE": GAIN.value if kind == "fp16" else 1.0}
+                launch = {"HIDDEN": hidden, "WIDTH": width} | config
+                yield case(_mlm_loss_dweight_kernel, kind, launch | scale, f"-{hidden}", True, **loss)
+                launch = {"HIDDEN": hidden, "WIDTH": padded(hidden), "SCALE": 1.0} | config
+                yield case(_mlm_loss_dweight_kernel, kind, launch, f"-{hidden}-transform", True)

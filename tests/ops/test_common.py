@@ -575,7 +575,9 @@ def leaf_calls(op: str, backend: str, p: float, dtype: torch.dtype) -> list[tupl
         forward = (t["x"], [t["weight0"], t["weight1"]], [t["bias0"], t["bias1"]])
     else:
         labels = torch.arange(len(t["hidden"]), device=device) % 150
-        forward = (t["hidden"], labels, t["decoder_weight"], t["decoder_bias"], -100, 0.1, *[True] * 3)
+        count = torch.tensor([len(labels) - 3], dtype=torch.int32, device=device)
+        which = count if backend == "triton" else -100
+        forward = (t["hidden"], labels, t["decoder_weight"], t["decoder_bias"], which, 0.1, *[True] * 3)
     y, *saved = (outputs,) if isinstance(outputs := call(f"{op}_fwd_{backend}", forward), Tensor) else outputs
     dy = upstream_for(y)
     calls = [(f"{op}_fwd_{backend}", forward)]
