@@ -228,6 +228,8 @@ def compile_case(task: Task) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from fastbert.kernels import configs
+
     case = cases(task.module, task.arch)[task.index]
     op, kernel = task.module.rpartition(".")[2], case.kernel.__name__
     places = {name: "constexpr" if name in case.constants else case.signature[name] for name in case.kernel.arg_names}
@@ -235,7 +237,8 @@ def compile_case(task: Task) -> dict[str, Any]:
     source = ASTSource(case.kernel, types, dict(case.constants), hints)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints a whole program that ptxas refuses
-            done = triton.compile(source, target=GPUTarget("cuda", task.arch, 32), options=dict(case.options))
+            options = configs.FUSED | dict(case.options)
+            done = triton.compile(source, target=GPUTarget("cuda", task.arch, 32), options=options)
     except Exception as error:  # whatever the compiler raises
         text = f"does not compile: {type(error).__name__}: {str(error)[-600:]}"
         return {"op": op, "kernel": kernel, "case": case.label, "arch": task.arch, "problems": [text]}

@@ -29,7 +29,7 @@ from fastbert.kernels import configs, dropout, rows
 
 _PADDED, _DROPOUT = "-padded", "-dropout"  # what a shape class of their own is called after
 _PADDED_SIZES = {32: 24, 64: 40, 128: 80}  # one head size of all that are padded to the key: code for others is alike
-_TILE_WARPS = 4  # of the kernels before and after the backward, which go over the tokens once
+_TILE = {"num_warps": 4} | configs.FUSED  # of the kernels before and after the backward, which go over the tokens once
 _BIAS_PROGRAMS = 4  # a multiprocessor, for the gradient of a bias
 _BIAS_SUMMANDS = 64  # that one of them adds up in turn: rounding errors of long sums in float32 are worse than eager's
 
@@ -160,7 +160,7 @@ def _bwd_long(
         dq_sum = None if two_passes else lse.new_empty(heads, slots, config["BLOCK_M"], _block_d(head_dim))
         bwd._attention_bwd_begin_kernel[slots, heads](
             dout, out, lse, delta, stats, dq_sum, cu_seqlens, batch, total, heads,
-            **constants, BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
+            **constants, BLOCK_M=config["BLOCK_M"], **_TILE,
         )  # fmt: skip
     if two_passes:
         dq_config = _config("attention_bwd_dq", qkv, bias, seed)
@@ -174,7 +174,7 @@ def _bwd_long(
     if dq_sum is not None:
         bwd._attention_bwd_end_kernel[slots, heads](
             dq_sum, dqkv, cu_seqlens, batch, heads, scale,
-            HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=config["BLOCK_M"], num_warps=_TILE_WARPS,
+            HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=config["BLOCK_M"], **_TILE,
         )  # fmt: skip
 
 
@@ -308,7 +308,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     + "-dropout" * drops
                     + ("-row" if op.endswith("dbias") else "-delta") * this
                 )
-                options = {key: config[key] for key in ("num_warps", "num_stages", "maxnreg") if key in config}
+                options = configs.split(config)[1]
                 narrow = block_d <= 64 and op == "attention_fwd"
                 matrix = dtype != "fp32" or narrow
                 together = 2 if narrow and dtype != "fp32" and not bias else 1
@@ -329,7 +329,6 @@ def _tile_cases(arch: int) -> Iterator[configs.Case]:
     """The kernels before and after the backward, which take their tiles from its configuration."""
     types = dict.fromkeys(("dout", "out", "dqkv"), "*bf16") | _TYPES
     types |= dict.fromkeys(("batch", "total", "heads"), "i32") | {"scale": "fp32"}
-    options = {"num_warps": _TILE_WARPS}
     found: dict[tuple[Any, str], dict[str, Any]] = {}
     for op, summed in (("attention_bwd", True), ("attention_bwd_dkdv", False)):
         offered = configs.table(arch)[op]
@@ -346,4 +345,4 @@ def _tile_cases(arch: int) -> Iterator[configs.Case]:
                 found[bwd._attention_bwd_begin_kernel, label + "-sum" * summed + "-bias" * scaled] = begin
     for (kernel, label), constants in found.items():
         signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
-        yield configs.Case(label, kernel, signature, constants, options, matrix=False)
+        yield configs.Case(label, kernel, signature, constants, _TILE, matrix=False)

@@ -19,8 +19,8 @@ from fastbert.kernels import configs, dropout, rows
 from fastbert.kernels.layernorm import shape_class, shape_class_bwd
 
 SMALL_TABLE = 16  # rows
-_GATHER = {"PIECE": 64, "BLOCK_T": 16, "BLOCK_N": 256, "num_warps": 4}
-_FEW = {"PART": 256, "BLOCK_T": 16, "BLOCK_N": 128, "num_warps": 4}
+_GATHER = {"PIECE": 64, "BLOCK_T": 16, "BLOCK_N": 256, "num_warps": 4} | configs.FUSED
+_FEW = {"PART": 256, "BLOCK_T": 16, "BLOCK_N": 128, "num_warps": 4} | configs.FUSED
 
 
 @triton.jit
@@ -359,9 +359,8 @@ def cases(arch: int) -> Iterator[configs.Case]:
     ) -> configs.Case:
         signature = dict.fromkeys(tensors, f"*{rows.NAMES[dtype]}") | floats | ids | counts | scalars
         together, launch = rows.launch(launch)
-        options = {name: launch.pop(name) for name in ("num_warps", "maxnreg") if name in launch}
         types = {name: signature[name] for name in kernel.arg_names if name in signature}
-        return configs.Case(label, kernel, types, constants | launch, options, False, together)
+        return configs.Case(label, kernel, types, *configs.split(constants | launch), False, together)
 
     for hidden, dtype in rows.WIDTHS:
         sizes = {"HIDDEN": hidden, "BLOCK_N": rows.block_columns(hidden)}

@@ -32,8 +32,8 @@ A4 = tl.constexpr(-0.14439103)
 A5 = tl.constexpr(0.3221214)
 A6 = tl.constexpr(-0.096323112)
 # The passes over what the vendor's library multiplied.
-_GELU_FWD = {"BLOCK_M": 8, "BLOCK_N": 256, "num_warps": 4}
-_GELU_BWD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8}
+_GELU_FWD = {"BLOCK_M": 8, "BLOCK_N": 256, "num_warps": 4} | configs.FUSED
+_GELU_BWD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8} | configs.FUSED
 SMALL_ROWS = 512  # up to here large tiles would leave processors idle
 
 
@@ -313,16 +313,13 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     sizes = {"K": hidden, "N": inner, "PRECISION": "tf32" if kind == "fp32" else "ieee"}
                     signature = dict.fromkeys(tensors[name], f"*{kind}") | {"num_rows": "i32", "steps": "i32"}
                     signature |= {"partials": "*fp32"} if name == "ffn_bwd" else {}
-                    options = {option: config[option] for option in ("num_warps", "num_stages")}
-                    sizes |= {key: value for key, value in config.items() if key not in options}
                     label = f"{kind}-{shape_class}-{hidden}x{inner}"
                     together = 1 if shape_class == "small" else 2
-                    yield configs.Case(label, kernel, signature, sizes, options, True, together)
+                    yield configs.Case(label, kernel, signature, *configs.split(sizes | config), True, together)
     for kernel, config, names in (
         (_ffn_gelu_fwd_kernel, _GELU_FWD, ("bias", "pre", "act")),
         (_ffn_gelu_bwd_kernel, _GELU_BWD, ("pre", "dpre", "act", "partials")),
     ):
         for inner in (3072, 1200):
             signature = dict.fromkeys(names, "*fp32") | {"num_rows": "i32"}
-            sizes = {"N": inner, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}
-            yield configs.Case(f"fp32-{inner}", kernel, signature, sizes, {"num_warps": config["num_warps"]}, False)
+            yield configs.Case(f"fp32-{inner}", kernel, signature, *configs.split(config | {"N": inner}), False)

@@ -239,10 +239,11 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 (_layernorm_bwd_kernel, backward, table["layernorm_bwd"][shape_class_bwd(hidden, dtype)]),
             ):
                 together, config = rows.launch(config)
-                options = {name: config.pop(name) for name in ("num_warps", "maxnreg") if name in config}
                 types = states | floats | scalars
                 types = {argument: types[argument] for argument in kernel.arg_names if argument in types}
                 launch = sizes | constants | config
                 if "STAGES" in kernel.arg_names:
                     launch["STAGES"] = rows.stages(config["BLOCK_M"], hidden, dtype)
-                yield configs.Case(rows.label(kind, hidden, dtype), kernel, types, launch, options, False, together)
+                yield configs.Case(
+                    rows.label(kind, hidden, dtype), kernel, types, *configs.split(launch), False, together
+                )

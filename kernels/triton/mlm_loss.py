@@ -34,8 +34,8 @@ SCRATCH_BYTES = 256 * 1024 * 1024  # for the logits of a chunk
 GAIN = tl.constexpr(32768.0)
 ROW_MULTIPLE = 128  # of rows in a chunk, and of columns in the scratch, which tiles of BLOCK_K and of dW read whole
 
-_LSE = {"BLOCK_M": 32, "BLOCK_B": 64, "num_warps": 4}
-_DLOGITS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+_LSE = {"BLOCK_M": 32, "BLOCK_B": 64, "num_warps": 4} | configs.FUSED
+_DLOGITS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4} | configs.FUSED
 
 
 @triton.jit
@@ -448,8 +448,7 @@ def case(
     """One launch of a kernel of the head, whose tensors are of `kind` but for those that `types` names; fp32 may be
     called tf32, where it is multiplied so."""
     stored = "fp32" if kind == "tf32" else kind
-    options = {name: launch[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch}
-    constants = {name: value for name, value in launch.items() if name not in options}
+    constants, options = configs.split(launch)
     if "PRECISION" in kernel.arg_names:
         constants["PRECISION"] = "tf32" if kind == "tf32" else "ieee"
     signature = {

@@ -13,7 +13,7 @@ from fastbert.kernels import configs
 
 STAGES = tl.constexpr(3)  # of loops over rows: two turns' loads are under way, as much as fills the memory's latency
 _WIDE = 16384  # bytes of a turn, of which one under way is as much, and two more than some GPUs have room for
-_SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
+_SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4} | configs.FUSED
 _INTERPRETER_PROCESSORS = 2
 _REGISTERS = 65536  # of a multiprocessor, handed out by eight a thread
 # What kernels for whole rows are compiled for without a GPU: BERT's widths, of each shape class one that is no power of
@@ -130,6 +130,4 @@ def label(kind: str, hidden: int, dtype: torch.dtype) -> str:
 def cases(arch: int) -> Iterator[configs.Case]:
     signature = {"partials": "*fp32", "out0": "*bf16", "out1": "*bf16", "out2": "*fp32"}
     signature |= {"programs": "i32", "columns": "i32:16"}
-    constants = {name: value for name, value in _SUM.items() if name != "num_warps"}
-    options = {"num_warps": _SUM["num_warps"]}
-    yield configs.Case("bf16", _sum_partials_kernel, signature, constants, options, False)
+    yield configs.Case("bf16", _sum_partials_kernel, signature, *configs.split(_SUM), False)

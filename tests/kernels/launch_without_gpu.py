@@ -92,6 +92,7 @@ def checked(compile_it: Any) -> Any:
             cubin = Path(folder, "kernel.cubin")
             cubin.write_bytes(kernel.asm["cubin"])
             (code,) = table.read(cubin, table.triton_tools()).values()
+        assert kernel.metadata.enable_fp_fusion, f"{self.__name__} is launched without configs.FUSED"
         problems = table.problems(code, ARCH, kernel.metadata.shared, kernel.metadata.num_warps, matrix=False)
         found.setdefault(self.__name__, []).extend(
             f"{problem} ({arguments[1]}, {arguments[3]})" for problem in problems
@@ -131,7 +132,8 @@ def attentions(dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     table.modules()  # decorated without the interpreter, in which they run for everybody else from now on
-    os.environ |= {"TRITON_INTERPRET": "1", "FASTBERT_BACKEND": "triton"}
+    # TRITON_DEFAULT_FP_FUSION: as it will be with Triton 3.10, for launches that do not ask.
+    os.environ |= {"TRITON_INTERPRET": "1", "FASTBERT_BACKEND": "triton", "TRITON_DEFAULT_FP_FUSION": "0"}
     driver.set_active(Driver())
     JITFunction._do_compile = checked(JITFunction._do_compile)
     configs.architecture = lambda device: ARCH  # for the CPU it would be that of the interpreter

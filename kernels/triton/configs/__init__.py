@@ -32,7 +32,7 @@ class Case(NamedTuple):
     """One way in which a kernel can be launched, as `triton.compile` wants it.
 
     label: names it in tables. signature: argument name -> type ("*bf16", "i32", ...; "i32:16": a multiple of 16, as
-    a stride is). constants: the constexpr arguments. options: num_warps, num_stages, maxnreg. matrix: whether it
+    a stride is). constants: the constexpr arguments. options: those of OPTIONS. matrix: whether it
     multiplies matrices on tensor cores, for which its code for sm_90 has to use wgmma. together: how many programs a
     multiprocessor has to hold at once, for one to do its arithmetic while another multiplies matrices.
     """
@@ -44,6 +44,18 @@ class Case(NamedTuple):
     options: Mapping[str, int]
     matrix: bool
     together: int = 1
+
+
+FUSED = {"enable_fp_fusion": True}
+"""A product and a sum become one instruction, unless a kernel writes tl.fma to keep a rounding. Every launch asks for
+it by name: Triton 3.9 warns where none does, and later ones will not fuse then."""
+OPTIONS = ("num_warps", "num_stages", "maxnreg", *FUSED)
+
+
+def split(launch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constexpr arguments and the options among what a kernel is launched with by name."""
+    constants = {name: value for name, value in launch.items() if name not in OPTIONS}
+    return constants, {name: value for name, value in launch.items() if name in OPTIONS}
 
 
 def cdiv(number: int, divisor: int) -> int:
@@ -124,7 +136,7 @@ def choose(kernel: str, shape_class: str, device: torch.device) -> dict[str, int
             f"it takes {', '.join(shipped)}: let `fastbert bench tune` write it again"
         )
     used[kernel, shape_class] = config
-    return config
+    return config | FUSED
 
 
 used: dict[tuple[str, str], dict[str, int]] = {}
