@@ -44,6 +44,11 @@ def rows() -> dict[str, Callable[[], Workload]]:
             add("attention", f"d{head_dim}-{width}-dropout", shape, dropout=ops.DROPOUT)
             if width == 512:  # the backward has kernels of its own then
                 add("attention", f"d{head_dim}-{width}-deterministic", shape, deterministic=True)
+                add("attention", f"d{head_dim}-{width}-fp32", shape, dtype="float32")
+    for head_dim in (24, 40, 80):  # padded to those
+        shape = gpu_rows.attention_shape([512] * (gpu_rows.TOKENS // 512), 1024 // head_dim, head_dim)
+        add("attention", f"d{head_dim}-512", shape)
+        add("attention", f"d{head_dim}-512-dropout", shape, dropout=ops.DROPOUT)
     sizes = {"base": (768, 3072), "large": (1024, 4096), "minilm": (384, 1536)}
     for op in OPS[1:]:
         for label, (hidden, intermediate) in sizes.items():
@@ -51,6 +56,8 @@ def rows() -> dict[str, Callable[[], Workload]]:
                 shape = {"hidden": hidden, "intermediate": intermediate, "heads": hidden // 64}
                 shape |= {"vocab": gpu_rows.VOCABULARY, "lengths": [128] * (tokens // 128)}
                 add(op, f"{label}-{tokens}", shape)
+                if op not in ("linear", "ffn"):  # whose float32 is the vendor's
+                    add(op, f"{label}-{tokens}-fp32", shape, dtype="float32")
     return found
 
 
@@ -159,7 +166,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fastbert bench tune",
         description="Finds the launch configurations of the Triton kernels that are fastest on this GPU and writes "
-        "them where fastbert looks first ($FASTBERT_CONFIGS or ~/.cache/fastbert/configs).",
+        "them where fastbert looks first ($FASTBERT_CONFIGS or ~/.cache/fastbert/configs). Those of attention with a "
+        "bias, of TF32 and of rows wider than 1024 stay as they are shipped.",
     )
     top.add_argument("--op", default=None, metavar="A,B", help=f"of {', '.join(OPS)} (default: all)")
     top.add_argument("--budget", type=float, default=900.0, help="seconds, after which no further kernel is begun")

@@ -412,7 +412,8 @@ def _launches(op: str, device: str | torch.device) -> dict[str, Any]:
     from fastbert.kernels import configs  # type: ignore[import-not-found]
 
     told = configs.describe(device)
-    return {"tables": told["tables"], "launched": {k: v for k, v in told["used"].items() if k.startswith(op)}}
+    kernels = (op, "mlm_transform") if op == "mlm_loss" else (op,)
+    return {"tables": told["tables"], "launched": {k: v for k, v in told["used"].items() if k.startswith(kernels)}}
 
 
 def details_as_text(entry: dict[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -106,6 +105,8 @@ def minilm(fetch: ModuleType) -> Path:
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Kill processes with all that they started, sessions of their own (torchrun's workers) included."""
+    import psutil  # tests on a GPU, where it may not be, start none
+
     alive = [psutil.Process(process.pid) for process in processes if process.poll() is None]
     family = [member for process in alive for member in [process, *process.children(recursive=True)]]
     for member in family:

@@ -116,7 +116,6 @@ const void* aligned(Tensor& t) {
   if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) t = torch::stable::clone(t);
   return t.const_data_ptr();
 }
-const void* aligned(OptionalTensor& t) { return t.has_value() ? aligned(*t) : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_fwd_op(Tensor x, OptionalTensor x_bias, OptionalTensor residual,
                                                          Tensor weight, Tensor bias, double eps, double dropout_p,

@@ -9,6 +9,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import dispatch
@@ -197,6 +198,7 @@ _triton = leaf.define_triton(
     "float dropout_p, Tensor? seed, Tensor? bias, bool need_dbias, bool deterministic) -> (Tensor, Tensor)",
 )
 _TRITON_HEAD_DIM = 128  # the largest
+_HEAD_MULTIPLE = 8  # of the kernels' head sizes: heads are padded with zeros to it, which change no result
 
 
 def _run(
@@ -216,13 +218,22 @@ def _run(
     if kernels is _triton and qkv.is_cpu and not torch.compiler.is_compiling():  # on a GPU, reading them would wait
         check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
     choice = () if kernels is _cpu else (deterministic,)  # it always repeats
+    heads, head_dim = qkv.shape[2:]
+    if head_dim % _HEAD_MULTIPLE:
+        qkv = F.pad(qkv, (0, -head_dim % _HEAD_MULTIPLE))
     save = leaf.needs_grad(qkv, bias)
     try:
-        return kernels.call(save, qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias, *choice)[0]
+        out = kernels.call(save, qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias, *choice)[0]
     except RuntimeError:
         if kernels is _cpu:  # it checks the lengths too, but can raise nothing else
             check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
         raise
+    return out if head_dim % _HEAD_MULTIPLE == 0 else out.unflatten(1, (heads, -1))[..., :head_dim].flatten(1)
+
+
+def _padded(head_dim: int | None) -> int:
+    """The head size that the kernels see; 0 if it is not known."""
+    return 0 if head_dim is None else head_dim + -head_dim % _HEAD_MULTIPLE
 
 
 def _dense_bias(bias: Tensor) -> Tensor:
@@ -238,16 +249,13 @@ def _dense_bias(bias: Tensor) -> Tensor:
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
-    reason = dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
-    if reason is None and requires is not None and requires % 8 != 0:
-        return f"has kernels for head sizes that are multiples of 8, not {requires}"
-    return reason
+    return dispatch.cpu_reason(_cpu.missing, device_type, (dtype,))
 
 
 def _supports_triton(device_type: str, dtype: torch.dtype, requires: Any) -> str | None:
     reason = dispatch.triton_reason(device_type, (dtype,))
-    if reason is None and requires is not None and (requires % 8 != 0 or requires > _TRITON_HEAD_DIM):
-        return f"has kernels for head sizes that are multiples of 8 up to {_TRITON_HEAD_DIM}, not {requires}"
+    if reason is None and _padded(requires) > _TRITON_HEAD_DIM:
+        return f"has kernels for head sizes up to {_TRITON_HEAD_DIM}, not {requires}"
     return reason
 
 
@@ -255,7 +263,7 @@ def _supports_cuda(device_type: str, dtype: torch.dtype, requires: Any) -> str |
     reason = dispatch.cuda_reason(_cuda.missing, device_type, (dtype,))
     if reason is None and dtype is torch.float32:
         return "multiplies 16-bit numbers only: fp32 attention runs on triton or the reference"
-    if reason is None and requires is not None and requires not in (32, 64, 128):
+    if reason is None and _padded(requires) not in (0, 32, 64, 128):
         return f"has kernels for head sizes 32, 64 and 128, not {requires}"
     return reason
 

@@ -3,8 +3,8 @@ gives the gradient of the activation turns it into that of the pre-activation, s
 activation. The products without an epilogue of their own belong to the vendor's library.
 
 So do those of float32 where TF32 is not allowed, which have no tensor cores: a thread of Triton's product reads columns
-of the weight that lie in the same banks of shared memory, and waits for them two thirds of its time or more. What the
-epilogues do is then one pass over the product.
+of the weight that lie in the same banks of shared memory, one after another. What the epilogues do is then one pass
+over the product.
 """
 
 from __future__ import annotations

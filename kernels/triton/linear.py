@@ -1,7 +1,7 @@
 """x [W1 W2 ...]^T + [b1 b2 ...]: weights of one size side by side, read where each lies, for few rows.
 
-There the vendor's product takes less time than to put the weights together for it; where there are more rows it is the
-other way round, and a single weight is the vendor's anyway (`fastbert/ops/linear.py`).
+There the vendor's product would be less work than to put the weights together for it; where there are more rows it is
+the other way round, and a single weight is the vendor's anyway (`fastbert/ops/linear.py`).
 """
 
 from __future__ import annotations

@@ -522,9 +522,9 @@ class TestMakeGpu:
     @pytest.mark.parametrize("steps", [["tests"], ["build", "sanitize"], ["bench"]])
     def test_what_the_tests_need_is_missed_before_anything_is_done(self, suite, steps, monkeypatch):
         there = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "psutil" else there(name))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytest" else there(name))
         reason = suite.unfit(steps) or ""
-        words = ["has no psutil, which tests and sanitize need", "--target FOLDER psutil` on", "PYTHONPATH=FOLDER"]
+        words = ["has no pytest, which tests and sanitize need", "--target FOLDER pytest` on", "PYTHONPATH=FOLDER"]
         assert [word in reason for word in words] == [steps != ["bench"]] * len(words)
 
     def test_what_the_tests_import_is_what_they_are_said_to_need(self, suite):

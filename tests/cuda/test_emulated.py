@@ -516,8 +516,13 @@ def ffn(emulated: Any) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("case", FFN_CASES, ids=lambda case: "x".join(map(str, case)))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=accuracy.name_of)
-def test_ffn(emulated: Any, dtype: torch.dtype, case: tuple) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [(torch.bfloat16, "80"), (torch.float16, "80"), (torch.bfloat16, "90")],
+    ids=accuracy.name_of,
+)
+def test_ffn(emulated: Any, dtype: torch.dtype, capability: str, case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTBERT_EMULATOR_CAPABILITY", capability)
     tensors = ffn_cases.tensors_for(*case, dtype)
     accuracy.check_forward(ffn(emulated), ffn_cases.eager, ffn_ref, tensors)
     accuracy.check_backward(ffn(emulated), ffn_cases.eager, ffn_ref, tensors)
@@ -536,9 +541,11 @@ def test_ffn_gelu_everywhere(emulated: Any) -> None:
 
 
 @ORDERS
+@pytest.mark.parametrize("capability", ["80", "90"])
 def test_ffn_does_not_depend_on_the_order_of_threads(
-    emulated: Any, order: str, monkeypatch: pytest.MonkeyPatch
+    emulated: Any, capability: str, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FASTBERT_EMULATOR_CAPABILITY", capability)
     tensors = ffn_cases.tensors_for(1300, 8, 40, 8, torch.bfloat16)
     upstream = torch.randn(1300, 8, generator=accuracy.generator(3))
     _, gradients = accuracy.evaluate(ffn(emulated), tensors, upstream)

@@ -42,6 +42,10 @@ CASES = [
     ((70, 3), 2, 40, "1hSS"),
     ((64, 130), 1, 32, "B1SS"),
     ((131, 37), 1, 32, "B1SS"),
+    ((70, 5), 1, 128, "1hSS"),
+    ((70, 67), 1, 72, None),
+    ((20, 131), 1, 26, "B11S"),
+    ((9, 70), 2, 13, None),
 ]
 
 
@@ -158,13 +162,14 @@ def test_attention_bwd(backend: str, dtype: torch.dtype, p: float, case: tuple) 
 @pytest.mark.parametrize(
     "backend", [name for name in accuracy.backends_of("attention") if name in accuracy.GPU_BACKENDS]
 )
+@pytest.mark.parametrize(("head_dim", "bias"), [(32, None), (32, "1hSS"), (128, "B11S")], ids=["", "bias", "128-bias"])
 def test_attention_bwd_deterministic(
-    backend: str, dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, dtype: torch.dtype, how: str, head_dim: int, bias: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right, the same bits every time, and on triton without the kernel that adds in any order."""
-    accuracy.require("attention", backend, dtype, 32)
-    lengths = (130,) if accuracy.interpreted(backend) else (130, 700)
-    tensors = tensors_for(lengths, 1, 32, None, dtype, backend)
+    accuracy.require("attention", backend, dtype, head_dim)
+    lengths = (130 if bias is None else 70,) if accuracy.interpreted(backend) else (130, 700)
+    tensors = tensors_for(lengths, 1, head_dim, bias, dtype, backend)
     run = ours(backend, lengths, 0.1)
     if how == "argument":
         run = functools.partial(run, deterministic=True)
@@ -176,8 +181,9 @@ def test_attention_bwd_deterministic(
         configs.used.clear()
     accuracy.check_backward(run, eager(lengths, 0.1), reference(lengths, 0.1), tensors)
     if backend == "triton":
-        assert {kernel for kernel, _ in configs.used} == {"attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"}
-    upstream = torch.randn(sum(lengths), 32, generator=accuracy.generator(1)).to(tensors["qkv"])
+        kernels = {kernel for kernel, _ in configs.used} - {"attention_bwd_dbias"}
+        assert kernels == {"attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"}
+    upstream = torch.randn(sum(lengths), head_dim, generator=accuracy.generator(1)).to(tensors["qkv"])
     one, other = (accuracy.evaluate(run, tensors, upstream)[1]["qkv"] for _ in range(2))
     assert torch.equal(one, other)
 
@@ -439,7 +445,7 @@ def test_attention_keeps_sequences_apart(backend: str, longest: int, determinist
 def test_attention_bwd_sharp_softmax() -> None:
     """Where one key has nearly all the weight, P - sum(P) is what is left of digits that a log-sum-exp has lost."""
     accuracy.require("attention", "cpu", torch.float32, 32)
-    lengths = (5, 2, 9) * 20
+    lengths = (5, 2, 9) * 160  # so many that a largest error is no chance
     tensors = tensors_for(lengths, 2, 32, None, torch.float32)
     tensors["qkv"] = tensors["qkv"] * 4
     accuracy.check_backward(ours("cpu", lengths), eager(lengths), reference(lengths), tensors)
@@ -483,16 +489,29 @@ def test_attention_dropout_rate() -> None:
     assert abs(1 - keep.double().mean() - 0.1) < 4 * (0.09 / keep.numel()) ** 0.5
 
 
-def test_attention_odd_head_dim_runs_on_the_reference() -> None:
-    qkv = torch.randn(5, 3, 2, 12)
-    chosen = dispatch.select("attention", device="cpu", dtype=qkv.dtype, requires=12)
-    assert chosen.name == "reference"
-    if dispatch.missing_leaf("attention_fwd_cpu") is None:
-        with pytest.raises(RuntimeError, match="multiples of 8, not 12"):
-            ops.attention(qkv, cumulative((5,)), 5, backend="cpu")
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(ops.attention(qkv, cumulative((5,)), 5), eager((5,))(qkv))
+@pytest.mark.parametrize("head_dim", [1, 12, 26, 125])
+@backends
+def test_attention_kernels_take_any_head_dim(backend: str, head_dim: int) -> None:
+    """Padded to a multiple of 8, of which the result shows nothing, its gradient's layout included."""
+    accuracy.require("attention", backend, torch.float32, head_dim)
+    tensors = tensors_for((5, 9), 2, head_dim, "B11S", torch.float32, backend)
+    accuracy.check_backward(ours(backend, (5, 9)), eager((5, 9)), reference((5, 9)), tensors)
+    out = ours(backend, (5, 9))(**tensors)
+    assert out.shape == (14, 2 * head_dim)
+    assert out.view(-1).numel() == out.numel()
+
+
+def test_attention_of_large_heads_is_not_for_triton() -> None:
+    accuracy.require("attention", "triton", torch.float32, 128)
+    for head_dim in (129, 136):
+        with pytest.raises(RuntimeError, match=f"head sizes up to 128, not {head_dim}"):
+            dispatch.select(
+                "attention",
+                device=accuracy.device("triton"),
+                dtype=torch.float32,
+                requires=head_dim,
+                backend="triton",
+            )
 
 
 PEAK = """

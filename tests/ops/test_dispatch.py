@@ -229,6 +229,24 @@ def test_cuda_backends_are_named() -> None:
     assert rejected["triton"].startswith(expected)
 
 
+@pytest.mark.parametrize("op", ["attention", "ffn", "layernorm"])
+def test_kernels_that_no_gpu_has_run_are_off(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU for which everything is there, unless forced; and what `report` shows says so."""
+    configs = pytest.importorskip("fastbert.kernels.configs", reason="there are no Triton kernels without triton")
+    monkeypatch.setattr(dispatch, "_selected", {})
+    monkeypatch.setattr(dispatch, "cuda_reason", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_nvidia_reason", lambda: None)
+    monkeypatch.setattr(configs, "architecture", lambda device: 90)
+    monkeypatch.setattr(configs, "tuned", lambda device: {})
+    requires = {"attention": 64, "ffn": True, "layernorm": None}[op]
+    given = {"device": "cuda", "dtype": torch.bfloat16, "requires": requires}
+    assert dispatch.select(op, **given).name == "triton"
+    described = dispatch.describe("cuda", torch.bfloat16, head_dim=64, ops=(op,))[op]
+    assert described["backend"] == "triton"
+    assert described["rejected"]["cuda"] == dispatch.NEVER_RUN
+    assert dispatch.select(op, **given, backend="cuda").name == "cuda"
+
+
 @pytest.mark.parametrize("op", [op for op in dispatch.OPS if "triton" in accuracy.backends_of(op)])
 def test_triton_has_the_schemas_of_the_cpu(op: str) -> None:
     """One fake kernel and one autograd formula serve all backends, which they can only so. That of attention takes in

@@ -310,6 +310,17 @@ def test_mlm_transform_moves_the_labelled_rows_to_the_front() -> None:
     torch.testing.assert_close(act[: len(places)], F.gelu(expected))
 
 
+def test_report_shows_what_was_launched_of_the_transform() -> None:
+    accuracy.require("mlm_loss", "triton", torch.float32)
+    tensors = tensors_for(16, 9, True, torch.float32, (2, 3), "triton")
+    ours("triton", labels_for((2, 3), 9, 0.5, "triton"), 0.0)(**tensors)
+    device = accuracy.device("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTBERT_BACKEND", "triton")
+        launched = dispatch.describe(device, torch.float32, ops=("mlm_loss",))["mlm_loss"]["launched"]
+    assert {"mlm_loss_fwd fp32", "mlm_transform_fwd fp32"} <= launched.keys()
+
+
 def test_mlm_loss_triton_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients of the decoder are summed over the chunks; the last ones have nothing to do."""
     accuracy.require("mlm_loss", "triton", torch.bfloat16)

@@ -76,6 +76,109 @@ struct FfnBackward {
   float* columns;
 };
 
+// For compute capability 8.0: what a thread makes of its part of a tile, which is the same kFfnVector columns of several
+// rows; kFfnThreadsToRow threads share a row. Of the rows some are fetched before they are visited, by their index.
+constexpr int kFfnVector = 8, kFfnThreadsToRow = kFfnColumns / kFfnVector;
+
+struct FfnPlace {
+  int row, column, rows, inner;  // of the first element, and of the whole matrix
+
+  __host__ __device__ __forceinline__ bool inside() const { return row < rows && column < inner; }
+  __host__ __device__ __forceinline__ int64_t element() const { return static_cast<int64_t>(row) * inner + column; }
+};
+
+template <class T>
+struct FfnForwardPart {
+  using Operands = FfnForward;
+  struct Shared {};
+
+  __device__ __forceinline__ void fetch(const Operands&, int, const FfnPlace&) {}
+  __device__ __forceinline__ void visit(const Operands& a, int, const FfnPlace& place,
+                                        const float (&product)[kFfnVector]) {
+    if (!place.inside()) return;
+    float bias[kFfnVector], pre[kFfnVector], act[kFfnVector];
+    load<kFfnVector>(static_cast<const T*>(a.b1) + place.column, bias);
+    ffn_forward(product, bias, pre, act);
+    if (a.pre != nullptr) store<kFfnVector>(static_cast<T*>(a.pre) + place.element(), pre);
+    store<kFfnVector>(static_cast<T*>(a.act) + place.element(), act);
+  }
+  __device__ __forceinline__ void end(const Operands&, Shared*, int, int, int, int) {}
+};
+
+// ROWS: that are fetched at a time.
+template <class T, int THREADS, int ROWS>
+struct FfnBackwardPart {
+  using Operands = FfnBackward;
+  struct Shared {
+    float sums[THREADS / kFfnThreadsToRow][kFfnColumns];
+  };
+  float sums[kFfnVector] = {};  // of dpre
+  uint4 fetched[ROWS];          // of pre, while the product's elements change hands
+
+  __device__ __forceinline__ void fetch(const Operands& a, int index, const FfnPlace& place) {
+    if (place.inside())
+      fetched[index] = *reinterpret_cast<const uint4*>(static_cast<const T*>(a.pre) + place.element());
+  }
+  __device__ __forceinline__ void visit(const Operands& a, int index, const FfnPlace& place,
+                                        const float (&product)[kFfnVector]) {
+    if (!place.inside()) return;
+    float pre[kFfnVector], dpre[kFfnVector], act[kFfnVector];
+    load<kFfnVector>(reinterpret_cast<const T*>(&fetched[index]), pre);
+    ffn_backward(product, pre, dpre, act);
+    store<kFfnVector>(static_cast<T*>(a.act) + place.element(), act);
+    store<kFfnVector>(static_cast<T*>(a.dpre) + place.element(), dpre);
+#pragma unroll
+    for (int i = 0; i < kFfnVector; ++i) sums[i] += dpre[i];
+  }
+  __device__ __forceinline__ void end(const Operands& a, Shared* shared, int thread, int tile_row, int tile_column,
+                                      int inner) {
+    store<kFfnVector>(&shared->sums[thread / kFfnThreadsToRow][thread % kFfnThreadsToRow * kFfnVector], sums);
+    __syncthreads();
+    static_assert(THREADS == kFfnColumns);  // a column to each thread
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < THREADS / kFfnThreadsToRow; ++i) total += shared->sums[i][thread];
+    const int64_t stride = ffn_tiles(inner, kFfnColumns) * kFfnColumns;
+    a.columns[tile_row * stride + tile_column * kFfnColumns + thread] = total;
+  }
+};
+
+// For compute capability 9.0: adds up the columns of a tile, of which a warp group's threads have ELEMENTS of a subtile at
+// a time, as wgmma leaves them: pairs in a row, 8 rows apart, 8 columns apart; `column` is the first.
+template <int ELEMENTS>
+struct FfnColumnSums {
+  static constexpr int kWarps = 4;
+  using Shared = float[kWarps][kFfnColumns];
+  float own[ELEMENTS / 2];
+
+  // first: of the subtiles of these columns.
+  template <class VALUES>
+  __device__ __forceinline__ void add(const VALUES& values, bool first) {
+#pragma unroll
+    for (int i = 0; i < ELEMENTS / 2; ++i) {
+      const int upper = i / 2 * 4 + i % 2;
+      const float sum = values[upper] + values[upper + 2];
+      own[i] = first ? sum : own[i] + sum;
+    }
+  }
+  // After the last of these subtiles. A warp together.
+  __device__ __forceinline__ void share(Shared& sums, int thread, int column) const {
+#pragma unroll
+    for (int i = 0; i < ELEMENTS / 2; ++i) {
+      float sum = own[i];  // lanes four apart have the same columns
+      sum += __shfl_xor_sync(0xffffffffu, sum, 4);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+      if (thread % kWarp < 4) sums[thread / kWarp][column + i / 2 * 8 + i % 2] = sum;
+    }
+  }
+  // After all threads have shared theirs: of the column `thread`.
+  static __device__ __forceinline__ float total(const Shared& sums, int thread) {
+    static_assert(kWarps * kWarp == kFfnColumns);  // a column to each thread
+    return (sums[0][thread] + sums[1][thread]) + (sums[2][thread] + sums[3][thread]);
+  }
+};
+
 void ffn_sm80(const Queue&, const FfnShape&, Format, const FfnForward&);
 void ffn_sm80(const Queue&, const FfnShape&, Format, const FfnBackward&);
 void ffn_sm90(const Queue&, const FfnShape&, Format, const FfnForward&);

@@ -14,7 +14,7 @@ namespace {
 
 using Tile = cutlass::gemm::GemmShape<kFfnRows, kFfnColumns, 32>;
 using WarpTile = cutlass::gemm::GemmShape<64, 64, 32>;
-constexpr int kStages = 4, kVector = 8;
+constexpr int kStages = 4, kVector = kFfnVector;
 
 template <class T>
 using Element = std::conditional_t<T::is_bf16, cutlass::bfloat16_t, cutlass::half_t>;
@@ -26,66 +26,10 @@ constexpr int kThreads = Tile::kM / WarpTile::kM * (Tile::kN / WarpTile::kN) * k
 constexpr int kSteps = ThreadMap<bf16>::Count::kRow * ThreadMap<bf16>::Count::kGroup * ThreadMap<bf16>::Count::kCluster;
 constexpr int kRowsToStep = Tile::kM * kThreadsToRow / kThreads / kSteps;  // of one thread
 
-struct Place {
-  int row, column, rows, inner;  // of the first element, and of the whole matrix
-
-  __device__ __forceinline__ bool inside() const { return row < rows && column < inner; }
-  __device__ __forceinline__ int64_t element() const { return static_cast<int64_t>(row) * inner + column; }
-};
-
 template <class T>
-struct Forward {
-  using Operands = FfnForward;
-  struct Shared {};
-
-  __device__ __forceinline__ void fetch(const Operands&, int, const Place&) {}
-  __device__ __forceinline__ void visit(const Operands& a, int, const Place& place, const float (&product)[kVector]) {
-    if (!place.inside()) return;
-    float bias[kVector], pre[kVector], act[kVector];
-    load<kVector>(static_cast<const T*>(a.b1) + place.column, bias);
-    ffn_forward(product, bias, pre, act);
-    if (a.pre != nullptr) store<kVector>(static_cast<T*>(a.pre) + place.element(), pre);
-    store<kVector>(static_cast<T*>(a.act) + place.element(), act);
-  }
-  __device__ __forceinline__ void end(const Operands&, Shared*, int, cutlass::gemm::GemmCoord, int) {}
-};
-
+using Forward = FfnForwardPart<T>;
 template <class T>
-struct Backward {
-  using Operands = FfnBackward;
-  struct Shared {
-    float sums[kThreads / kThreadsToRow][Tile::kN];
-  };
-  float sums[kVector] = {};   // of dpre
-  uint4 fetched[kRowsToStep];  // of pre, while the product's elements change hands
-
-  __device__ __forceinline__ void fetch(const Operands& a, int index, const Place& place) {
-    if (place.inside())
-      fetched[index] = *reinterpret_cast<const uint4*>(static_cast<const T*>(a.pre) + place.element());
-  }
-  __device__ __forceinline__ void visit(const Operands& a, int index, const Place& place,
-                                        const float (&product)[kVector]) {
-    if (!place.inside()) return;
-    float pre[kVector], dpre[kVector], act[kVector];
-    load<kVector>(reinterpret_cast<const T*>(&fetched[index]), pre);
-    ffn_backward(product, pre, dpre, act);
-    store<kVector>(static_cast<T*>(a.act) + place.element(), act);
-    store<kVector>(static_cast<T*>(a.dpre) + place.element(), dpre);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) sums[i] += dpre[i];
-  }
-  __device__ __forceinline__ void end(const Operands& a, Shared* shared, int thread, cutlass::gemm::GemmCoord tile,
-                                      int inner) {
-    store<kVector>(&shared->sums[thread / kThreadsToRow][thread % kThreadsToRow * kVector], sums);
-    __syncthreads();
-    static_assert(kThreads == Tile::kN);  // a column to each thread
-    float total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kThreads / kThreadsToRow; ++i) total += shared->sums[i][thread];
-    const int64_t stride = ffn_tiles(inner, Tile::kN) * Tile::kN;
-    a.columns[tile.m() * stride + tile.n() * Tile::kN + thread] = total;
-  }
-};
+using Backward = FfnBackwardPart<T, kThreads, kRowsToStep>;
 
 // What CUTLASS asks of an epilogue, around what WORK does.
 template <class T, class WORK>
@@ -123,7 +67,7 @@ struct Epilogue {
                              int thread_, cutlass::gemm::GemmCoord tile_)
         : params(params_), shared(shared_), places(places_), rows(rows_), thread(thread_), tile(tile_) {}
 
-    CUTLASS_DEVICE Place place(int row, int step) const {
+    CUTLASS_DEVICE FfnPlace place(int row, int step) const {
       const auto at = places(0, row, step);
       return {static_cast<int>(cute::get<0>(at)), static_cast<int>(cute::get<1>(at)), rows, params->inner};
     }
@@ -137,7 +81,7 @@ struct Epilogue {
       for (int i = 0; i < kVector; ++i) values[i] = product[i];
       work.visit(params->operands, row, place(row, step), values);
     }
-    CUTLASS_DEVICE void end_epilogue() { work.end(params->operands, &shared->work, thread, tile, params->inner); }
+    CUTLASS_DEVICE void end_epilogue() { work.end(params->operands, &shared->work, thread, tile.m(), tile.n(), params->inner); }
   };
 
   template <class Problem>

@@ -69,9 +69,8 @@ using ForwardEpilogue = fusion::Sm90EVT<
 // Adds up the columns of a tile, which go to memory as they are; no tile adds to another's. A node of our own, as
 // CUTLASS's keeps all of the tile's columns in a thread's registers, and this one those of a subtile.
 struct ColumnSums {
-  static constexpr int kWarps = 4;  // of the warp group that a tile belongs to
   struct SharedStorage {
-    float sums[kWarps][kFfnColumns];
+    float sums[4][kFfnColumns];  // one for each warp of the warp group that a tile belongs to
   };
   struct Arguments {
     float* columns;
@@ -98,11 +97,11 @@ struct ColumnSums {
   }
 
   const Params* params;
-  float (*sums)[kFfnColumns];
+  float (*shared)[kFfnColumns];
 
   CUTLASS_HOST_DEVICE ColumnSums() {}
-  CUTLASS_HOST_DEVICE ColumnSums(const Params& params_, const SharedStorage& shared)
-      : params(&params_), sums(const_cast<SharedStorage&>(shared).sums) {}
+  CUTLASS_HOST_DEVICE ColumnSums(const Params& params_, const SharedStorage& storage)
+      : params(&params_), shared(const_cast<SharedStorage&>(storage).sums) {}
 
   CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
   CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
@@ -115,50 +114,36 @@ struct ColumnSums {
   // For subtiles [ROWS, COLUMNS], one below the other before one beside the other.
   template <int ROWS, int COLUMNS>
   struct Callbacks : fusion::EmptyConsumerStoreCallbacks {
-    static constexpr int kElements = ROWS * COLUMNS / (kWarps * kWarp);  // of a thread, two to a column
+    static constexpr int kElements = ROWS * COLUMNS / kFfnColumns;  // of a thread
+    using Sums = FfnColumnSums<kElements>;
     float* out;
-    float (*sums)[kFfnColumns];
+    typename Sums::Shared& shared;
     int thread, column;  // the thread's first, in the tile
-    float own[kElements / 2];
+    Sums sums;
 
-    CUTLASS_DEVICE Callbacks(float* out_, float (*sums_)[kFfnColumns], int thread_, int column_)
-        : out(out_), sums(sums_), thread(thread_), column(column_) {}
+    CUTLASS_DEVICE Callbacks(float* out_, float (*shared_)[kFfnColumns], int thread_, int column_)
+        : out(out_), shared(*reinterpret_cast<typename Sums::Shared*>(shared_)), thread(thread_), column(column_) {}
 
     template <class V>
     CUTLASS_DEVICE V visit(const cutlass::Array<float, kElements>&, int, int subtile_row, int, const V& values) {
       static_assert(V::kElements == kElements, "a visit for each subtile");
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kElements / 2; ++i) {
-        const int upper = i / 2 * 4 + i % 2;
-        const float sum = values[upper] + values[upper + 2];
-        own[i] = subtile_row == 0 ? sum : own[i] + sum;
-      }
+      sums.add(values, subtile_row == 0);
       return values;
     }
 
     template <class Shared, class Synchronize, class Values>
     CUTLASS_DEVICE void reduce(Shared&&, const Synchronize& synchronize, int subtile_row, int subtile_column, bool last,
                                Values) {
-      if (subtile_row + 1 == kFfnRows / ROWS) {
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kElements / 2; ++i) {
-          float sum = own[i];  // lanes four apart have the same columns
-          sum += __shfl_xor_sync(0xffffffffu, sum, 4);
-          sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-          sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-          if (thread % kWarp < 4) sums[thread / kWarp][subtile_column * COLUMNS + column + i / 2 * 8 + i % 2] = sum;
-        }
-      }
+      if (subtile_row + 1 == kFfnRows / ROWS) sums.share(shared, thread, subtile_column * COLUMNS + column);
       if (!last) return;
       synchronize();
-      static_assert(kWarps * kWarp == kFfnColumns);  // a column to each thread
-      out[thread] = (sums[0][thread] + sums[1][thread]) + (sums[2][thread] + sums[3][thread]);
+      out[thread] = Sums::total(shared, thread);
     }
   };
 
   template <bool, class... Args>
   CUTLASS_DEVICE auto get_consumer_store_callbacks(const fusion::ConsumerStoreArgs<Args...>& args) {
-    // What `visit` takes for granted of the places of a thread's elements: pairs in a row, 8 rows apart, 8 columns apart.
+    // What FfnColumnSums takes for granted of the places of a thread's elements.
     const auto place = args.tCcD(cute::_, cute::_, cute::_, _0{}, _0{}).layout();
     CUTE_STATIC_ASSERT_V(cute::get<1>(place(Int<1>{})) == Int<1>{});
     CUTE_STATIC_ASSERT_V(cute::get<0>(place(Int<2>{})) == Int<8>{});
@@ -169,7 +154,7 @@ struct ColumnSums {
     const auto [m, n, k, l] = args.tile_coord_mnkl;
     const int column = cute::get<1>(args.residue_cD) - cute::get<1>(args.residue_tCcD);
     return Callbacks<cute::size<0>(Subtile{}), cute::size<1>(Subtile{})>(
-        params->columns + m * params->stride + n * kFfnColumns, sums, args.thread_idx, column);
+        params->columns + m * params->stride + n * kFfnColumns, shared, args.thread_idx, column);
   }
 };
 
@@ -252,10 +237,20 @@ void check_descriptor(const Copy& copy, const char* name) {
     throw std::runtime_error(std::string(name) + ": the driver made no TMA descriptor");
 }
 
-template <class PRODUCT, class Element, class Arguments>
+// The node that stores the second matrix, in the tree of an epilogue.
+template <class TREE>
+const auto& second_store(const TREE& tree, const FfnForward&) {
+  return tree.op_0.op_1;
+}
+template <class TREE>
+const auto& second_store(const TREE& tree, const FfnBackward&) {
+  return tree.op_0.op_0.op_1;
+}
+
+template <class PRODUCT, class Element, class Operands, class Arguments>
 void start(const Queue& queue, const char* name, void (*kernel)(typename PRODUCT::Params), const FfnShape& shape,
-           const void* a, const void* b, typename PRODUCT::StrideB b_stride, const Arguments& epilogue,
-           const void* source, void* out) {
+           const void* a, const void* b, typename PRODUCT::StrideB b_stride, const Operands& operands,
+           const Arguments& epilogue, const void* source, void* out, const void* second) {
   check(cudaSetDevice(queue.device), name);
   cutlass::KernelHardwareInfo hardware;
   hardware.device_id = queue.device;
@@ -274,6 +269,7 @@ void start(const Queue& queue, const char* name, void (*kernel)(typename PRODUCT
   check_descriptor(params.mainloop.tma_load_b, name);
   check_descriptor(params.epilogue.tma_store_d, name);
   if (source != nullptr) check_descriptor(params.epilogue.tma_load_c, name);
+  if (second != nullptr) check_descriptor(second_store(params.epilogue.thread, operands).tma_store_aux, name);
   launch(queue, name, kernel, PRODUCT::get_grid_shape(params), static_cast<int>(PRODUCT::MaxThreadsPerBlock),
          static_cast<int>(PRODUCT::SharedStorageSize), params);
 }
@@ -287,7 +283,7 @@ void ffn_sm90(const Queue& queue, const FfnShape& shape, Format format, const Ff
     typename ForwardEpilogue<T>::Arguments epilogue{
         {{{}, {static_cast<const E*>(a.b1), E(0), {}}, {}}, {static_cast<E*>(a.pre), row_major(shape.inner)}}, {}};
     start<ForwardProduct<T>, E>(queue, "ffn_fwd_cuda", ffn_fwd_sm90_kernel<T>, shape, a.x, a.w1, row_major(shape.depth),
-                                epilogue, nullptr, a.act);
+                                a, epilogue, nullptr, a.act, a.pre);
   };
   if (format == Format::kBFloat16) return run(bf16{});
   run(fp16{});
@@ -302,7 +298,7 @@ void ffn_sm90(const Queue& queue, const FfnShape& shape, Format format, const Ff
         {{{}, {static_cast<E*>(a.act), row_major(shape.inner)}}, {a.columns, sums_stride}}, {}};
     start<BackwardProduct<T>, E>(queue, "ffn_bwd_cuda", ffn_bwd_sm90_kernel<T>, shape, a.dy, a.w2,
                                  cute::make_stride(_1{}, static_cast<int64_t>(shape.inner), static_cast<int64_t>(0)),
-                                 epilogue, a.pre, a.dpre);
+                                 a, epilogue, a.pre, a.dpre, a.act);
   };
   if (format == Format::kBFloat16) return run(bf16{});
   run(fp16{});

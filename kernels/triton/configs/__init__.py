@@ -1,7 +1,7 @@
 """Launch configurations: the tile sizes, warps and stages that a Triton kernel runs with.
 
-They come from calibrated tables, one JSON file an architecture beside this module, and are never searched for at import
-or in a user's first step:
+They come from tables, one JSON file an architecture beside this module, and are never searched for at import or in a
+user's first step:
 
     {"attention_fwd": {"d64": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, ...}, ...}
 
