@@ -1,7 +1,7 @@
 """The leaf ops of a backend, and what PyTorch needs to know of them besides their kernels: shapes for tracing, and the
 backward.
 
-All backends of an op share one schema, so that one fake kernel and one autograd formula serve them all.
+All backends of an op share one schema (or nearly so), so that one fake kernel and one autograd formula serve them all.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def mlm_loss(
     label_smoothing: in [0, 1]: the share of each target that is spread over the whole vocabulary, as
         F.cross_entropy does it.
     num_items: what the sum is divided by, in place of the number of labels (gradient accumulation).
-    backend: forces an implementation (see `fastbert.dispatch`) of the loss and of its transform.
+    backend: forces an implementation (see `fastbert.dispatch`) of the loss and of its transform. Triton's kernels have
+        the transform's product in them, and no `linear` is chosen.
 
     Returns (loss, count): a float32 scalar (float64 for float64), and the number of labels, int64. Without any
     label the loss is NaN, as PyTorch's own mean is, or with num_items 0, and the gradients are 0. Differentiable once.
@@ -74,30 +75,30 @@ def mlm_loss(
     checks.floating("mlm_loss", "hidden", hidden)
     label_smoothing = checks.number("mlm_loss", "label_smoothing", label_smoothing)
     _check(hidden, labels, decoder_weight, decoder_bias, label_smoothing)
+    _check_transform(hidden, transform_weight, transform_bias)
     hidden = leaf.as_rows(hidden)
     labels = labels.reshape(-1)
     autocasting = checks.autocasting(hidden)
-    dtype = torch.get_autocast_dtype(hidden.device.type) if autocasting else hidden.dtype
+    dtype = checks.autocast(hidden.new_empty(0)).dtype if autocasting else hidden.dtype
     chosen = dispatch.select("mlm_loss", device=hidden.device, dtype=dtype, backend=backend)
-    unlabelled: int | Tensor = ignore_index
+    labelled: int | Tensor = ignore_index
     if chosen.name == "triton":  # which gathers for itself, without making the host wait for how many rows there are
+        x, weight, bias = hidden, transform_weight, transform_bias
         if autocasting:
-            hidden, transform_weight, transform_bias = map(checks.autocast, (hidden, transform_weight, transform_bias))
-        _check_transform(hidden, transform_weight, transform_bias)
-        activation, labels, unlabelled = mlm_transform(hidden, labels, transform_weight, transform_bias, ignore_index)
-        count = unlabelled[0].long()
+            x, weight, bias = checks.autocast(x), checks.autocast(weight), checks.autocast(bias)
+        activation, labels, labelled = mlm_transform(x, labels, weight, bias, ignore_index)
+        count = labelled[0].long()
     else:
-        labelled = labels != ignore_index
-        count = labelled.sum()
+        count = (labels != ignore_index).sum()
         if not torch.compiler.is_compiling():  # where a shape that depends on the data would break the graph
-            index = labelled.nonzero().squeeze(1)
+            index = (labels != ignore_index).nonzero().squeeze(1)
             hidden, labels = hidden[index], labels[index]
         activation = F.gelu(linear(hidden, transform_weight, transform_bias, backend=backend))
     transformed = layernorm(activation, norm_weight, norm_bias, eps=eps, backend=backend)
     if autocasting:
         transformed, decoder_weight = checks.autocast(transformed), checks.autocast(decoder_weight)
         decoder_bias = None if decoder_bias is None else checks.autocast(decoder_bias)
-    total = chosen.run(transformed, labels, decoder_weight, decoder_bias, unlabelled, label_smoothing)
+    total = chosen.run(transformed, labels, decoder_weight, decoder_bias, labelled, label_smoothing)
     if num_items is not None:
         return total / num_items, count
     # 0 / 0 would make the gradients NaN where PyTorch's are 0.
@@ -131,11 +132,11 @@ def _check(
 
 
 def _check_transform(hidden: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """What `linear` checks where it is used."""
-    features = hidden.size(1)
-    checks.operand("mlm_loss", "transform_weight", weight, hidden, "hidden")
+    """All but the norm, which `layernorm` checks."""
+    features, same = hidden.size(-1), not checks.autocasting(hidden)
+    checks.operand("mlm_loss", "transform_weight", weight, hidden, "hidden", same_dtype=same)
     checks.shape("mlm_loss", "transform_weight", weight, (features, features), "[features, features]")
-    checks.operand("mlm_loss", "transform_bias", bias, hidden, "hidden")
+    checks.operand("mlm_loss", "transform_bias", bias, hidden, "hidden", same_dtype=same)
     checks.shape("mlm_loss", "transform_bias", bias, (features,), "[features]")
 
 
@@ -171,19 +172,19 @@ def _run(
     labels: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    unlabelled: int | Tensor,
+    labelled: int | Tensor,
     label_smoothing: float,
 ) -> Tensor:
-    """unlabelled: which rows have no label: those whose label it is or, for Triton, those from count on, int32 [1]."""
+    """labelled: which rows are: those whose label is not this one or, for Triton, so many of the first, int32 [1]."""
     hidden, labels, weight = hidden.contiguous(), labels.contiguous(), weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()
     needed = [leaf.needs_grad(tensor) for tensor in (hidden, weight, bias)]
     try:
-        return kernels.call(any(needed), hidden, labels, weight, bias, unlabelled, label_smoothing, *needed)[0]
+        return kernels.call(any(needed), hidden, labels, weight, bias, labelled, label_smoothing, *needed)[0]
     except RuntimeError:
-        if isinstance(unlabelled, int):  # the kernel checks the labels too, but can raise nothing else
-            check_labels(labels, weight.size(0), unlabelled)
+        if isinstance(labelled, int):  # the kernel checks the labels too, but can raise nothing else
+            check_labels(labels, weight.size(0), labelled)
         raise
 
 
@@ -200,7 +201,7 @@ def _forward_fake(
     labels: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    unlabelled: int | Tensor,
+    labelled: int | Tensor,
     label_smoothing: float,
     need_dh: bool,
     need_dweight: bool,

@@ -1,7 +1,7 @@
 """The first step of the masked language model's head, at the labelled positions only: gather, product, bias and GELU.
 
-Where the host may wait, it gathers the labelled rows, and the step is `linear` and F.gelu. On a GPU it does not know
-how many there are: the Triton kernels gather for themselves.
+Where the host may wait for how many these are, it gathers them, and the step is `linear` and F.gelu. The Triton kernels
+do not make it wait, and gather for themselves.
 """
 
 from __future__ import annotations

@@ -490,5 +490,3 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 scale = {"SCALE": GAIN.value if kind == "fp16" else 1.0}
                 launch = {"HIDDEN": hidden, "WIDTH": width} | config
                 yield case(_mlm_loss_dweight_kernel, kind, launch | scale, f"-{hidden}", True, **loss)
-                launch = {"HIDDEN": hidden, "WIDTH": padded(hidden), "SCALE": 1.0} | config
-                yield case(_mlm_loss_dweight_kernel, kind, launch, f"-{hidden}-transform", True)

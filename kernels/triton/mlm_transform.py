@@ -1,8 +1,8 @@
 """The labelled rows of the hidden states, and the product with bias and GELU that the masked language model's head
 begins with, for these alone.
 
-How many rows are labelled only the device knows. They are moved to the front, in their order, and programs for rows
-beyond ask the count and have little to do, as in mlm_loss.py, whose products the backward has, too.
+How many rows are labelled only the device knows. They come first in what this makes, in their order, and programs for
+rows beyond ask the count and have little to do, as in mlm_loss.py, whose products the backward has, too.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _DPRE = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4} | configs.FUSED
 @triton.jit(do_not_specialize=("num_rows", "ignore_index"))
 def _mlm_transform_compact_kernel(
     labels,  # int64 [num_rows]
-    index,  # int32 [num_rows]: the labelled rows first, in their order
-    front,  # int64 [num_rows]: their labels
+    index,  # int32 [num_rows]: the labelled rows first, in their order; 0 behind them
+    front,  # int64 [num_rows]: their labels; ignore_index behind them
     count,  # int32 [1]: how many there are
     num_rows,
     ignore_index,
@@ -37,8 +37,9 @@ def _mlm_transform_compact_kernel(
         label = tl.load(labels + row, mask=row < num_rows, other=0)
         labelled = (row < num_rows) & (label != ignore_index)
         place = total + tl.cumsum(labelled.to(tl.int32), 0) - 1
-        tl.store(index + place, row, mask=labelled)
-        tl.store(front + place, label, mask=labelled)
+        place = tl.where(labelled, place, num_rows - row + place)  # the others from the end on, backwards
+        tl.store(index + place, tl.where(labelled, row, 0), mask=row < num_rows)
+        tl.store(front + place, label, mask=row < num_rows)
         total += tl.sum(labelled.to(tl.int32), 0)
     tl.store(count, total)
 
@@ -64,9 +65,10 @@ def _mlm_transform_gather_kernel(
 
 @triton.jit(do_not_specialize=("num_rows", "steps"))
 def _mlm_transform_fwd_kernel(
-    h,  # [num_rows, HIDDEN], the labelled rows
+    h,  # [num_rows, HIDDEN]
     weight,  # [HIDDEN, HIDDEN]
     bias,  # [HIDDEN]
+    index,  # int32 [num_rows]
     count,  # int32 [1]
     pre,  # [num_rows, HIDDEN] or None
     act,  # [num_rows, HIDDEN]
@@ -84,10 +86,11 @@ def _mlm_transform_fwd_kernel(
     column = n + tl.arange(0, BLOCK_N)
     number = tl.load(count)
     if m < number:
-        a_row, b_row = tl.minimum(m + tl.arange(0, BLOCK_M), number - 1), tl.minimum(column, HIDDEN - 1)
+        a_row = tl.load(index + tl.minimum(m + tl.arange(0, BLOCK_M), number - 1))
+        b_row = tl.minimum(column, HIDDEN - 1)
         v = matmul.multiply_rows(h, a_row, weight, b_row, steps, HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    else:  # LayerNorm goes over these rows, too: one of equal numbers, with an eps of 0, would give NaN
-        v = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + (column % 2).to(tl.float32)[None, :]
+    else:  # LayerNorm goes over these rows, too: of equal numbers, with an eps of 0, it would make NaN
+        v = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + (column % 2 * 2048).to(tl.float32)[None, :]
     left, right = matmul.halves(v, BLOCK_M, BLOCK_N)
     ffn._ffn_fwd_epilogue(left, m, n, bias, pre, act, num_rows, HIDDEN, BLOCK_M, BLOCK_N // 2)
     ffn._ffn_fwd_epilogue(right, m, n + BLOCK_N // 2, bias, pre, act, num_rows, HIDDEN, BLOCK_M, BLOCK_N // 2)
@@ -130,19 +133,21 @@ def mlm_transform_fwd(
     (empty unless save is set).
     """
     num_rows, features = hidden.shape
-    index = labels.new_zeros(num_rows, dtype=torch.int32)
-    front = torch.full_like(labels, ignore_index)
-    count = index.new_zeros(1)
+    index, front = torch.empty_like(labels, dtype=torch.int32), torch.empty_like(labels)
+    count = index.new_empty(1)
     act = torch.empty_like(hidden)
     pre = torch.empty_like(hidden) if save else None
-    if num_rows > 0:
+    if num_rows == 0:
+        count.zero_()
+    else:
         config = mlm_loss.config("mlm_transform_fwd", hidden)
         with torch.cuda.device_of(hidden):
             _mlm_transform_compact_kernel[(1,)](labels, index, front, count, num_rows, ignore_index, **_COMPACT)
             _mlm_transform_fwd_kernel[matmul.tiles(config, num_rows, features),](
-                _gather(hidden, index, count),
+                hidden,
                 weight,
                 bias,
+                index,
                 count,
                 pre,
                 act,
@@ -176,7 +181,8 @@ def mlm_transform_bwd(
     if num_rows == 0:
         return dhidden, torch.zeros_like(weight) if need_dweight else hidden.new_empty(0), dbias.zero_()
     dweight = torch.empty_like(weight) if need_dweight else hidden.new_empty(0)
-    dh_config, dweight_config = (mlm_loss.config(f"mlm_loss_{name}", hidden) for name in ("dh", "dweight"))
+    dh_config = mlm_loss.config("mlm_loss_dh", hidden)
+    dweight_config = mlm_loss.config("mlm_transform_dweight", hidden)
     width = mlm_loss.padded(features, dh_config["BLOCK_K"], dweight_config["BLOCK_M"])
     dpre = hidden.new_empty(num_rows, width)
     grid = configs.cdiv(num_rows, _DPRE["BLOCK_M"]), configs.cdiv(width, _DPRE["BLOCK_N"])
@@ -194,22 +200,16 @@ def mlm_transform_bwd(
                 HIDDEN=features, **product, **dh_config,
             )  # fmt: skip
         if need_dweight:
+            labelled = torch.empty_like(hidden)
+            block = min(512, configs.next_power_of_2(features))
+            _mlm_transform_gather_kernel[configs.cdiv(num_rows, _GATHER["BLOCK_M"]), configs.cdiv(features, block)](
+                hidden, index, count, labelled, HIDDEN=features, BLOCK_N=block, **_GATHER
+            )
             mlm_loss._mlm_loss_dweight_kernel[matmul.tiles(dweight_config, features, features),](
-                dpre, _gather(hidden, index, count), count, dweight, 0, num_rows, features,
+                dpre, labelled, count, dweight, 0, num_rows, features,
                 WIDTH=width, HIDDEN=features, **product, **dweight_config,
             )  # fmt: skip
     return dhidden, dweight, dbias
-
-
-def _gather(hidden: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    """The labelled rows of hidden, and memory that nobody wrote for as many as there are in all."""
-    num_rows, features = hidden.shape
-    out = torch.empty_like(hidden)
-    block = min(512, configs.next_power_of_2(features))
-    _mlm_transform_gather_kernel[(configs.cdiv(num_rows, _GATHER["BLOCK_M"]), configs.cdiv(features, block))](
-        hidden, index, count, out, HIDDEN=features, BLOCK_N=block, **_GATHER
-    )
-    return out
 
 
 def cases(arch: int) -> Iterator[configs.Case]:
@@ -220,6 +220,10 @@ def cases(arch: int) -> Iterator[configs.Case]:
             yield mlm_loss.case(_mlm_transform_gather_kernel, kind, sizes | {"BLOCK_N": 512} | _GATHER, f"-{hidden}")
             launch = sizes | {"WIDTH": mlm_loss.padded(hidden)} | _DPRE
             yield mlm_loss.case(_mlm_transform_dpre_kernel, kind, launch, f"-{hidden}")
+        for shape_class, config in configs.table(arch)["mlm_transform_dweight"].items():
+            for kind in mlm_loss.kinds(shape_class):
+                launch = sizes | {"WIDTH": mlm_loss.padded(hidden), "SCALE": 1.0} | config
+                yield mlm_loss.case(mlm_loss._mlm_loss_dweight_kernel, kind, launch, f"-{hidden}", True)
         for shape_class, config in configs.table(arch)["mlm_transform_fwd"].items():
             for kind in mlm_loss.kinds(shape_class):
                 launch = sizes | config
