@@ -45,7 +45,7 @@ def rows() -> dict[str, Callable[[], Workload]]:
             if width == 512:  # the backward has kernels of its own then
                 add("attention", f"d{head_dim}-{width}-deterministic", shape, deterministic=True)
                 add("attention", f"d{head_dim}-{width}-fp32", shape, dtype="float32")
-    for head_dim in (24, 40, 80):  # padded to those
+    for head_dim in (24, 40, 80):  # which the kernels pad to 32, 64 and 128
         shape = gpu_rows.attention_shape([512] * (gpu_rows.TOKENS // 512), 1024 // head_dim, head_dim)
         add("attention", f"d{head_dim}-512", shape)
         add("attention", f"d{head_dim}-512-dropout", shape, dropout=ops.DROPOUT)

@@ -219,8 +219,9 @@ def _run(
         check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
     choice = () if kernels is _cpu else (deterministic,)  # it always repeats
     heads, head_dim = qkv.shape[2:]
-    if head_dim % _HEAD_MULTIPLE:
-        qkv = F.pad(qkv, (0, -head_dim % _HEAD_MULTIPLE))
+    spare = _padded(head_dim) - head_dim
+    if spare:
+        qkv = F.pad(qkv, (0, spare))
     save = leaf.needs_grad(qkv, bias)
     try:
         out = kernels.call(save, qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, bias, *choice)[0]
@@ -228,7 +229,7 @@ def _run(
         if kernels is _cpu:  # it checks the lengths too, but can raise nothing else
             check_lengths(cu_seqlens, qkv.size(0), max_seqlen)
         raise
-    return out if head_dim % _HEAD_MULTIPLE == 0 else out.unflatten(1, (heads, -1))[..., :head_dim].flatten(1)
+    return out.unflatten(1, (heads, -1))[..., :head_dim].flatten(1).contiguous() if spare else out
 
 
 def _padded(head_dim: int | None) -> int:

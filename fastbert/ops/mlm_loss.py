@@ -89,9 +89,10 @@ def mlm_loss(
         activation, labels, labelled = mlm_transform(x, labels, weight, bias, ignore_index)
         count = labelled[0].long()
     else:
-        count = (labels != ignore_index).sum()
+        chosen_rows = labels != ignore_index
+        count = chosen_rows.sum()
         if not torch.compiler.is_compiling():  # where a shape that depends on the data would break the graph
-            index = (labels != ignore_index).nonzero().squeeze(1)
+            index = chosen_rows.nonzero().squeeze(1)
             hidden, labels = hidden[index], labels[index]
         activation = F.gelu(linear(hidden, transform_weight, transform_bias, backend=backend))
     transformed = layernorm(activation, norm_weight, norm_bias, eps=eps, backend=backend)

@@ -281,7 +281,8 @@ def cases(arch: int) -> Iterator[configs.Case]:
             for head_dim, dtype, drops, this in itertools.product(_head_dims(offered, name), dtypes, dropouts, of_bias):
                 constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
                 constants["SCALED"] = bias or dtype == "fp32"
-                constants |= {key: value for key, value in config.items() if key.startswith("BLOCK")}
+                blocks, options = configs.split(config)
+                constants |= blocks
                 if "-s" in name:
                     constants["BLOCK_S"] = int(name.split("-")[1][1:])
                 if op.endswith("dbias"):
@@ -308,7 +309,6 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     + "-dropout" * drops
                     + ("-row" if op.endswith("dbias") else "-delta") * this
                 )
-                options = configs.split(config)[1]
                 narrow = block_d <= 64 and op == "attention_fwd"
                 matrix = dtype != "fp32" or narrow
                 together = 2 if narrow and dtype != "fp32" and not bias else 1

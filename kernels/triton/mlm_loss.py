@@ -322,8 +322,9 @@ def mlm_loss_fwd(
         dbias = h.new_zeros(vocabulary if need_dbias else 0, dtype=stored)
         return h.new_zeros((), dtype=torch.float32), dh, dweight, dbias
     forward, dh_config, dweight_config = (config(f"mlm_loss_{name}", h) for name in ("fwd", "dh", "dweight"))
-    whole = dh_config["BLOCK_K"], dweight_config["BLOCK_M"], dweight_config["BLOCK_K"]
-    width = padded(vocabulary, forward["BLOCK_M"], *whole)
+    width = padded(
+        vocabulary, forward["BLOCK_M"], dh_config["BLOCK_K"], dweight_config["BLOCK_M"], dweight_config["BLOCK_K"]
+    )
     chunk = _chunk_rows(num_rows, width * h.element_size())
     one = num_rows <= chunk
     losses = h.new_zeros(num_rows, dtype=torch.float32)

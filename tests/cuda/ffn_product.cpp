@@ -57,12 +57,11 @@ void product_sm80_kernel(Factors<T> factors, typename PART::Operands operands) {
 template <class T, class VISIT>
 void tile_sm90(const Factors<T>& factors, float* columns, const VISIT& visit) {
   constexpr int kRows = 64, kColumns = 32, kElements = kRows * kColumns / kThreads;
-  using Sums = FfnColumnSums<kElements>;
-  auto& shared = *reinterpret_cast<typename Sums::Shared*>(shared_memory());
+  auto& shared = *reinterpret_cast<FfnWarpSums*>(shared_memory());
   const int thread = threadIdx.x, lane = thread % kWarp, first_row = thread / kWarp * 16 + lane / 4;
   const int first_column = lane % 4 * 2;
   for (int n = 0; n < kFfnColumns; n += kColumns) {
-    Sums sums;
+    FfnColumnSums<kElements> sums;
     for (int m = 0; m < kFfnRows; m += kRows) {
       float values[kElements];
       for (int i = 0; i < kElements; ++i) {
@@ -77,7 +76,7 @@ void tile_sm90(const Factors<T>& factors, float* columns, const VISIT& visit) {
   if (columns == nullptr) return;
   __syncthreads();
   const int64_t stride = ffn_tiles(factors.shape.inner, kFfnColumns) * kFfnColumns;
-  columns[blockIdx.x * stride + blockIdx.y * kFfnColumns + thread] = Sums::total(shared, thread);
+  columns[blockIdx.x * stride + blockIdx.y * kFfnColumns + thread] = ffn_column_sum(shared, thread);
 }
 
 template <class T>
@@ -139,7 +138,7 @@ void run_sm90(const Queue& queue, const FfnShape& shape, Format format, const Op
   with_type(format, [&](auto type) {
     using T = decltype(type);
     void (*kernel)(Factors<T>, Operands) = product_sm90_kernel<T>;
-    launch(queue, "ffn_cuda", kernel, grid(shape), kThreads, 4 * kFfnColumns * 4, factors<T>(shape, a), a);
+    launch(queue, "ffn_cuda", kernel, grid(shape), kThreads, sizeof(FfnWarpSums), factors<T>(shape, a), a);
   });
 }
 

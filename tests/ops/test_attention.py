@@ -498,7 +498,7 @@ def test_attention_kernels_take_any_head_dim(backend: str, head_dim: int) -> Non
     accuracy.check_backward(ours(backend, (5, 9)), eager((5, 9)), reference((5, 9)), tensors)
     out = ours(backend, (5, 9))(**tensors)
     assert out.shape == (14, 2 * head_dim)
-    assert out.view(-1).numel() == out.numel()
+    assert out.is_contiguous()
 
 
 def test_attention_of_large_heads_is_not_for_triton() -> None:

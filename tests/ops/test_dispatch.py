@@ -236,6 +236,7 @@ def test_kernels_that_no_gpu_has_run_are_off(op: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(dispatch, "_selected", {})
     monkeypatch.setattr(dispatch, "cuda_reason", lambda *_: None)
     monkeypatch.setattr(dispatch, "_nvidia_reason", lambda: None)
+    monkeypatch.setattr(dispatch, "preferred", lambda *_: [])  # nothing has been measured
     monkeypatch.setattr(configs, "architecture", lambda device: 90)
     monkeypatch.setattr(configs, "tuned", lambda device: {})
     requires = {"attention": 64, "ffn": True, "layernorm": None}[op]

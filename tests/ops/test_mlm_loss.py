@@ -162,7 +162,7 @@ def test_mlm_loss_bwd(backend: str, dtype: torch.dtype, case: tuple) -> None:
     check(backend, dtype, *case, backward=True)
 
 
-@pytest.mark.parametrize("spread", [4.0, 8.0, 16.0])
+@pytest.mark.parametrize("spread", [4.5, 8.0, 16.0])
 @typed
 def test_mlm_loss_of_a_confident_model(backend: str, dtype: torch.dtype, spread: float) -> None:
     """Gradients are what the probabilities of the labels lack of 1, which here is little, under GradScaler's factor."""
@@ -181,7 +181,7 @@ def test_mlm_loss_of_a_confident_model(backend: str, dtype: torch.dtype, spread:
     formula(guess, 0.0, lambda x, w, b: layernorm_ref(x, w, b, eps=1e-5), keep)(**accuracy.double(tensors))
     labels = logits[0].argmax(1)
     probability = torch.softmax(logits[0], 1).amax(1)
-    assert probability.mean() > 0.55
+    assert probability.mean() > 0.6
 
     def scaled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda **tensors: loss(**tensors) * 65536

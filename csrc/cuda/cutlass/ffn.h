@@ -145,10 +145,11 @@ struct FfnBackwardPart {
 
 // For compute capability 9.0: adds up the columns of a tile, of which a warp group's threads have ELEMENTS of a subtile at
 // a time, as wgmma leaves them: pairs in a row, 8 rows apart, 8 columns apart; `column` is the first.
+constexpr int kFfnWarps = kFfnColumns / kWarp;  // of the warp group: a column to each thread
+using FfnWarpSums = float[kFfnWarps][kFfnColumns];
+
 template <int ELEMENTS>
 struct FfnColumnSums {
-  static constexpr int kWarps = 4;
-  using Shared = float[kWarps][kFfnColumns];
   float own[ELEMENTS / 2];
 
   // first: of the subtiles of these columns.
@@ -162,7 +163,7 @@ struct FfnColumnSums {
     }
   }
   // After the last of these subtiles. A warp together.
-  __device__ __forceinline__ void share(Shared& sums, int thread, int column) const {
+  __device__ __forceinline__ void share(FfnWarpSums& sums, int thread, int column) const {
 #pragma unroll
     for (int i = 0; i < ELEMENTS / 2; ++i) {
       float sum = own[i];  // lanes four apart have the same columns
@@ -172,12 +173,13 @@ struct FfnColumnSums {
       if (thread % kWarp < 4) sums[thread / kWarp][column + i / 2 * 8 + i % 2] = sum;
     }
   }
-  // After all threads have shared theirs: of the column `thread`.
-  static __device__ __forceinline__ float total(const Shared& sums, int thread) {
-    static_assert(kWarps * kWarp == kFfnColumns);  // a column to each thread
-    return (sums[0][thread] + sums[1][thread]) + (sums[2][thread] + sums[3][thread]);
-  }
 };
+
+// After all threads have shared theirs: of the column `thread`.
+__device__ __forceinline__ float ffn_column_sum(const FfnWarpSums& sums, int thread) {
+  static_assert(kFfnWarps == 4);
+  return (sums[0][thread] + sums[1][thread]) + (sums[2][thread] + sums[3][thread]);
+}
 
 void ffn_sm80(const Queue&, const FfnShape&, Format, const FfnForward&);
 void ffn_sm80(const Queue&, const FfnShape&, Format, const FfnBackward&);

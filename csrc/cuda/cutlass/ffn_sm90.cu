@@ -70,7 +70,7 @@ using ForwardEpilogue = fusion::Sm90EVT<
 // CUTLASS's keeps all of the tile's columns in a thread's registers, and this one those of a subtile.
 struct ColumnSums {
   struct SharedStorage {
-    float sums[4][kFfnColumns];  // one for each warp of the warp group that a tile belongs to
+    FfnWarpSums sums;
   };
   struct Arguments {
     float* columns;
@@ -97,11 +97,11 @@ struct ColumnSums {
   }
 
   const Params* params;
-  float (*shared)[kFfnColumns];
+  FfnWarpSums* shared;
 
   CUTLASS_HOST_DEVICE ColumnSums() {}
   CUTLASS_HOST_DEVICE ColumnSums(const Params& params_, const SharedStorage& storage)
-      : params(&params_), shared(const_cast<SharedStorage&>(storage).sums) {}
+      : params(&params_), shared(&const_cast<SharedStorage&>(storage).sums) {}
 
   CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
   CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
@@ -115,14 +115,13 @@ struct ColumnSums {
   template <int ROWS, int COLUMNS>
   struct Callbacks : fusion::EmptyConsumerStoreCallbacks {
     static constexpr int kElements = ROWS * COLUMNS / kFfnColumns;  // of a thread
-    using Sums = FfnColumnSums<kElements>;
     float* out;
-    typename Sums::Shared& shared;
+    FfnWarpSums& shared;
     int thread, column;  // the thread's first, in the tile
-    Sums sums;
+    FfnColumnSums<kElements> sums;
 
-    CUTLASS_DEVICE Callbacks(float* out_, float (*shared_)[kFfnColumns], int thread_, int column_)
-        : out(out_), shared(*reinterpret_cast<typename Sums::Shared*>(shared_)), thread(thread_), column(column_) {}
+    CUTLASS_DEVICE Callbacks(float* out_, FfnWarpSums& shared_, int thread_, int column_)
+        : out(out_), shared(shared_), thread(thread_), column(column_) {}
 
     template <class V>
     CUTLASS_DEVICE V visit(const cutlass::Array<float, kElements>&, int, int subtile_row, int, const V& values) {
@@ -137,7 +136,7 @@ struct ColumnSums {
       if (subtile_row + 1 == kFfnRows / ROWS) sums.share(shared, thread, subtile_column * COLUMNS + column);
       if (!last) return;
       synchronize();
-      out[thread] = Sums::total(shared, thread);
+      out[thread] = ffn_column_sum(shared, thread);
     }
   };
 
@@ -154,7 +153,7 @@ struct ColumnSums {
     const auto [m, n, k, l] = args.tile_coord_mnkl;
     const int column = cute::get<1>(args.residue_cD) - cute::get<1>(args.residue_tCcD);
     return Callbacks<cute::size<0>(Subtile{}), cute::size<1>(Subtile{})>(
-        params->columns + m * params->stride + n * kFfnColumns, shared, args.thread_idx, column);
+        params->columns + m * params->stride + n * kFfnColumns, *shared, args.thread_idx, column);
   }
 };
 
