@@ -17,7 +17,7 @@ from .errors import CommandError
 from .loading import check_family, check_vocabulary, load_config, load_tokenizer, sequence_limit
 from .report import history, picture
 from .rows import RowFile, splits_of
-from .runs import Run
+from .runs import Run, say
 from .sharding import wants_sharding
 from .task import Task
 from .tasks import choose_task
@@ -158,11 +158,13 @@ def _open_files(data_args: DataArguments, args: FinetuneArguments) -> dict[str, 
     assert data_args.train_file is not None
     splits = splits_of(data_args.train_file)
     files = {"train": (open_split(data_args.train_file, "--train_file", "train" if splits else None), "--train_file")}
-    for name, path, wanted in (
-        ("validation", data_args.validation_file, args.eval_strategy != "no"),
-        ("test", data_args.test_file, args.do_predict),
+    for name, path, wanted, without in (
+        ("validation", data_args.validation_file, args.eval_strategy != "no", "nothing is evaluated in training"),
+        ("test", data_args.test_file, args.do_predict, "--do_predict is false"),
     ):
         if not wanted:
+            if path:
+                say(f"--{name}_file {path} is not read: {without}")
             continue
         if path:
             own = splits_of(path)

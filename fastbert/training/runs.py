@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import huggingface_hub
 import torch
 from transformers import ProgressCallback, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -144,6 +145,7 @@ class Run(ABC):
         started, args = time.perf_counter(), self.args
         quiet_transformers()
         check_loggers(args)
+        check_hub(args)
         check_processes(args)
         check_sharding(args)
         self.open()
@@ -240,6 +242,16 @@ def check_loggers(args: RunArguments) -> None:
                 callback()
         except (ValueError, RuntimeError, ImportError) as error:
             raise CommandError(f"--report_to {name}: {first_line(error)}") from error
+
+
+def check_hub(args: RunArguments) -> None:
+    """Raise CommandError where ``--push_to_hub`` could not push: no network, no token or a wrong one."""
+    if not args.push_to_hub:
+        return
+    try:
+        huggingface_hub.whoami(token=args.hub_token)
+    except Exception as error:  # of what HTTP library they are depends on huggingface_hub's version
+        raise CommandError(f"--push_to_hub: the Hub does not know who you are: {first_line(error)}") from error
 
 
 def check_batches(trainer: Resumable) -> None:

@@ -218,6 +218,18 @@ def test_gradient_accumulation_averages(kit: Any, base_model: Path, tmp_path: Pa
     assert losses[4][0]["grad_norm"] == pytest.approx(losses[16][0]["grad_norm"], rel=0.35)
 
 
+def test_files_that_are_not_read_are_told(
+    kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = kit.write_rows(tmp_path / "train.csv", kit.examples(20))
+    more = {"validation_file": train, "eval_strategy": "no", "test_file": train, "do_predict": False, "max_steps": 1}
+    assert main(kit.finetune_flags(base_model, train, tmp_path / "out", **more)) == 0
+    said = capsys.readouterr().err
+    assert f"--validation_file {train} is not read: nothing is evaluated in training" in said
+    assert f"--test_file {train} is not read: --do_predict is false" in said
+    assert report(tmp_path / "out")["history"]["eval"] == []
+
+
 def test_bad_rows(kit: Any, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: list[dict[str, Any]] = kit.examples(30)
     rows[3]["text"] = "  "

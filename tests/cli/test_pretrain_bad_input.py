@@ -34,6 +34,7 @@ from fastbert.cli import main
         ({"model_type": "roberta"}, "roberta has no next sentence prediction"),
         ({"model_type": "nobert"}, "--model_type"),
         ({"report_to": "tensorbored"}, "--report_to tensorbored: "),
+        ({"push_to_hub": True, "hub_token": "hf_wrong"}, "--push_to_hub: "),
         ({"fsdp": "full_shard"}, "--fsdp: this is one process"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -103,6 +104,43 @@ def test_kernels_are_compiled_per_instruction_set(toy: Path) -> None:
     assert refused.returncode != 0
     assert "sse9" in refused.stderr
     assert "baseline" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "allowed"),
+    [
+        ({"MAX_JOBS": "0"}, "MAX_JOBS=0: allowed are whole numbers from 1 on"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS=many: allowed are whole numbers from 1 on"),
+        ({"FASTBERT_BUILD_EXTENSION": "yes"}, "FASTBERT_BUILD_EXTENSION=yes: allowed are 0, 1 and auto"),
+    ],
+)
+def test_a_wrong_setting_is_named(toy: Path, env: dict[str, str], allowed: str) -> None:
+    refused = build(toy, check=False, **env)
+    assert refused.returncode != 0
+    assert allowed in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not list((toy / "fastbert").glob("_C.*"))
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
+def test_cuda_kernels_are_compiled_file_by_file_for_the_archs_that_are_named(toy: Path) -> None:
+    cuda = toy / "csrc" / "cuda"
+    cuda.mkdir()
+    for name in ("first", "second"):
+        (cuda / f"{name}.cu").write_text(f"__global__ void {name}(int* place) {{ *place = 1; }}\n")
+    for wrong in ("75", "8.0", "hopper", "90;1"):
+        refused = build(toy, check=False, FASTBERT_CUDA_ARCHS=wrong)
+        assert refused.returncode != 0
+        assert f"FASTBERT_CUDA_ARCHS={wrong}: allowed with nvcc" in refused.stderr
+    both = {"FASTBERT_CUDA_ARCHS": "80;90", "MAX_JOBS": "1"}
+    assert {"compiling first.cu", "compiling second.cu", "linking _C_cuda"} <= set(build(toy, **both).made)
+    reports = sorted(toy.glob("build/ext-*/cuda/*.ptxas"))
+    assert [path.stem for path in reports] == ["first", "second"]
+    assert all(f"sm_{arch}" in path.read_text() for path in reports for arch in (80, 90))
+    assert build(toy, **both).made == []
+    later(cuda / "first.cu", "__global__ void first(int* place) { *place = 2; }\n")
+    assert build(toy, **both).made == ["compiling first.cu", "linking _C_cuda"]
+    assert json.loads((toy / "fastbert" / "_build.json").read_text())["cuda_archs"] == ["80", "90"]
 
 
 def test_a_compile_error_fails_the_build(toy: Path) -> None:
