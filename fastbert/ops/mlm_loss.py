@@ -13,7 +13,7 @@ from fastbert import dispatch
 from fastbert.ops import checks, leaf
 from fastbert.ops.layernorm import layernorm
 from fastbert.ops.linear import linear
-from fastbert.ops.mlm_transform import mlm_transform
+from fastbert.ops.mlm_transform import mlm_transform, spare_features
 
 
 def mlm_loss_ref(
@@ -177,6 +177,8 @@ def _run(
     label_smoothing: float,
 ) -> Tensor:
     """labelled: which rows are: those whose label is not this one or, for Triton, so many of the first, int32 [1]."""
+    if kernels is _triton and (spare := spare_features(hidden)):
+        hidden, weight = F.pad(hidden, (0, spare)), F.pad(weight, (0, spare))
     hidden, labels, weight = hidden.contiguous(), labels.contiguous(), weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()

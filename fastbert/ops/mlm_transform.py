@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops import leaf
@@ -21,6 +22,13 @@ _triton = leaf.define_triton(
     "bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)",
 )
 
+_MULTIPLE = 8  # of the features that Triton's products read: others are padded with zeros, which change no result
+
+
+def spare_features(hidden: Tensor) -> int:
+    """How many features of zeros Triton's products want behind those of hidden [N, H]."""
+    return -hidden.size(1) % _MULTIPLE
+
 
 def mlm_transform(
     hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, ignore_index: int
@@ -32,10 +40,13 @@ def mlm_transform(
     Returns act [N, H] and the labels, int64 [N], both with the labelled rows first, in their order, and count, int32
     [1], how many these are. The other rows of act mean nothing and have no gradient. Differentiable once.
     """
+    features, spare = hidden.size(1), spare_features(hidden)
+    if spare:
+        hidden, weight, bias = F.pad(hidden, (0, spare)), F.pad(weight, (0, spare, 0, spare)), F.pad(bias, (0, spare))
     save = leaf.needs_grad(hidden, weight, bias)
     arguments = (hidden.contiguous(), labels.contiguous(), weight.contiguous(), bias.contiguous(), ignore_index, save)
     act, labels, _, count, _ = _triton.call(save, *arguments)
-    return act, labels, count
+    return act[:, :features] if spare else act, labels, count
 
 
 def _forward_fake(

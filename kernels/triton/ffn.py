@@ -2,9 +2,9 @@
 gives the gradient of the activation turns it into that of the pre-activation, sums the bias's, and recomputes the
 activation. The products without an epilogue of their own belong to the vendor's library.
 
-So do those of float32 where TF32 is not allowed, which have no tensor cores: a thread of Triton's product reads columns
-of the weight that lie in the same banks of shared memory, one after another. What the epilogues do is then one pass
-over the product.
+So do all products of float32 where TF32 is not allowed, which have no tensor cores: a thread of Triton's product reads
+columns of the weight that lie in the same banks of shared memory, one after another. And those of sizes that are no
+multiples of 8, whose rows begin where no vector may. What the epilogues do is then one pass over the product.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _ffn_gelu_fwd_kernel(
 ):
     m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     start, offset, inside = _place(m, n, num_rows, N, BLOCK_M, BLOCK_N)
-    v = tl.load(act + start + offset, mask=inside, other=0.0)
+    v = tl.load(act + start + offset, mask=inside, other=0.0).to(tl.float32)
     _ffn_fwd_epilogue(v, m, n, bias, pre, act, num_rows, N, BLOCK_M, BLOCK_N)
 
 
@@ -197,13 +197,15 @@ def _ffn_gelu_bwd_kernel(
 ):
     m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     start, offset, inside = _place(m, n, num_rows, N, BLOCK_M, BLOCK_N)
-    d = tl.load(dpre + start + offset, mask=inside, other=0.0)
+    d = tl.load(dpre + start + offset, mask=inside, other=0.0).to(tl.float32)
     _ffn_bwd_epilogue(d, m, n, pre, dpre, act, partials, num_rows, N, BLOCK_M, BLOCK_N)
 
 
-def _by_vendor(x: Tensor) -> bool:
-    """Whether the vendor's library has all products: see the top of this file."""
-    return x.dtype is torch.float32 and matmul.precision(x.dtype) == "ieee"
+def _by_vendor(x: Tensor, inner: int) -> bool:
+    """Whether the vendor's library multiplies x [T, K] by a weight [inner, K], or [K, inner], too: see the top of this
+    file."""
+    exact = x.dtype is torch.float32 and matmul.precision(x.dtype) == "ieee"
+    return exact or x.size(1) % 8 != 0 or inner % 8 != 0
 
 
 def _blocks(config: dict[str, int], result: Tensor) -> tuple[int, int]:
@@ -226,7 +228,7 @@ def ffn_fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, save: bool) -> tuple[
     """
     num_rows, features = x.shape
     inner = w1.size(0)
-    by_vendor = _by_vendor(x)
+    by_vendor = _by_vendor(x, inner)
     act = torch.mm(x, w1.t()) if by_vendor else x.new_empty(num_rows, inner)
     pre = torch.empty_like(act) if save else None
     if act.numel() > 0:
@@ -271,7 +273,7 @@ def ffn_bwd(
             for value, need in ((x, need_dx), (w1, need_dw1), (w2, need_dw2))
         )
         return dx, dw1, db1.zero_(), dw2
-    by_vendor = _by_vendor(x)
+    by_vendor = _by_vendor(dy, inner)
     dpre, act = torch.mm(dy, w2) if by_vendor else torch.empty_like(pre), torch.empty_like(pre)
     config = _GELU_BWD if by_vendor else _config("ffn_bwd", x)
     partials = pre.new_empty(1, configs.cdiv(num_rows, config["BLOCK_M"]), inner, dtype=torch.float32)
@@ -320,6 +322,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
         (_ffn_gelu_fwd_kernel, _GELU_FWD, ("bias", "pre", "act")),
         (_ffn_gelu_bwd_kernel, _GELU_BWD, ("pre", "dpre", "act", "partials")),
     ):
-        for inner in (3072, 1200):
-            signature = dict.fromkeys(names, "*fp32") | {"num_rows": "i32"}
-            yield configs.Case(f"fp32-{inner}", kernel, signature, *configs.split(config | {"N": inner}), False)
+        for kind, inner in (("fp32", 3072), ("fp32", 1200), *((kind, 255) for kind in ("fp32", "fp16", "bf16"))):
+            signature = dict.fromkeys(names, f"*{kind}") | {"num_rows": "i32"}
+            signature |= {"partials": "*fp32"} if "partials" in names else {}
+            yield configs.Case(f"{kind}-{inner}", kernel, signature, *configs.split(config | {"N": inner}), False)

@@ -107,7 +107,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
     config = configs.table(arch)["linear_fwd"]["small"]
     tensors = ("x", *(f"{kind}{number}" for kind in ("weight", "bias") for number in range(1, 5)), "y")
     for kind in ("fp16", "bf16"):
-        for features, size, count in ((768, 768, 3), (312, 312, 3), (768, 768, 2), (768, 768, 4)):
+        for features, size, count in ((768, 768, 3), (312, 312, 3), (768, 768, 2), (768, 768, 4), (37, 37, 3)):
             signature = dict.fromkeys(tensors, f"*{kind}") | {"num_rows": "i32", "steps": "i32"}
             sizes = {"K": features, "N": size, "COUNT": count, "PRECISION": "ieee"}
             label = f"{kind}-{count}x{features}x{size}"
