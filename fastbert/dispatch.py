@@ -264,6 +264,8 @@ def select(
 
     Raises ValueError if a name is unknown, RuntimeError with the reason if a forced backend cannot run.
     """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"{op}: backend must be a string, got {type(backend).__name__}")
     if torch.compiler.is_compiling():  # which cannot trace a look at the environment
         return _implementations[op][_selected_name(op, device, dtype, requires, backend)]
     if forward_mode():  # autograd asks a kernel without a formula for it nothing, and the tangent would be 0
@@ -413,15 +415,17 @@ def _launches(op: str, device: str | torch.device) -> dict[str, Any]:
 
     told = configs.describe(device)
     kernels = (op, "mlm_transform") if op == "mlm_loss" else (op,)
-    return {"tables": told["tables"], "launched": {k: v for k, v in told["used"].items() if k.startswith(kernels)}}
+    launched, fixed = ({k: v for k, v in told[kind].items() if k.startswith(kernels)} for kind in ("used", "fixed"))
+    return {"tables": told["tables"], "launched": launched, "fixed": fixed}
 
 
 def details_as_text(entry: dict[str, Any]) -> list[str]:
     """What an entry of `describe` says of the backend that runs, as lines."""
     lines = [f"for {entry['part']} alone; else {entry['otherwise'] or 'it raises'}"] if "part" in entry else []
     lines += [f"launch configurations from {', then '.join(entry['tables'])}"] if "tables" in entry else []
-    for name, config in entry.get("launched", {}).items():
-        lines.append(f"launched {name}: " + ", ".join(f"{key} {value}" for key, value in config.items()))
+    for what, kind in (("launched", "launched"), ("on every card", "fixed")):
+        for name, config in entry.get(kind, {}).items():
+            lines.append(f"{what} {name}: " + ", ".join(f"{key} {value}" for key, value in config.items()))
     return lines
 
 
@@ -436,8 +440,8 @@ def describe(
 
     Where the backend is for a part of the op's calls alone also "part", what that is, and "otherwise", the backend that
     runs the rest, or None if the rest raises because it is forced. Where the backend is triton also "tables", the files
-    that launch configurations come from, the first of them going before the next, and "launched": what this process has
-    launched kernels of the op with.
+    that launch configurations come from, the first of them going before the next, "launched": what this process has
+    launched kernels of the op with, and "fixed": what small ones are launched with on every card.
     head_dim: the attention's head size, where it is known. Does not raise if a forced backend cannot run: then
     "backend" is None and "rejected" holds the reason. An invalid FASTBERT_BACKEND does raise ValueError.
     """

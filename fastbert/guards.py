@@ -14,7 +14,7 @@ from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastbert import encoder, internals
+from fastbert import dispatch, encoder, internals
 from fastbert.internals import active_collector, func_transform
 from fastbert.packing import unreadable
 
@@ -243,7 +243,8 @@ def wrong_weights(weights: tuple[Tensor, ...], x: Tensor | None = None) -> str |
     if len(dtypes) > 1:
         return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})"
     device = first.device.type
-    if first.dtype not in DTYPES.get(device, (first.dtype,)):
+    # What the environment forces runs, or raises the reason why it cannot.
+    if first.dtype not in DTYPES.get(device, (first.dtype,)) and not dispatch.forced():
         return f"no kernels for {first.dtype} on {device}"
     if x is not None and x.dtype is not first.dtype and not torch.is_autocast_enabled(device):
         return f"hidden_states are {x.dtype}, the weights {first.dtype}"

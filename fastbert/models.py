@@ -331,6 +331,8 @@ class FastMaskedLM(FastModel):
         dense, dense_bias, norm, norm_bias, decoder, decoder_bias = weights
         if labels.numel() == hidden.shape[:-1].numel():
             labels = labels.view(hidden.shape[:-1])
+        if labels.dtype is torch.uint8:  # the other type that PyTorch's cross-entropy takes
+            labels = labels.long()
         loss, count = ops.mlm_loss(
             hidden, labels, decoder, decoder_bias, dense, dense_bias, norm, norm_bias, eps=eps, num_items=num_items
         )

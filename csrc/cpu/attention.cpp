@@ -9,6 +9,7 @@ namespace FASTBERT_ISA {
 constexpr int64_t kKeys = 512;       // keys a block of scores holds: BERT's whole sequence, no rescaling needed
 constexpr int64_t kForwardRows = 2 * MR;
 constexpr int64_t kBackwardRows = 4 * MR;
+constexpr float kLargeSum = 64.0f;   // log-sum-exps beyond it are too coarse for P = exp(score - log-sum-exp)
 
 // One head of one sequence.
 template <class T>
@@ -216,6 +217,39 @@ void store_rows(const float* rows, int64_t count, int64_t ld, int64_t d, float f
     for (int64_t j = 0; j < d; j += VLEN) store_n(out + r * stride + j, load(rows + r * ld + j) * factor, d - j);
 }
 
+// Of a row's exponentials; a row whose every score is minus infinity has none, and no gradient.
+FASTBERT_INLINE float inverse_sum(float total) { return total == 0.0f ? 1.0f : 1.0f / total; }
+
+// The highest score of each row and the inverse sum of exp(score - highest), over all its keys, a block at a time.
+template <class T>
+void sum_again(const Head<T>& head, int64_t q, int64_t rows, const float* queries, int64_t ld, const float* keys,
+               float* scores, int64_t block, float* top, float* inverse) {
+  const float lowest = -__builtin_inff();
+  float total[kBackwardRows] = {};
+  for (int64_t r = 0; r < rows; ++r) top[r] = lowest;
+  for (int64_t k = 0; k < head.length; k += block) {
+    const int64_t n = smaller(block, head.length - k), d = head.shape.head_dim;
+    multiply_scores(rows, d, queries, ld, keys + k * d, n, scores, block);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* s = scores + r * block;
+      const float* bias = head.bias_row(q + r);
+      const float high = add_bias(s, n, bias == nullptr ? nullptr : bias + k);
+      if (high > top[r]) {
+        total[r] *= sum(exp(splat(top[r] - high))) / VLEN;
+        top[r] = high;
+      }
+      if (top[r] == lowest) continue;
+      vf part = {};
+      for (int64_t j = 0; j < n; j += VLEN) part += exp(load(s + j) - top[r]);
+      total[r] += sum(part);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    if (top[r] == lowest) top[r] = 0.0f;
+    inverse[r] = inverse_sum(total[r]);
+  }
+}
+
 template <class T>
 void backward_head(const Head<T>& head, const T* dout, const T* out, const float* lse, T* dqkv, float* dbias,
                    float* dbias_rest, const Dropout& dropout) {
@@ -247,6 +281,16 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
     scaled_rows<T>(upstream, q, rows, d, 1.0f, douts, dp);
     pack_all({queries, dp, 1, DType::kFloat32}, rows, d, query_panels);
     pack_all({douts, dp, 1, DType::kFloat32}, rows, d, dout_panels);
+    // P is exp(score - base) * normal. With all keys at hand both come from the scores: a log-sum-exp of large ones has lost
+    // digits that P - delta would miss where P is near 1, and, where the lowest float forbids all keys, how many they are.
+    float base[kRows], normal[kRows];
+    bool coarse = false;
+    for (int64_t r = 0; r < rows && block < length; ++r) {
+      const float kept_sum = lse[head.h * shape.total + head.first + q + r];
+      base[r] = kept_sum == -__builtin_inff() ? 0.0f : kept_sum, normal[r] = 1.0f;
+      coarse = coarse || __builtin_fabsf(base[r]) > kLargeSum;
+    }
+    if (coarse) sum_again(head, q, rows, queries, dp, keys, scores, block, base, normal);
     for (int64_t k = 0; k < length; k += block) {
       const int64_t n = smaller(block, length - k);
       multiply_scores(rows, d, queries, dp, keys + k * d, n, scores, block);
@@ -257,24 +301,22 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
         const int16_t* mask = keep + r * block;
         const float* bias = head.bias_row(q + r);
         const float high = add_bias(s, n, bias == nullptr ? nullptr : bias + k);
-        const float known = block < length ? lse[head.h * shape.total + head.first + q + r] : high;
-        const float base = known == -__builtin_inff() ? 0.0f : known;
+        if (block >= length) base[r] = high == -__builtin_inff() ? 0.0f : high;
         vf part = {}, whole = {};
         for (int64_t j = 0; j < n; j += VLEN) {
-          const vf p = exp(load(s + j) - base);
+          const vf p = exp(load(s + j) - base[r]);
           const vf dp_dropped = dropout.active ? kept(load(g + j) * dropout.scale, mask + j) : load(g + j);
           whole += p;
           part += p * dp_dropped;
           store(s + j, p);
           store(g + j, dp_dropped);
         }
-        // sum_j P_ij dP_ij = sum_d dO_id O_id. The first is the more exact one, but needs all keys at hand. With them, P
-        // comes from the highest score and is normalised here: the log-sum-exp of large scores has lost digits that
-        // P - delta would miss where P is near 1.
-        const float mass = sum(whole);
-        const float normal = block < length || mass == 0.0f ? 1.0f : 1.0f / mass;
-        float delta = sum(part) * normal;
-        if (block < length) {
+        // sum_j P_ij dP_ij = sum_d dO_id O_id. The first is the more exact one, but needs all keys at hand.
+        float delta;
+        if (block >= length) {
+          normal[r] = inverse_sum(sum(whole));
+          delta = sum(part) * normal[r];
+        } else {
           const T* o = out + place + (q + r) * width;
           vf dot = {};
           for (int64_t j = 0; j < d; j += VLEN) dot += load_n(o + j, d - j) * load(douts + r * dp + j);
@@ -282,7 +324,7 @@ void backward_head(const Head<T>& head, const T* dout, const T* out, const float
         }
         const int64_t at = dbias == nullptr ? 0 : head.bias_offset(q + r) + k;
         for (int64_t j = 0; j < n; j += VLEN) {
-          const vf p = load(s + j) * normal;
+          const vf p = load(s + j) * normal[r];
           const vf ds = p * (load(g + j) - delta);
           store(g + j, ds);
           store(s + j, dropout.active ? kept(p * dropout.scale, mask + j) : p);

@@ -22,7 +22,7 @@ constexpr int NR = 2 * VLEN;
 constexpr int64_t KC = 4096 / NR;      // a KC x NR piece of a panel, 16 KiB, stays in L1 while the strips of a task pass
 constexpr int64_t kTaskRows = (FASTBERT_VREGS == 32 ? 8 : 16) * MR;  // and kTaskRows x K of A in L2
 constexpr int64_t kTaskBytes = (FASTBERT_VREGS == 32 ? 384 : 256) << 10;
-constexpr int64_t kDotChain = 128;     // products added up before they join the others
+constexpr int64_t kDotChain = 128;     // products added up before they join the others; of few columns, a quarter
 constexpr int kMaxStack = 4;
 constexpr int64_t kLine = 16;          // floats in a line of cache
 constexpr int64_t kTurn = 2;           // elements of depth that a turn of the inmost loop takes
@@ -75,11 +75,12 @@ FASTBERT_INLINE void separate(const float*& a, const float*& b) { asm volatile("
 // Lines from `ahead` on are fetched, ahead_step floats apart (0: none): one every kTurn elements of depth if Columns,
 // else about as many as the strip has. The accumulators are named one by one: GCC 12 keeps an array of them in memory.
 // Every kDotChain products they are added to c: in one long chain of additions fp32 would lose more digits than the dot
-// products of a BLAS do.
+// products of a BLAS do. For few columns, which wait for memory anyway, a BLAS has shorter chains, and so do we.
 template <int R, int V, bool Columns>
 void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, const float* ahead, int64_t ahead_step,
                   Fetch::Share fetch, float* c, int64_t ldc, bool add) {
   const float *p0 = a, *p3 = a + 3 * stride, *p6 = a + 6 * stride, *p9 = a + 9 * stride, *p12 = a + 12 * stride;
+  constexpr int64_t chain = V > 1 ? kDotChain : kDotChain / 4;
   if (ahead_step == 0) ahead = b;
   int64_t k0 = 0;
   do {
@@ -100,7 +101,7 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
       FASTBERT_STRIP(X)
 #undef X
     };
-    const int64_t chain_end = smaller(depth, k0 + kDotChain);
+    const int64_t chain_end = smaller(depth, k0 + chain);
     for (; k0 < chain_end; k0 += kLine) {
       const int64_t end = smaller(kLine, depth - k0);
       if constexpr (Columns) {

@@ -118,24 +118,25 @@ struct DecoderGradient {
 
   // d as rows [rows][tokens] and as panels [tokens / NR][rows][NR].
   void gradient_of_logits(int64_t begin, int64_t rows, float* d, float* panels) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      vf row_sum = {};
+    for (int64_t r = 0; r < rows; ++r)
       for (int64_t t = 0; t < tokens; t += VLEN) {
         const vf logit = load(logits + t / NR * NR * vocabulary + (begin + r) * NR + t % NR);
         const vf scale = load(softmax.scale + t);
         const vf v = scale == 0.0f ? vf{} : exp(logit - load(softmax.max + t)) * scale - everywhere;
         store(d + r * tokens + t, v);
         store(panels + t / NR * NR * rows + r * NR + t % NR, v);
-        row_sum += v;
       }
-      dbias[begin + r] += sum(row_sum);
-    }
     for (int64_t t = 0; t < labelled; ++t) {
       const int64_t r = labels[t] - begin;
       if (r < 0 || r >= rows) continue;
       d[r * tokens + t] -= on_label;
       panels[t / NR * NR * rows + r * NR + t % NR] -= on_label;
-      dbias[begin + r] -= on_label;
+    }
+    // Of what is left: from the sum of a frequent word, its labels taken off one by one would be rounded all one way.
+    for (int64_t r = 0; r < rows; ++r) {
+      vf total = {};
+      for (int64_t t = 0; t < tokens; t += VLEN) total += load(d + r * tokens + t);
+      dbias[begin + r] += sum(total);
     }
   }
 

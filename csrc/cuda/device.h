@@ -167,10 +167,10 @@ __device__ __forceinline__ void recompute(uint64_t& value) {
 #endif
 }
 
-// The dynamic shared memory of the block.
+// The dynamic shared memory of the block. TMA and wgmma swizzle by the address: a tile begins at a multiple of 1024.
 __device__ __forceinline__ char* shared_memory() {
 #ifdef __CUDACC__
-  extern __shared__ __align__(256) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 #else
   return emulator::shared_memory();

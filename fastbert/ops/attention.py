@@ -61,6 +61,9 @@ def attention_ref(
     return out[sequence, index - starts[sequence]].flatten(1).to(qkv.dtype)
 
 
+_MOST_TOKENS = 2**31 - 1  # that cu_seqlens can tell
+
+
 def attention(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -100,6 +103,10 @@ def attention(
         scale = checks.finite("attention", "scale", scale)
     dropout_p = checks.number("attention", "dropout_p", dropout_p)
     max_seqlen = checks.integer("attention", "max_seqlen", max_seqlen)
+    if type(max_seqlen) is int and max_seqlen > _MOST_TOKENS:
+        raise ValueError(f"attention: max_seqlen must be from 0 to {_MOST_TOKENS}, got {max_seqlen}")
+    if type(deterministic) is not bool:
+        raise TypeError(f"attention: deterministic must be True or False, got {deterministic!r}")
     if dropout_p == 0.0 and seed is None and bias is None and leaf.direct(_cpu, qkv, backend):
         done = _cpu.attempt(qkv, cu_seqlens, max_seqlen, scale, 0.0, None, None)
         if done is not None:
@@ -142,8 +149,9 @@ def _check_bias(bias: Tensor, qkv: Tensor, batch: int, max_seqlen: int) -> None:
     heads = qkv.size(2)
     if not (
         bias.dim() == 4
-        and bias.size(0) in (1, batch)
-        and bias.size(1) in (1, heads)
+        # Not `in`, of which compiled code takes another size for no size at all.
+        and (bias.size(0) == 1 or bias.size(0) == batch)
+        and (bias.size(1) == 1 or bias.size(1) == heads)
         and (bias.size(2) == 1 or bias.size(2) >= max_seqlen)
         and bias.size(3) >= max_seqlen
     ):

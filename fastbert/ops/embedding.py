@@ -80,6 +80,7 @@ def embedding(
     eps = checks.finite("embedding", "eps", eps, negative=False)
     if padding_idx is not None:
         padding_idx = checks.integer("embedding", "padding_idx", padding_idx)
+    checks.tensor("embedding", "word", word)
     if dropout_p == 0.0 and seed is None and leaf.direct(_cpu, word, backend):
         y = _direct(input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, padding_idx, eps)
         if y is not None:

@@ -51,8 +51,8 @@ def linear(
     Returns [..., N or sum of Ni]. Differentiable once. Under autocast, casts as nn.Linear would.
     Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
-    weights = [weight] if isinstance(weight, Tensor) else list(weight)
-    biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
+    weights = _listed("weight", weight)
+    biases = [] if bias is None else _listed("bias", bias)
     checks.tensor("linear", "x", x)
     if x.dim() == 2 and leaf.direct(_cpu, x, backend):
         y = _cpu.attempt(x, weights, biases)
@@ -66,6 +66,14 @@ def linear(
     unfit = _unfit_for_triton(x, weights)
     chosen = dispatch.select("linear", device=x.device, dtype=x.dtype, requires=unfit, backend=backend)
     return chosen.run(x, weights, biases)
+
+
+def _listed(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, (Sequence, torch.nn.ParameterList)):
+        raise TypeError(f"linear: {name} must be a tensor or a sequence of tensors, got {type(value).__name__}")
+    return list(value)
 
 
 def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:

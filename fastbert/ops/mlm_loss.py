@@ -52,7 +52,7 @@ def mlm_loss(
     eps: float = 1e-12,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of BERT's masked language model head, computed only where there is a label.
@@ -63,7 +63,8 @@ def mlm_loss(
         decoder_bias has decoder_weight's. Under autocast, the products cast as nn.Linear would.
     label_smoothing: in [0, 1]: the share of each target that is spread over the whole vocabulary, as
         F.cross_entropy does it.
-    num_items: what the sum is divided by, in place of the number of labels (gradient accumulation).
+    num_items: what the sum is divided by, in place of the number of labels (gradient accumulation): a number, or a
+        tensor of one.
     backend: forces an implementation (see `fastbert.dispatch`) of the loss and of its transform. Triton's kernels have
         the transform's product in them, and no `linear` is chosen.
 
@@ -74,6 +75,7 @@ def mlm_loss(
     """
     checks.floating("mlm_loss", "hidden", hidden)
     label_smoothing = checks.number("mlm_loss", "label_smoothing", label_smoothing)
+    ignore_index = checks.integer("mlm_loss", "ignore_index", ignore_index)
     _check(hidden, labels, decoder_weight, decoder_bias, label_smoothing)
     _check_transform(hidden, transform_weight, transform_bias)
     hidden = leaf.as_rows(hidden)
@@ -101,9 +103,19 @@ def mlm_loss(
         decoder_bias = None if decoder_bias is None else checks.autocast(decoder_bias)
     total = chosen.run(transformed, labels, decoder_weight, decoder_bias, labelled, label_smoothing)
     if num_items is not None:
-        return total / num_items, count
+        return total / _divisor(num_items, total), count
     # 0 / 0 would make the gradients NaN where PyTorch's are 0.
     return total / count.clamp(min=1) + torch.where(count == 0, torch.nan, 0.0).to(total.dtype), count
+
+
+def _divisor(num_items: float | Tensor, total: Tensor) -> float | Tensor:
+    """What the loss is divided by: a number, or a tensor of one element in the loss's dtype."""
+    if not isinstance(num_items, Tensor):
+        return checks.finite("mlm_loss", "num_items", num_items, negative=False)
+    if num_items.numel() != 1 or num_items.is_complex():
+        given = f"a tensor of {num_items.dtype} of shape {list(num_items.shape)}"
+        raise ValueError(f"mlm_loss: num_items must be a number or a tensor of one real number, got {given}")
+    return num_items.reshape(()).to(total.dtype)
 
 
 def _check(
@@ -120,7 +132,8 @@ def _check(
             f"mlm_loss: hidden must have shape [..., features] and labels [...], got {list(hidden.shape)} and "
             f"{list(labels.shape)}"
         )
-    checks.operand("mlm_loss", "decoder_weight", decoder_weight, hidden, "hidden", same_dtype=False)
+    same = not checks.autocasting(hidden)
+    checks.operand("mlm_loss", "decoder_weight", decoder_weight, hidden, "hidden", same_dtype=same)
     if decoder_weight.dim() != 2 or decoder_weight.size(0) == 0 or decoder_weight.size(1) != hidden.size(-1):
         raise ValueError(
             f"mlm_loss: decoder_weight must have shape [vocabulary, {hidden.size(-1)}], got "
@@ -233,8 +246,8 @@ def _autograd(kernels: leaf.Leaf, ctx: Any, dloss: Tensor | None, *unused: None)
         raise RuntimeError(leaf.unsaved_message("mlm_loss"))
     if torch.is_grad_enabled():  # the saved gradients are constants: a second derivative would silently lack them
         raise RuntimeError(leaf.second_order_message(kernels))
-    dh, dweight, dbias = (
-        (gradient * dloss.to(gradient.dtype)).to(ctx.dtype) if needed else None
+    dh, dweight, dbias = (  # the factor is one over a count, which 16 bits would round: all gradients alike
+        (gradient.float() * dloss.float()).to(ctx.dtype) if needed else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.saved, strict=True)
     )
     return dh, None, dweight, dbias, *(None,) * 5

@@ -29,7 +29,7 @@ from fastbert.kernels import configs, dropout, rows
 
 _PADDED, _DROPOUT = "-padded", "-dropout"  # what a shape class of their own is called after
 _PADDED_SIZES = {32: 24, 64: 40, 128: 80}  # one head size of all that are padded to the key: code for others is alike
-_TILE = {"num_warps": 4} | configs.FUSED  # of the kernels before and after the backward, which go over the tokens once
+_TILE = configs.fixed("attention_bwd_tiles", num_warps=4)  # before and after the backward, once over the tokens
 _BIAS_PROGRAMS = 4  # a multiprocessor, for the gradient of a bias
 _BIAS_SUMMANDS = 64  # that one of them adds up in turn: rounding errors of long sums in float32 are worse than eager's
 

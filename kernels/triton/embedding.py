@@ -19,8 +19,8 @@ from fastbert.kernels import configs, dropout, rows
 from fastbert.kernels.layernorm import shape_class, shape_class_bwd
 
 SMALL_TABLE = 16  # rows
-_GATHER = {"PIECE": 64, "BLOCK_T": 16, "BLOCK_N": 256, "num_warps": 4} | configs.FUSED
-_FEW = {"PART": 256, "BLOCK_T": 16, "BLOCK_N": 128, "num_warps": 4} | configs.FUSED
+_GATHER = configs.fixed("embedding_bwd_table", PIECE=64, BLOCK_T=16, BLOCK_N=256, num_warps=4)
+_FEW = configs.fixed("embedding_bwd_few_rows", PART=256, BLOCK_T=16, BLOCK_N=128, num_warps=4)
 
 
 @triton.jit
@@ -370,6 +370,11 @@ def cases(arch: int) -> Iterator[configs.Case]:
             launch = table["embedding_bwd"][shape_class_bwd(hidden, dtype)]
             constants |= {"STAGES": rows.stages(launch["BLOCK_M"], hidden, dtype)}
             yield case(label, _embedding_bwd_kernel, constants, launch, dtype)
+    unsaved = dict.fromkeys(("xhat", "rstd", "seed"))
+    for hidden in (384, 768, 1024, 8192):
+        sizes = {"HIDDEN": hidden, "BLOCK_N": rows.block_columns(hidden)}
+        launch = table["embedding_fwd"][shape_class(hidden)]
+        yield case(f"inference-{hidden}", _embedding_fwd_kernel, sizes | unsaved, launch)
     for hidden, dtype in ((312, torch.bfloat16), (768, torch.bfloat16), (768, torch.float32)):
         label = rows.label("table", hidden, dtype)
         yield case(label, _embedding_bwd_pieces_kernel, {"HIDDEN": hidden}, _GATHER, dtype)

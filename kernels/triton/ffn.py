@@ -32,8 +32,8 @@ A4 = tl.constexpr(-0.14439103)
 A5 = tl.constexpr(0.3221214)
 A6 = tl.constexpr(-0.096323112)
 # The passes over what the vendor's library multiplied.
-_GELU_FWD = {"BLOCK_M": 8, "BLOCK_N": 256, "num_warps": 4} | configs.FUSED
-_GELU_BWD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8} | configs.FUSED
+_GELU_FWD = configs.fixed("ffn_gelu_fwd", BLOCK_M=8, BLOCK_N=256, num_warps=4)
+_GELU_BWD = configs.fixed("ffn_gelu_bwd", BLOCK_M=32, BLOCK_N=128, num_warps=8)
 SMALL_ROWS = 512  # up to here large tiles would leave processors idle
 
 
@@ -318,6 +318,9 @@ def cases(arch: int) -> Iterator[configs.Case]:
                     label = f"{kind}-{shape_class}-{hidden}x{inner}"
                     together = 1 if shape_class == "small" else 2
                     yield configs.Case(label, kernel, signature, *configs.split(sizes | config), True, together)
+                    if name == "ffn_fwd":
+                        launch = configs.split(sizes | config | {"pre": None})
+                        yield configs.Case(f"{label}-inference", kernel, signature, *launch, True, together)
     for kernel, config, names in (
         (_ffn_gelu_fwd_kernel, _GELU_FWD, ("bias", "pre", "act")),
         (_ffn_gelu_bwd_kernel, _GELU_BWD, ("pre", "dpre", "act", "partials")),
@@ -326,3 +329,6 @@ def cases(arch: int) -> Iterator[configs.Case]:
             signature = dict.fromkeys(names, f"*{kind}") | {"num_rows": "i32"}
             signature |= {"partials": "*fp32"} if "partials" in names else {}
             yield configs.Case(f"{kind}-{inner}", kernel, signature, *configs.split(config | {"N": inner}), False)
+            if kernel is _ffn_gelu_fwd_kernel:
+                launch = configs.split(config | {"N": inner, "pre": None})
+                yield configs.Case(f"{kind}-{inner}-inference", kernel, signature, *launch, False)

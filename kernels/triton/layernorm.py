@@ -7,7 +7,8 @@ PyTorch sums x_bias's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import triton
@@ -227,23 +228,40 @@ def layernorm_bwd(
 
 def cases(arch: int) -> Iterator[configs.Case]:
     table = configs.table(arch)
-    scalars = {"num_rows": "i32", "eps": "fp32", "threshold": "i32", "keep_scale": "fp32", "seed": "*i64"}
-    floats = dict.fromkeys(("weight", "bias", "mean", "rstd", "partials"), "*fp32")
-    for hidden, dtype in rows.WIDTHS:
+    plain = {"num_rows": "i32", "eps": "fp32", "threshold": "i32", "keep_scale": "fp32", "seed": "*i64"}
+    plain |= dict.fromkeys(("weight", "bias", "mean", "rstd", "partials"), "*fp32")
+
+    def case(
+        kernel: triton.JITFunction,
+        name: str,
+        hidden: int,
+        dtype: torch.dtype,
+        types: Mapping[str, str],
+        **constants: Any,
+    ) -> configs.Case:
+        """Tensors are of dtype, but for those that `types` names."""
+        if kernel is _layernorm_fwd_kernel:
+            config = table["layernorm_fwd"][shape_class(hidden)]
+        else:
+            config = table["layernorm_bwd"][shape_class_bwd(hidden, dtype)]
+            constants |= {"X_BIAS": hidden <= _SUMS_X_BIAS, "STAGES": rows.stages(config["BLOCK_M"], hidden, dtype)}
+            constants |= {"dx": None} if "seed" in constants else {}
         states = dict.fromkeys(("x", "x_bias", "residual", "y", "z", "dy", "dz", "dx"), f"*{rows.NAMES[dtype]}")
-        sizes = {"HIDDEN": hidden, "BLOCK_N": rows.block_columns(hidden)}
+        known = states | plain | types
+        together, config = rows.launch(config)
+        launch = configs.split({"HIDDEN": hidden, "BLOCK_N": rows.block_columns(hidden)} | constants | config)
+        signature = {argument: known[argument] for argument in kernel.arg_names if argument in known}
+        return configs.Case(name, kernel, signature, *launch, False, together)
+
+    both = _layernorm_fwd_kernel, _layernorm_bwd_kernel
+    for hidden, dtype in rows.WIDTHS:
         for kind, off in (("dropout", {}), ("plain", {"seed": None})):
-            backward = off | {"X_BIAS": hidden <= _SUMS_X_BIAS} | ({"dx": None} if kind == "plain" else {})
-            for kernel, constants, config in (
-                (_layernorm_fwd_kernel, off, table["layernorm_fwd"][shape_class(hidden)]),
-                (_layernorm_bwd_kernel, backward, table["layernorm_bwd"][shape_class_bwd(hidden, dtype)]),
-            ):
-                together, config = rows.launch(config)
-                types = states | floats | scalars
-                types = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-                launch = sizes | constants | config
-                if "STAGES" in kernel.arg_names:
-                    launch["STAGES"] = rows.stages(config["BLOCK_M"], hidden, dtype)
-                yield configs.Case(
-                    rows.label(kind, hidden, dtype), kernel, types, *configs.split(launch), False, together
-                )
+            for kernel in both:
+                yield case(kernel, rows.label(kind, hidden, dtype), hidden, dtype, {}, **off)
+    for hidden in (384, 768, 1024, 8192):
+        for kernel in both:
+            weights = dict.fromkeys(("weight", "bias"), "*bf16")
+            yield case(kernel, f"weights-{hidden}", hidden, torch.bfloat16, weights)
+        yield case(_layernorm_fwd_kernel, f"autocast-{hidden}", hidden, torch.float32, {"x": "*bf16"})
+        unsaved = dict.fromkeys(("z", "mean", "rstd", "seed"))
+        yield case(_layernorm_fwd_kernel, f"inference-{hidden}", hidden, torch.bfloat16, {}, **unsaved)

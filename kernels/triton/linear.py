@@ -112,3 +112,6 @@ def cases(arch: int) -> Iterator[configs.Case]:
             sizes = {"K": features, "N": size, "COUNT": count, "PRECISION": "ieee"}
             label = f"{kind}-{count}x{features}x{size}"
             yield configs.Case(label, _linear_fwd_kernel, signature, *configs.split(sizes | config), True)
+        sizes |= dict.fromkeys(tensor for tensor in tensors if tensor.startswith("bias"))
+        label += "-no-bias"
+        yield configs.Case(label, _linear_fwd_kernel, signature, *configs.split(sizes | config), True)

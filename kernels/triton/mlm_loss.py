@@ -34,8 +34,8 @@ SCRATCH_BYTES = 256 * 1024 * 1024  # for the logits of a chunk
 GAIN = tl.constexpr(32768.0)
 ROW_MULTIPLE = 128  # of rows in a chunk, and of columns in the scratch, which tiles of BLOCK_K and of dW read whole
 
-_LSE = {"BLOCK_M": 32, "BLOCK_B": 64, "num_warps": 4} | configs.FUSED
-_DLOGITS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4} | configs.FUSED
+_LSE = configs.fixed("mlm_loss_lse", BLOCK_M=32, BLOCK_B=64, num_warps=4)
+_DLOGITS = configs.fixed("mlm_loss_dlogits", BLOCK_M=32, BLOCK_N=128, num_warps=4)
 
 
 @triton.jit
@@ -468,7 +468,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
     table = configs.table(arch)
     width = 30592  # of BERT's vocabulary of 30522
     yield case(_mlm_loss_lse_kernel, "bf16", _LSE)
-    for kind in ("bf16", "fp32"):
+    for kind in ("bf16", "fp16", "fp32"):
         yield case(_mlm_loss_dlogits_kernel, kind, _DLOGITS)
     for hidden in (768, 312):
         for shape_class, config in table["mlm_loss_fwd"].items():
@@ -477,6 +477,7 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 yield case(_mlm_loss_logits_kernel, kind, launch, f"-{hidden}", True)
                 if kind == "bf16":
                     yield case(_mlm_loss_logits_kernel, kind, launch | {"logits": None}, f"-{hidden}-inference", True)
+                    yield case(_mlm_loss_logits_kernel, kind, launch | {"bias": None}, f"-{hidden}-no-bias", True)
         for shape_class, config in table["mlm_loss_dh"].items():
             for kind in kinds(shape_class):
                 launch = {"HIDDEN": hidden} | config
@@ -491,3 +492,5 @@ def cases(arch: int) -> Iterator[configs.Case]:
                 scale = {"SCALE": GAIN.value if kind == "fp16" else 1.0}
                 launch = {"HIDDEN": hidden, "WIDTH": width} | config
                 yield case(_mlm_loss_dweight_kernel, kind, launch | scale, f"-{hidden}", True, **loss)
+                if kind == "bf16":  # in several chunks
+                    yield case(_mlm_loss_dweight_kernel, kind, launch | scale, f"-{hidden}-sum", True, dweight="*fp32")

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastbert.kernels import configs, ffn, matmul, mlm_loss, rows
 
-_COMPACT = {"BLOCK": 4096, "num_warps": 8} | configs.FUSED
-_GATHER = {"BLOCK_M": 8, "num_warps": 4} | configs.FUSED
-_DPRE = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4} | configs.FUSED
+_COMPACT = configs.fixed("mlm_transform_compact", BLOCK=4096, num_warps=8)
+_GATHER = configs.fixed("mlm_transform_gather", BLOCK_M=8, num_warps=4)
+_DPRE = configs.fixed("mlm_transform_dpre", BLOCK_M=32, BLOCK_N=128, num_warps=4)
 
 
 @triton.jit(do_not_specialize=("num_rows", "ignore_index"))

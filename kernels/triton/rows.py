@@ -13,7 +13,7 @@ from fastbert.kernels import configs
 
 STAGES = tl.constexpr(3)  # of loops over rows: two turns' loads are under way, as much as fills the memory's latency
 _WIDE = 16384  # bytes of a turn, of which one under way is as much, and two more than some GPUs have room for
-_SUM = {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4} | configs.FUSED
+_SUM = configs.fixed("sum_partials", BLOCK_P=128, BLOCK_N=32, num_warps=4)
 _INTERPRETER_PROCESSORS = 2
 _REGISTERS = 65536  # of a multiprocessor, handed out by eight a thread
 # What kernels for whole rows are compiled for without a GPU: BERT's widths, of each shape class one that is no power of

@@ -592,7 +592,7 @@ class TestMakeGpu:
         monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
         monkeypatch.setattr(suite, "TEST_SECONDS", 3)
         monkeypatch.setattr(suite, "ROOT", tmp_path)
-        run = suite.Suite(tmp_path, tmp_path, tmp_path / "gpu.log", 120.0)
+        run = suite.Suite(tmp_path, tmp_path, tmp_path / "gpu.log", 120.0, ("tests",))
         run.tests()
         output = capsys.readouterr().out
         assert "crashed while running 'tests/gpu/test_it.py::test_hangs'" in output
@@ -603,12 +603,14 @@ class TestMakeGpu:
         [
             (("build", "tests", "sanitize", "bench"), 1000, 210, 70),
             (("tests", "bench"), 1000, 210, 70),
+            (("build", "tests", "sanitize", "bench"), 370, 370 - 120 - 60, 70),
+            (("tests", "sanitize", "bench"), 200, 20, 20),
             (("build", "tests", "sanitize"), 1000, 1000 - 70 - 60, 970),
             (("tests",), 1000, 970, 970),
             (("tests", "sanitize"), 100, 210, 70),
         ],
     )
-    def test_the_time_of_a_benchmark_that_is_not_run(self, suite, tmp_path, steps, seconds, tests, sanitize):
+    def test_the_time_that_is_left_to_a_benchmark(self, suite, tmp_path, steps, seconds, tests, sanitize):
         run = suite.Suite(tmp_path, tmp_path, tmp_path / "gpu.log", seconds, steps)
         assert run.limit("build") == suite.LIMIT["build"]
         assert run.limit("tests") == pytest.approx(tests, abs=5)

@@ -136,6 +136,23 @@ def test_ffn_says_what_it_cannot_take(
     assert reason is None if words is None else words in reason
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "words"),
+    [
+        (torch.float32, 64, "fp32 attention runs on triton or the reference"),
+        (torch.bfloat16, 40, "head"),
+        (torch.float16, 129, "head"),
+        *((torch.bfloat16, size, None) for size in (None, 32, 64, 128)),
+    ],
+)
+def test_attention_says_what_it_cannot_take(
+    dtype: torch.dtype, head_dim: int | None, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "cuda_reason", lambda *_: None)
+    reason = dispatch._candidates("attention")["cuda"].supports("cuda", dtype, head_dim)
+    assert reason is None if words is None else words in reason
+
+
 @built
 @pytest.mark.skipif(not shutil.which("nm") or sys.platform != "linux", reason="nm is not there")
 def test_needs_no_library_of_cuda() -> None:

@@ -75,6 +75,15 @@ def test_attention_for_sm_90_is_made_of_wgmma_and_tma(
             assert not first & {"HMMA", "LDL", "STL"}, name
 
 
+def test_ffn_for_sm_90_is_made_of_wgmma_and_tma(code_sm90: dict[Path, dict[str, str]]) -> None:
+    for code in (code for file, code in code_sm90.items() if file.stem == "ffn_sm90"):
+        assert code
+        for name, text in code.items():
+            found = {opcode.split(".")[0] for opcode in kernels.instructions(text)}
+            assert found >= {"HGMMA", "UTMALDG", "USETMAXREG"}, name
+            assert not found & {"HMMA", "LDL", "STL"}, name
+
+
 def test_the_softmax_runs_under_the_product_with_the_values(code_sm90: dict[Path, dict[str, str]]) -> None:
     """The wait for the product comes behind the exponentials, where the assembler has not moved it up."""
     code = [item for file, found in code_sm90.items() if file.stem == "attention_fwd_sm90" for item in found.items()]

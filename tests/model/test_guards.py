@@ -335,8 +335,9 @@ def test_dtype_without_kernels(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("no_interpreter")
-def test_a_forced_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fastbert.optimize(build())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_forced_backend_that_cannot_run_raises(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastbert.optimize(build()).to(dtype)
     monkeypatch.setenv("FASTBERT_BACKEND", "triton")
     with pytest.raises(RuntimeError, match=r"FASTBERT_BACKEND=triton forces \w+:triton, which cannot run: "):
         model(**inputs())

@@ -549,6 +549,18 @@ def test_tuple_output() -> None:
         model(batch["input_ids"], input_ids=batch["input_ids"])
 
 
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])
+def test_labels_of_bytes(head: str) -> None:
+    """The other type that PyTorch's cross-entropy takes."""
+    model = build("bert", head, vocab_size=200)
+    batch = inputs("none") | {"labels": torch.randint(200, inputs("none")["input_ids"].shape, dtype=torch.uint8)}
+    if head == "ForPreTraining":
+        batch["next_sentence_label"] = torch.tensor([0, 1] * 8)[: len(batch["input_ids"])]
+    expected = model(**batch).loss
+    torch.testing.assert_close(fastbert.optimize(model)(**batch).loss, expected)
+    assert fastbert.report(model).calls["fast"] > 0
+
+
 def test_no_label_at_all() -> None:
     batch = mlm_batch(share=0.0)
     model = fastbert.optimize(build(head="ForMaskedLM", train=True))

@@ -78,9 +78,14 @@ def test_outputs_and_gradients(mask: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fastbert.guards.DTYPES, "cpu", fastbert.guards.DTYPES["cuda"])
+def test_low_precision(dtype: torch.dtype) -> None:
     check_model(small(), batch_of(), dtype)
+
+
+def test_a_dtype_without_kernels_raises() -> None:
+    model = fastbert.optimize(small()).double()
+    with pytest.raises(RuntimeError, match=r"FASTBERT_BACKEND=triton forces \w+:triton, .*, not torch.float64"):
+        model(**batch_of())
 
 
 def test_long_sequences_and_a_4d_mask() -> None:

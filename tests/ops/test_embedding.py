@@ -183,11 +183,14 @@ def test_embedding_bias_wider_than_the_weight(backend: str) -> None:
     accuracy.check_backward(ours(backend, ids, None), eager(ids, None), reference(ids, None), tensors)
 
 
-@pytest.mark.parametrize("padding_idx", [3, -58])
+@pytest.mark.parametrize(("vocabulary", "padding_idx"), [(VOCABULARY, 3), (VOCABULARY, 3 - VOCABULARY), (10, 3)])
 @backends
-def test_embedding_padding_row_gets_no_gradient(backend: str, padding_idx: int) -> None:
+def test_embedding_padding_row_gets_no_gradient(backend: str, vocabulary: int, padding_idx: int) -> None:
+    """Whichever way a table's gradient is summed, of which there is one for few rows."""
     accuracy.require("embedding", backend, torch.float32)
-    tensors = {name: value.requires_grad_() for name, value in tensors_for(16, torch.float32, backend).items()}
+    tensors = tensors_for(16, torch.float32, backend)
+    tensors["word"] = tensors["word"][:vocabulary].clone()
+    tensors = {name: value.requires_grad_() for name, value in tensors.items()}
     ids = accuracy.to_device(backend, {"input_ids": torch.tensor([[3, 4, 3]])})
     y = ours(backend, ids, padding_idx)(**tensors)
     y.square().sum().backward()
@@ -286,6 +289,7 @@ PACKED = {"input_ids": torch.tensor([1, 2]), "position_ids": torch.tensor([0, 1]
         (PACKED | {"position_ids": torch.tensor([0, 512])}, IndexError, ["position_ids", "512", "position"]),
         (PACKED | {"token_type_ids": torch.tensor([0, 1, 1])}, ValueError, ["token_type_ids", "[2]", "[3]"]),
         ({"token_type_ids": torch.tensor([[True, False]])}, TypeError, ["token_type_ids", "bool"]),
+        ({"word": [1.0]}, TypeError, ["word", "list"]),
         ({"word": torch.randn(61)}, ValueError, ["word", "[61]"]),
         ({"word": torch.ones(61, 16, dtype=torch.int64)}, TypeError, ["word", "int64"]),
         ({"position": torch.randn(512, 8)}, ValueError, ["position", "16", "[512, 8]"]),

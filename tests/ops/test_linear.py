@@ -160,6 +160,8 @@ def test_linear_leading_dimensions() -> None:
         ({"weight": torch.randn(8, 16, dtype=torch.float64)}, TypeError, ["weight", "float64", "float32"]),
         ({"weight": torch.randn(8, 16, device="meta")}, ValueError, ["weight", "meta", "cpu"]),
         ({"weight": torch.randn(16)}, ValueError, ["weight", "[out_features, 16]", "[16]"]),
+        ({"weight": None}, TypeError, ["weight", "sequence of tensors", "NoneType"]),
+        ({"bias": {}}, TypeError, ["bias", "sequence of tensors", "dict"]),
         ({"weight": []}, ValueError, ["weight", "1 to 4", "0"]),
         ({"weight": [torch.randn(8, 16)] * 2}, ValueError, ["2 weights", "1 biases"]),
         ({"bias": torch.randn(7)}, ValueError, ["bias", "[8]", "[7]"]),

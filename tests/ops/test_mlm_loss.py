@@ -192,6 +192,38 @@ def test_mlm_loss_of_a_confident_model(backend: str, dtype: torch.dtype, spread:
     )
 
 
+@backends
+def test_mlm_loss_bias_of_a_frequent_word(backend: str) -> None:
+    """Its gradient is little of what the probabilities, and so the labels, sum up to."""
+    accuracy.require("mlm_loss", backend, torch.float32)
+    tensors = tensors_for(24, 5, True, torch.float32, (600,), backend)
+    tensors["decoder_bias"] = torch.tensor([8.0, 0, 0, 0, 0], device=accuracy.device(backend))
+    labels = torch.zeros(600, dtype=torch.int64, device=accuracy.device(backend))
+    labels[::50] = 3
+    accuracy.check_backward(ours(backend, labels, 0.1), eager(labels, 0.1), reference(labels, 0.1), tensors)
+
+
+@pytest.mark.parametrize("items", [257, 513, 1028])  # one over them is just below a power of two
+@backends
+def test_mlm_loss_divided_by(backend: str, items: int) -> None:
+    """All gradients have the factor: in 16 bits its rounding would be an error of all of them, to one side."""
+    accuracy.require("mlm_loss", backend, torch.bfloat16)
+    tensors = tensors_for(64, 31, True, torch.bfloat16, (128,), backend)
+    tensors |= {name: tensors[name].float() for name in ("norm_weight", "norm_bias")}
+    labels = labels_for((128,), 31, 1.0, backend)
+    count = (labels != -100).sum()
+
+    def loss(**tensors: Tensor) -> Tensor:
+        bias = tensors.pop("decoder_bias")
+        return ops.mlm_loss(labels=labels, decoder_bias=bias, **tensors, eps=1e-5, num_items=items, backend=backend)[0]
+
+    def scaled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda **tensors: run(**tensors) * (count / items)
+
+    plain = formula(labels, 0.0, accuracy.layer_norm, lambda *a: mlm_loss_ref(*a) / count)
+    accuracy.check_backward(loss, scaled(plain), scaled(reference(labels, 0.0)), tensors)
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     rows=st.integers(8, 70),  # the error of one row is that of one probability, and chance
@@ -360,8 +392,10 @@ def test_report_shows_what_was_launched_of_the_transform() -> None:
     device = accuracy.device("triton")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTBERT_BACKEND", "triton")
-        launched = dispatch.describe(device, torch.float32, ops=("mlm_loss",))["mlm_loss"]["launched"]
-    assert {"mlm_loss_fwd fp32", "mlm_transform_fwd fp32"} <= launched.keys()
+        told = dispatch.describe(device, torch.float32, ops=("mlm_loss",))["mlm_loss"]
+    assert {"mlm_loss_fwd fp32", "mlm_transform_fwd fp32"} <= told["launched"].keys()
+    assert {"mlm_loss_lse", "mlm_loss_dlogits", "mlm_transform_compact"} <= told["fixed"].keys()
+    assert "on every card mlm_loss_lse: BLOCK_M 32, BLOCK_B 64, num_warps 4" in dispatch.details_as_text(told)
 
 
 def test_mlm_loss_triton_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,6 +441,13 @@ GOOD = {"labels": torch.tensor([[1, -100], [0, 8]])} | tensors_for(16, 9, True, 
         ({"transform_bias": torch.randn(8)}, ValueError, ["transform_bias", "[16]", "[8]"]),
         ({"transform_bias": None}, TypeError, ["transform_bias", "NoneType"]),
         ({"norm_weight": torch.randn(8)}, ValueError, ["weight", "[16]", "[8]"]),
+        ({"decoder_weight": torch.randn(9, 16).bfloat16()}, TypeError, ["decoder_weight", "bfloat16", "float32"]),
+        ({"ignore_index": None}, TypeError, ["ignore_index", "integer", "NoneType"]),
+        ({"ignore_index": -100.0}, TypeError, ["ignore_index", "integer", "float"]),
+        ({"num_items": "3"}, TypeError, ["num_items", "number", "str"]),
+        ({"num_items": float("nan")}, ValueError, ["num_items", "finite", "nan"]),
+        ({"num_items": -3}, ValueError, ["num_items", "not negative", "-3"]),
+        ({"num_items": torch.tensor([2, 3])}, ValueError, ["num_items", "one real number", "[2]"]),
     ],
 )
 def test_mlm_loss_errors(

@@ -128,7 +128,7 @@ def test_cuda_kernels_are_compiled_file_by_file_for_the_archs_that_are_named(toy
     cuda.mkdir()
     for name in ("first", "second"):
         (cuda / f"{name}.cu").write_text(f"__global__ void {name}(int* place) {{ *place = 1; }}\n")
-    for wrong in ("75", "8.0", "hopper", "90;1"):
+    for wrong in ("75", "8.0", "hopper", "90;1", "80a", "90f"):
         refused = build(toy, check=False, FASTBERT_CUDA_ARCHS=wrong)
         assert refused.returncode != 0
         assert f"FASTBERT_CUDA_ARCHS={wrong}: allowed with nvcc" in refused.stderr

@@ -91,8 +91,10 @@ def table(arch: int) -> dict[str, dict[str, dict[str, int]]]:
 def user_file(device_name: str) -> Path:
     """Where the measured table of a card is, if there is one."""
     folder = os.environ.get("FASTBERT_CONFIGS")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbert" / "configs"
-    return (Path(folder) if folder else home) / f"{re.sub('[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+    if not folder:  # expanduser, as Path.home raises an error where nobody's home is known
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(cache, "fastbert", "configs")
+    return Path(folder) / f"{re.sub('[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
 
 
 def read_user_file(path: Path) -> dict[str, dict[str, dict[str, int]]]:
@@ -139,15 +141,25 @@ def choose(kernel: str, shape_class: str, device: torch.device) -> dict[str, int
     return config | FUSED
 
 
+def fixed(kernels: str, **launch: int) -> dict[str, int]:
+    """What small kernels are launched with on every card: they wait for memory, which few programs fill."""
+    passes[kernels] = launch
+    return launch | FUSED
+
+
+passes: dict[str, dict[str, int]] = {}
+"""What was given to `fixed`."""
+
 used: dict[tuple[str, str], dict[str, int]] = {}
 """What this process has launched kernels with, by kernel and shape class."""
 
 
 def describe(device: str | torch.device) -> dict[str, Any]:
-    """{"tables": the files that serve a device, the first that has a kernel wins; "used": what was launched so far}."""
+    """{"tables": the files that serve a device, the first that has a kernel wins; "used": what was launched so far;
+    "fixed": what small kernels are launched with on every card}."""
     device = torch.device(device)
     files = [f"sm_{architecture(device)}.json of fastbert {__version__}"]
     if tuned(device):
         files.insert(0, str(user_file(torch.cuda.get_device_name(device))))
     launched = {f"{kernel} {shape_class}": dict(config) for (kernel, shape_class), config in sorted(used.items())}
-    return {"tables": files, "used": launched}
+    return {"tables": files, "used": launched, "fixed": passes}
