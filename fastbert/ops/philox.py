@@ -89,6 +89,7 @@ def keep_attention(seed: Tensor, p: float, query: Tensor, heads: int, keys: int)
 
 def draw_seed(device: torch.device) -> Tensor:
     """A seed from PyTorch's default generator of ``device``, so that manual_seed and checkpointing replay it."""
+    # Inductor cuts the bound to 32 bits and divides by what that leaves: by 2**64 - 1, where 2**62 would leave 0.
     return torch.randint(0x7FFFFFFFFFFFFFFF, (1,), dtype=torch.int64, device=device)
 
 
