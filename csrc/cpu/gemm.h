@@ -23,7 +23,6 @@ constexpr int64_t KC = 4096 / NR;      // a KC x NR piece of a panel, 16 KiB, st
 constexpr int64_t kTaskRows = (FASTBERT_VREGS == 32 ? 8 : 16) * MR;  // and kTaskRows x K of A in L2
 constexpr int64_t kTaskBytes = (FASTBERT_VREGS == 32 ? 384 : 256) << 10;
 constexpr int64_t kDotChain = 128;     // products added up before they join the others
-constexpr int64_t kShortChain = 32;    // the same of a product that has one vector of columns
 constexpr int kMaxStack = 4;
 constexpr int64_t kLine = 16;          // floats in a line of cache
 constexpr int64_t kTurn = 2;           // elements of depth that a turn of the inmost loop takes
@@ -75,11 +74,11 @@ FASTBERT_INLINE void separate(const float*& a, const float*& b) { asm volatile("
 // c [R][ldc] (+)= A [R][depth] b [depth][V * VLEN]. A(i, k) is a[i * stride + k], or a[k * stride + i] if Columns.
 // Lines from `ahead` on are fetched, ahead_step floats apart (0: none): one every kTurn elements of depth if Columns,
 // else about as many as the strip has. The accumulators are named one by one: GCC 12 keeps an array of them in memory.
-// Every `chain` products they are added to c: in one long chain of additions fp32 would lose more digits than the dot
-// products of a BLAS do, whose chains are shorter still for few columns, which wait for memory anyway.
+// Every kDotChain products they are added to c: in one long chain of additions fp32 would lose more digits than the dot
+// products of a BLAS do.
 template <int R, int V, bool Columns>
 void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b, const float* ahead, int64_t ahead_step,
-                  Fetch::Share fetch, int64_t chain, float* c, int64_t ldc, bool add) {
+                  Fetch::Share fetch, float* c, int64_t ldc, bool add) {
   const float *p0 = a, *p3 = a + 3 * stride, *p6 = a + 6 * stride, *p9 = a + 9 * stride, *p12 = a + 12 * stride;
   if (ahead_step == 0) ahead = b;
   int64_t k0 = 0;
@@ -101,7 +100,7 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
       FASTBERT_STRIP(X)
 #undef X
     };
-    const int64_t chain_end = smaller(depth, k0 + chain);
+    const int64_t chain_end = smaller(depth, k0 + kDotChain);
     for (; k0 < chain_end; k0 += kLine) {
       const int64_t end = smaller(kLine, depth - k0);
       if constexpr (Columns) {
@@ -161,8 +160,8 @@ void micro_kernel(int64_t depth, const float* a, int64_t stride, const float* b,
   } while (k0 < depth);
 }
 
-using MicroKernel = void (*)(int64_t, const float*, int64_t, const float*, const float*, int64_t, Fetch::Share, int64_t,
-                             float*, int64_t, bool);
+using MicroKernel = void (*)(int64_t, const float*, int64_t, const float*, const float*, int64_t, Fetch::Share, float*,
+                             int64_t, bool);
 
 template <int V, bool Columns>
 FASTBERT_INLINE MicroKernel micro_kernel_for(int64_t rows) {
@@ -190,8 +189,7 @@ struct Lines {
 // A's columns lie packed and that piece is not in the cache anyway.
 template <bool Columns>
 FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const Lines& a, const float* panel, const float* ahead,
-                                    int64_t width, float* c, int64_t ldc, bool add, Fetch* fetch = nullptr,
-                                    int64_t chain = kDotChain) {
+                                    int64_t width, float* c, int64_t ldc, bool add, Fetch* fetch = nullptr) {
   const int64_t ahead_step = ahead == nullptr ? 0 : kTurn * width / ceil_div(rows, MR);
   for (int64_t r = 0, s = 0; r < rows; r += MR, ++s) {
     const int64_t strip = smaller(rows - r, MR);
@@ -200,10 +198,9 @@ FASTBERT_INLINE void multiply_panel(int64_t rows, int64_t depth, const Lines& a,
     const float* lines = a.data + s * a.strip;
     if constexpr (Columns) {
       kernel(depth, lines, a.stride, panel, ahead + s * ahead_step * (depth / kTurn), ahead_step,
-             fetch == nullptr ? Fetch::Share{} : fetch->next(depth), chain, c + r * ldc, ldc, add);
+             fetch == nullptr ? Fetch::Share{} : fetch->next(depth), c + r * ldc, ldc, add);
     } else {
-      kernel(depth, lines, a.stride, panel, lines + MR * a.stride, a.is_new ? kLine : 0, {}, chain, c + r * ldc, ldc,
-             add);
+      kernel(depth, lines, a.stride, panel, lines + MR * a.stride, a.is_new ? kLine : 0, {}, c + r * ldc, ldc, add);
     }
   }
 }
@@ -447,7 +444,6 @@ template <class Epilogue>
 void multiply_in_place(const Matrix& a, int64_t first, int64_t rows, const PackedB& b, int64_t panel_begin,
                        int64_t panel_end, const Epilogue& epilogue) {
   const int64_t panels = panel_end - panel_begin;
-  const int64_t chain = b.count == 1 && b.extent[0] <= VLEN ? kShortChain : kDotChain;
   float* tiles = static_cast<float*>(scratch(kScratchTile, panels * rows * NR * 4));
   const auto each_panel = [&](auto&& visit) FASTBERT_INLINED {
     for (int64_t p = 0; p < panels; ++p) {
@@ -460,7 +456,7 @@ void multiply_in_place(const Matrix& a, int64_t first, int64_t rows, const Packe
     Lines strip{static_cast<const float*>(a.data) + r * a.row_stride, a.row_stride, 0, true};
     each_panel([&](const float* panel, float* tile, int64_t, int64_t cols) FASTBERT_INLINED {
       multiply_panel<false>(smaller(rows - r, MR), b.depth, strip, panel, nullptr, panel_width(cols), tile + r * NR, NR,
-                            false, nullptr, chain);
+                            false);
       strip.is_new = false;
     });
   }

@@ -78,6 +78,7 @@ def mlm_loss(
     ignore_index = checks.integer("mlm_loss", "ignore_index", ignore_index)
     _check(hidden, labels, decoder_weight, decoder_bias, label_smoothing)
     _check_transform(hidden, transform_weight, transform_bias)
+    num_items = _check_items(num_items)
     hidden = leaf.as_rows(hidden)
     labels = labels.reshape(-1)
     autocasting = checks.autocasting(hidden)
@@ -103,19 +104,21 @@ def mlm_loss(
         decoder_bias = None if decoder_bias is None else checks.autocast(decoder_bias)
     total = chosen.run(transformed, labels, decoder_weight, decoder_bias, labelled, label_smoothing)
     if num_items is not None:
-        return total / _divisor(num_items, total), count
+        return total / (num_items.to(total.dtype) if isinstance(num_items, Tensor) else num_items), count
     # 0 / 0 would make the gradients NaN where PyTorch's are 0.
     return total / count.clamp(min=1) + torch.where(count == 0, torch.nan, 0.0).to(total.dtype), count
 
 
-def _divisor(num_items: float | Tensor, total: Tensor) -> float | Tensor:
-    """What the loss is divided by: a number, or a tensor of one element in the loss's dtype."""
+def _check_items(num_items: float | Tensor | None) -> float | Tensor | None:
+    """num_items as a number or a tensor without dimensions, if there is one."""
+    if num_items is None:
+        return None
     if not isinstance(num_items, Tensor):
         return checks.finite("mlm_loss", "num_items", num_items, negative=False)
     if num_items.numel() != 1 or num_items.is_complex():
         given = f"a tensor of {num_items.dtype} of shape {list(num_items.shape)}"
         raise ValueError(f"mlm_loss: num_items must be a number or a tensor of one real number, got {given}")
-    return num_items.reshape(()).to(total.dtype)
+    return num_items.reshape(())
 
 
 def _check(

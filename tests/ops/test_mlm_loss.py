@@ -226,10 +226,10 @@ def test_mlm_loss_divided_by(backend: str, items: int) -> None:
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    rows=st.integers(32, 90),  # the error of few labels is that of few probabilities, and chance
+    rows=st.integers(8, 70),  # the error of one row is that of one probability, and chance
     hidden=st.integers(8, 90),
     vocabulary=st.integers(8, 300),
-    share=st.floats(0.3, 1.0),
+    share=st.floats(0.0, 1.0),
     smoothing=st.sampled_from([0.0, 0.1]),
     biased=st.booleans(),
     dtype=st.sampled_from(accuracy.DTYPES),
